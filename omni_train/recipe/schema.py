@@ -1,0 +1,219 @@
+"""The typed recipe: every key a run understands, its type, unit and default.
+
+Hydra composes YAML files from ``recipes/`` onto these dataclasses in struct mode, so a key that is
+not a field here, or a value of another type, stops the run before anything is allocated.
+Model fields keep the names of the published Hugging Face configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class EngineName(StrEnum):
+    """Who owns sharding and the optimizer step."""
+
+    megatron = "megatron"
+
+
+class Decay(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class OptimizerName(StrEnum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+class Recompute(StrEnum):
+    """What the backward pass computes again instead of keeping."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class WandbMode(StrEnum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class LossOn(StrEnum):
+    """Which turns of a chat are learned. Documents (samples without turns) are always learned whole."""
+
+    assistant = "assistant"
+    all = "all"
+
+
+@dataclass
+class ModelConfig:
+    """A Thinker's language model (Qwen3.5 hybrid MoE, or its dense sibling)."""
+
+    name: str = MISSING
+    vocab_size: int = MISSING  # rows of the embedding; a multiple of parallel.tensor
+    hidden_size: int = MISSING
+    # Megatron's pattern string of one block, G = Gated DeltaNet, * = gated attention, E = MoE, - = dense MLP,
+    # written `repeats` times. `|` may mark pipeline (and virtual pipeline) stage ends when repeats is 1;
+    # without it the stages are cut evenly.
+    pattern: str = "GEGEGE*E"
+    repeats: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = 256
+    partial_rotary_factor: float = 0.25
+    rope_theta: float = 1.0e7
+    mrope_section: list[int] = field(default_factory=lambda: [11, 11, 10])  # T, H, W; sums to half the rotary dims
+    linear_num_key_heads: int = MISSING
+    linear_num_value_heads: int = MISSING
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    intermediate_size: int = 0  # of a dense MLP (`-`); 0 where the pattern has none
+    num_experts: int = 0  # 0 where the pattern has no MoE
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0  # 0: no shared expert
+    # Megatron's normalisation: the auxiliary loss is 1 at perfect balance (transformers' is top_k there).
+    router_aux_loss_coef: float = 1.0e-3
+    rms_norm_eps: float = 1.0e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    mtp_num_hidden_layers: int = 0  # 0 or 1 multi-token-prediction layer
+    mtp_loss_weight: float = 0.1
+    max_position_embeddings: int = 262144
+
+
+@dataclass
+class ParallelConfig:
+    """How many ways each axis is split. Data parallelism is what remains of the world."""
+
+    tensor: int = 1  # with sequence parallelism whenever > 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks per pipeline rank
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+
+@dataclass
+class SourceConfig:
+    """One folder of energon-indexed WebDataset shards in the blend."""
+
+    path: str = MISSING  # local, or an object-store URL that energon understands (msc://, s3://…)
+    weight: float = 1.0  # share of samples drawn
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    path: str = MISSING  # base that the sources refer to
+    sources: list[SourceConfig] = field(default_factory=list)
+    tokenizer: str = MISSING  # folder with tokenizer.json (and tokenizer_config.json)
+    row_tokens: int = MISSING  # T, tokens of one packed row
+    # Every packed sequence is padded to a multiple of this, whatever the layout, so that all layouts see the same
+    # rows; a multiple of 2·parallel.context.
+    alignment: int = 16
+    loss_on: LossOn = LossOn.assistant
+    workers: int = 2  # loader processes per data rank; 0 loads in the training process
+    shuffle_buffer: int = 1000  # samples
+    packing_buffer: int = 256  # samples considered together by best-fit packing
+    max_skip_fraction: float = 0.01  # of samples; above it (after 1,000 samples) the run stops
+
+
+@dataclass
+class ParamGroupConfig:
+    """Overrides for the parameters whose full name matches a pattern; the first match wins."""
+
+    match: str = MISSING  # fnmatch pattern over names such as `embedding.word_embeddings.weight`
+    lr_factor: float = 1.0
+    weight_decay_factor: float = 1.0
+
+
+@dataclass
+class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = MISSING
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1.0e-8
+    weight_decay: float = 0.1  # never on norms, biases, A_log and dt_bias
+    clip_grad: float = 1.0  # global L2 norm; 0 does not clip
+    groups: list[ParamGroupConfig] = field(default_factory=list)
+
+
+@dataclass
+class ScheduleConfig:
+    """Length of the run and learning-rate shape. Lengths are steps, or tokens where `tokens` is set."""
+
+    steps: int = MISSING  # 0 writes the initial checkpoint and ends
+    tokens: int | None = None  # stop after this many row tokens instead; steps is then an upper bound
+    global_batch: int = MISSING  # rows per optimizer step, over all data ranks
+    warmup_fraction: float = 0.01  # of the run's length
+    decay: Decay = Decay.cosine
+    decay_fraction: float = 0.1  # of the run's length, `wsd` only
+    log_every: int = 1  # steps
+    eval_every: int = 0  # steps; 0 never evaluates
+    eval_rows: int = 8  # held-out rows per evaluation, over all data ranks
+    stop_after: int | None = None  # end (and save) after this step without changing the schedule's shape
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 1000  # steps; the last step is always saved
+    keep: int = 3  # newest complete checkpoints kept; 0 keeps all
+    asynchronous: bool = True
+
+
+@dataclass
+class TrackingConfig:
+    """wandb. metrics.jsonl is always written."""
+
+    mode: WandbMode = WandbMode.disabled
+    project: str = "omni_train"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SafetyConfig:
+    max_nonfinite_steps: int = 3  # in a row; each is skipped and counted, one more stops the run
+    hang_seconds: int = 1800  # a step longer than this dumps all stacks and exits
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    stage: str = MISSING
+    run: str = MISSING  # name; files go to runs_dir/run
+    runs_dir: str = "runs"
+    seed: int = 1234
+    precision: Precision = Precision.bf16
+    engine: EngineName = EngineName.megatron
+    init_from: str | None = None  # a checkpoint directory, or a run directory (its latest)
+    trainable: list[str] = field(default_factory=lambda: ["*"])  # fnmatch patterns; all else is frozen
+    recompute: Recompute = Recompute.none
+    loss_chunk_tokens: int = 1024  # positions whose logits exist at once
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
