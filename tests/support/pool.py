@@ -1,14 +1,14 @@
 """Worker processes that run a function on several ranks, kept alive between calls.
 
 Starting a process and importing torch and Megatron costs seconds; a call on living workers costs milliseconds. This module
-imports torch only inside the workers, after their environment is set.
+imports torch only where it is used, so that a worker's environment is set first.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -50,7 +50,7 @@ class WorkerPool:
             for rank, (_, connection) in enumerate(self._workers[:world_size]):
                 call = (rank, world_size, str(Path(folder, "store")), timeout, function, args)
                 try:
-                    connection.send_bytes(pickle.dumps(call))
+                    connection.send_bytes(_pack(call))
                 except OSError:  # it died between calls
                     self.close()
                     raise RankFailed(f"the worker of rank {rank} was dead before the call") from None
@@ -75,7 +75,7 @@ class WorkerPool:
                     continue
                 del pending[rank]
                 try:
-                    succeeded, value = pickle.loads(connection.recv_bytes())
+                    succeeded, value = _unpack(connection.recv_bytes())
                 except (EOFError, OSError):
                     process.join()
                     succeeded, value = False, f"the worker died with exit code {process.exitcode}"
@@ -128,10 +128,10 @@ def _work(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = pickle.dumps((True, _run_one(call)))
+            answer = _pack((True, _run_one(call)))
         except BaseException as error:  # also SystemExit, as the command line raises it
             # Answered before the process group goes, so that the first failure to arrive is the cause of the others.
-            connection.send_bytes(pickle.dumps((False, _describe(error))))
+            connection.send_bytes(_pack((False, _describe(error))))
             _leave()
         else:
             _leave()
@@ -139,29 +139,24 @@ def _work(connection: Connection) -> None:
 
 
 def _run_one(call: bytes) -> Any:
-    rank, world_size, store_path, timeout, function, args = pickle.loads(call)
+    rank, world_size, store_path, timeout, function, args = _unpack(call)
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
+    from omni_train import platform
+
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     torch.manual_seed(0)
-    _set_up_platform()
+    platform.setup()
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     result = function(rank, world_size, *args)
     dist.barrier()  # nobody closes its connections while another still needs them
     return result
-
-
-def _set_up_platform() -> None:
-    from omni_train import platform
-
-    if hasattr(platform, "setup"):
-        platform.setup()
 
 
 def _leave() -> None:
@@ -181,3 +176,18 @@ def _describe(error: BaseException) -> str:
 def _die_with_parent() -> None:
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
+
+
+def _pack(value: Any) -> bytes:
+    """Pickled by torch, because Megatron replaces plain pickle's way to load a tensor with one that needs Megatron."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)

@@ -57,13 +57,13 @@ def test_a_failing_rank_is_named_and_the_pool_goes_on(distributed):
 def test_a_dead_worker_is_reported_and_replaced(distributed):
     with pytest.raises(RankFailed, match="rank 1 of 2: the worker died with exit code 7"):
         distributed(2, die_on_rank_1)
-    assert distributed(2, total, 5) == [11.0] * 2
+    assert distributed(1, total, 5) == [5.0]
 
 
 def test_a_hang_is_reported_and_the_pool_starts_afresh(distributed):
-    with pytest.raises(RankFailed, match=r"ranks \[0, 1\] of 2 had not answered after 2 s"):
-        distributed(2, hang, timeout=2)
-    assert distributed(2, total, 5) == [11.0] * 2
+    with pytest.raises(RankFailed, match=r"ranks \[0\] of 1 had not answered after 2 s"):
+        distributed(1, hang, timeout=2)
+    assert distributed(1, total, 5) == [5.0]
 
 
 def test_too_many_ranks_are_refused(distributed):
