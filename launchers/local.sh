@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# omni-train on N processes of this machine, by torchrun on a free port: launchers/local.sh 2 train stage=text_pretrain …
+# Exits with the code of the first rank that fails; SIGTERM and SIGUSR1 reach every rank.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=python3
+
+if [[ ${1:-} == 1 ]]; then
+    shift
+    exec "$python" -m omni_train "$@"
+fi
+exec "$python" -m omni_train.platform.launch "$@"
