@@ -1,8 +1,8 @@
 """One command on N processes of this machine: torchrun, with the manners of a single process.
 
-Torchrun as it is would hide a user's one-line error under pages of its own, always exit 1, and kill the ranks 30 s after a
-SIGTERM, which a large checkpoint outlasts. Here the first failing rank's exit code is the launcher's, signals are passed on
-and the ranks decide when to end, and ranks do not outlive a launcher that is killed.
+Torchrun as it is would hide a user's one-line error under pages of its own, always exit 1, and kill the ranks 30 s
+after a SIGTERM, which a large checkpoint outlasts. Here the first failing rank's exit code is the launcher's, signals
+are passed on and the ranks decide when to end, and ranks do not outlive a launcher that is killed.
 
 ``python -m omni_train.platform.launch N train stage=…`` runs ``omni-train train stage=…`` on N processes.
 """
@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
 def launch(count: int, module: str, arguments: list[str]) -> int:
     """Run ``python -m module *arguments`` on ``count`` ranks and return the exit code.
 
-    That is 0 when all ranks exit 0, else the code of the first rank that failed (128 + signal number if it was killed). The
-    other ranks are then sent SIGTERM, and 30 s later SIGKILL.
+    That is 0 when all ranks exit 0, else the code of the first rank that failed (128 + signal number if it was killed).
+    The other ranks are then sent SIGTERM, and 30 s later SIGKILL.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     for number in FORWARDED:

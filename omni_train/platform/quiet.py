@@ -23,7 +23,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Drop these messages in this process. To be called before the first import of Megatron; calling again is harmless."""
+    """Drop these messages in this process. Must run before the first import of Megatron; calling again is harmless."""
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern, category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)

@@ -1,0 +1,138 @@
+"""The Thinker's language model: embedding, hybrid stack, head, and an optional multi-token-prediction layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+
+from omni_train.models.row import LocalRow
+from omni_train.models.thinker.config import split_pattern, transformer_config
+from omni_train.models.thinker.mtp import MultiTokenPrediction
+from omni_train.nn.backend import backend
+from omni_train.nn.layers import stack_submodules
+from omni_train.nn.rotary import TMRotaryEmbedding
+from omni_train.recipe.schema import Recipe
+
+Objective = Callable[["Thinker", torch.Tensor, LocalRow], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(model, hidden states (S, 1, H) after the final norm, row) -> (summed loss, sums to log)."""
+
+
+class Thinker(LanguageModule):
+    """One pipeline stage's part of the Thinker.
+
+    Args:
+        recipe: a validated recipe.
+        config: Megatron's configuration of the same model.
+        stage: index of this part in the order of the model, from 0 to pipeline·virtual_pipeline − 1.
+        virtual_stage: index among this rank's parts, None without virtual pipelining.
+    """
+
+    def __init__(self, recipe: Recipe, config, stage: int, virtual_stage: int | None) -> None:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        super().__init__(config=config, pg_collection=groups)
+        segments = split_pattern(recipe.model, recipe.parallel)
+        self.vp_stage = virtual_stage
+        self.pre_process, self.post_process = stage == 0, stage == len(segments) - 1
+        self.mtp_process = self.post_process and recipe.model.mtp_num_hidden_layers > 0
+        self.share_embeddings_and_output_weights = recipe.model.tie_word_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        submodules = stack_submodules(backend())
+
+        if self.pre_process or self.mtp_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=recipe.model.vocab_size,
+                max_sequence_length=recipe.model.max_position_embeddings,
+                position_embedding_type="none",
+                tp_group=groups.tp,
+            )
+        self.rotary = TMRotaryEmbedding(
+            rotary_dim=int(recipe.model.head_dim * recipe.model.partial_rotary_factor),
+            base=recipe.model.rope_theta,
+            sections=recipe.model.mrope_section,
+        )
+        self.decoder = HybridStack(
+            config,
+            submodules,
+            pre_process=self.pre_process,
+            layer_type_list=list(segments[stage]),
+            pp_layer_offset=sum(len(segment) for segment in segments[:stage]),
+            post_layer_norm=False,  # the stock final norm needs Transformer Engine
+            post_process=self.post_process,
+            pg_collection=groups,
+        )
+        if self.post_process:
+            self.final_norm = backend().norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                recipe.model.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if self.mtp_process:
+            self.mtp = MultiTokenPrediction(config, submodules, groups)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Take the hidden states of the stage before, as the pipeline schedules hand them over."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def head_weight(self) -> torch.Tensor:
+        """(V/tp, H) this rank's rows of the output projection."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(T,) token ids -> (S, 1, H)."""
+        return self.embedding(input_ids=tokens[None], position_ids=None)
+
+    def forward(self, row: LocalRow, objective: Objective | None = None):
+        """Run this stage.
+
+        Returns:
+            hidden states (S, 1, H) to the next stage; on the last stage what `objective` returns, or without one the
+            hidden states after the final norm.
+        """
+        hidden = self.embed(row.tokens) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary(row.position_ids),
+            packed_seq_params=row.packed,
+            padding_mask=row.padding[None],
+        )
+        if not self.post_process:
+            return hidden
+        hidden = self.final_norm(hidden)
+        return hidden if objective is None else objective(self, hidden, row)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(S, 1, H) final hidden states -> (T, V) logits, gathered over the tensor-parallel ranks. For evaluation."""
+        out, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
+        return out[:, 0]
+
+
+def build_chunks(recipe: Recipe) -> list[Thinker]:
+    """This rank's parts of the Thinker: one, or one per virtual pipeline stage. Process groups must exist."""
+    config = transformer_config(recipe)
+    rank, parallel = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel
+    if parallel.virtual_pipeline == 1:
+        return [Thinker(recipe, config, stage=rank, virtual_stage=None)]
+    return [
+        Thinker(recipe, config, stage=virtual * parallel.pipeline + rank, virtual_stage=virtual)
+        for virtual in range(parallel.virtual_pipeline)
+    ]

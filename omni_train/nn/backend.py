@@ -1,0 +1,70 @@
+"""Which kernels compute the blocks: Transformer Engine and fla on a GPU that has them, plain torch elsewhere.
+
+The only module that imports a GPU kernel library. Both backends hold the same parameters under the same names, so a
+checkpoint does not know which one wrote it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+from omni_train import platform
+from omni_train.platform.logs import warn
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The classes that layers are built from."""
+
+    name: str
+    column_linear: type
+    row_linear: type
+    norm: type  # zero-centred RMSNorm
+    plain_norm: type  # RMSNorm
+    core_attention: type
+
+
+@functools.cache
+def backend() -> Backend:
+    """The backend of this process. Says so loudly, once, where a GPU runs without its kernels."""
+    platform.setup()
+    from omni_train.nn.attention import PackedAttention
+    from omni_train.nn.norm import RMSNorm, ZeroCentredRMSNorm
+
+    norms = {"norm": ZeroCentredRMSNorm, "plain_norm": RMSNorm}
+    on_gpu = platform.has_cuda()
+    _install_delta_rule(on_gpu)
+    if on_gpu and importlib.util.find_spec("transformer_engine"):
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TERowParallelLinear,
+        )
+
+        return Backend(
+            "transformer_engine",
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+            **norms,
+            core_attention=TEDotProductAttention,
+        )
+    if on_gpu:
+        warn(
+            "transformer-engine is not installed: linear layers and attention run on plain torch, several times slower"
+        )
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    return Backend("torch", ColumnParallelLinear, RowParallelLinear, **norms, core_attention=PackedAttention)
+
+
+def _install_delta_rule(on_gpu: bool) -> None:
+    """fla's kernels on a GPU that has them, ours elsewhere."""
+    if on_gpu and importlib.util.find_spec("fla"):
+        return  # Megatron has bound them at import
+    if on_gpu:
+        warn("flash-linear-attention is not installed: Gated DeltaNet runs on plain torch, many times slower")
+    from omni_train.nn.delta_rule import install_cpu_kernels
+
+    install_cpu_kernels()

@@ -1,0 +1,156 @@
+"""Lets Megatron's CUDA-only code run on a machine without CUDA.
+
+Megatron asks for CUDA devices, streams and generators by name. Where there is none, :func:`install` answers those
+questions with the CPU (or with ``meta``, for planning), once for the process. Everything the emulation touches is in
+this file; no other room knows that it exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends what asks for a CUDA device to the device that stands in for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def _is_cuda(self, value) -> bool:
+        if isinstance(value, torch.device):
+            return value.type == "cuda"
+        if isinstance(value, str):
+            return value.startswith("cuda")
+        return False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer sorts parameters by this name.
+            return _CUDA_TYPE_NAMES.get(args[0].dtype, args[0].type())
+        if "device" in kwargs:
+            device = kwargs["device"]
+            if self._is_cuda(device) or (isinstance(device, int) and not isinstance(device, bool)):
+                kwargs = {**kwargs, "device": self.device}
+        elif func is torch.Tensor.to and len(args) > 1 and self._is_cuda(args[1]):
+            args = (args[0], self.device, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream of a device that runs in order: nothing to wait for."""
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def wait_stream(self, _stream) -> None: ...
+
+    def wait_event(self, _event) -> None: ...
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def synchronize(self) -> None: ...
+
+
+class _Event:
+    """An event of a device that runs in order: it has always happened."""
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def record(self, _stream=None) -> None: ...
+
+    def wait(self, _stream=None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _stream_context(_stream):
+    yield
+
+
+@contextlib.contextmanager
+def _fork(self, name="model-parallel-rng"):
+    """Random numbers from the tracked state `name`, as ``CudaRNGStatesTracker.fork``.
+
+    The original also warns when the CPU generator moves, which is exactly what must happen here.
+    """
+    if name not in self.states_:
+        raise KeyError(f"random state {name} was never added")
+    outer = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outer)
+
+
+_installed: _Redirect | None = None
+
+
+def install(device: str = "cpu") -> None:
+    """Answer Megatron's CUDA calls with `device` ("cpu", or "meta" to build without memory). Idempotent.
+
+    Must run before the first import of Megatron: its modules read some of these names, and bind the fusion decorator,
+    when they are imported.
+    """
+    global _installed
+    if _installed is not None:
+        _installed.device = torch.device(device)
+        return
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: _installed.device
+    cuda.device_count = lambda: 1
+    cuda.set_device = lambda _device: None
+    cuda.synchronize = lambda _device=None: None
+    cuda.empty_cache = lambda: None
+    # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = _stream_context
+    cuda.set_stream = lambda _stream: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda device=None: 0
+    torch.nn.Module.cuda = lambda self, device=None: self
+
+    # Fusing through a compiler would start a C++ toolchain in every process.
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+
+    _installed = _Redirect(torch.device(device))
+    _installed.__enter__()
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    megatron_random.CudaRNGStatesTracker.fork = _fork

@@ -1,0 +1,87 @@
+"""Process groups and random seeds of a parallel layout."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from omni_train.platform.device import has_cuda
+from omni_train.recipe.schema import ParallelConfig
+
+_model_group: torch.distributed.ProcessGroup | None = None
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Create Megatron's process groups for the layout and seed every generator.
+
+    Ranks that hold the same parameters draw the same initial values; tensor, expert and pipeline ranks draw different ones.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=has_cuda(),
+    )
+    seed = seed + 100_000 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _create_model_group()
+
+
+def destroy() -> None:
+    """Forget the layout, so that another can be initialised in this process."""
+    global _model_group
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    _model_group = None
+
+
+def _create_model_group() -> None:
+    global _model_group
+    slices: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(slices, data_rank())
+    for index in range(max(slices) + 1):
+        members = [rank for rank, slice_index in enumerate(slices) if slice_index == index]
+        group = torch.distributed.new_group(members)
+        if index == data_rank():
+            _model_group = group
+
+
+def data_rank() -> int:
+    """Which slice of the data this rank reads; ranks of one tensor, pipeline and context group share it."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_world_size() -> int:
+    """Number of slices the data is read in."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_world_size()
+
+
+def model_group() -> torch.distributed.ProcessGroup:
+    """The ranks that work on the same row: tensor, pipeline and context parallel together."""
+    if _model_group is None:
+        raise RuntimeError("the parallel layout is not initialised")
+    return _model_group
+
+
+def gather_over_data_ranks(value) -> list:
+    """`value` of every data rank, in their order. Collective."""
+    from megatron.core import parallel_state
+
+    values: list = [None] * data_world_size()
+    torch.distributed.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+    return values

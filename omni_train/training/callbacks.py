@@ -1,0 +1,141 @@
+"""What watches a run: the metrics file, wandb, and the progress bar. Only rank 0 has any."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from omni_train.errors import UserError
+from omni_train.recipe.schema import Recipe, WandbMode
+
+
+class Callback(Protocol):
+    """Sees every logged step and evaluation."""
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        """A step was logged; `metrics` has ``step`` and the figures of that step."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object per logged step. What came after the checkpoint a run resumes from is dropped."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:
+                    pass  # the line that a crash cut short
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(kept))
+        os.replace(fresh, path)
+        self._file = path.open("a")
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb:
+    """A wandb run, resumed under the same id when the run is."""
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        identity = directory / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        try:
+            self._run = wandb.init(
+                mode=recipe.tracking.mode.value,
+                project=recipe.tracking.project,
+                entity=recipe.tracking.entity,
+                tags=list(recipe.tracking.tags),
+                name=recipe.run,
+                id=identity.read_text().strip(),
+                resume="allow",
+                dir=str(directory),
+                config=asdict(recipe),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"tracking: wandb refuses: {reason}; log in, or choose tracking=wandb_offline") from error
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Progress:
+    """A bar with loss, tokens/s, TFLOP/s, utilisation and the time left; plain lines where there is no terminal."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._total = total
+        if self._live:
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, figures="")
+            self._bar.start()
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        shown = []
+        if "loss" in metrics:
+            shown.append(f"loss {metrics['loss']:.4f}")
+        if "eval_loss" in metrics:
+            shown.append(f"held-out loss {metrics['eval_loss']:.4f}")
+        if "grad_norm" in metrics:
+            shown.append(f"grad {metrics['grad_norm']:.2f}")
+        if "tokens_per_second" in metrics:
+            shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if "tflops_per_second" in metrics:
+            shown.append(f"{metrics['tflops_per_second']:.3g} TFLOP/s")
+        if "mfu" in metrics:
+            shown.append(f"MFU {metrics['mfu']:.1%}")
+        step = int(metrics["step"])
+        if self._live:
+            self._bar.update(self._task, completed=step, figures="  ".join(shown))
+        else:
+            left = metrics.get("eta_seconds")
+            end = f"  {left / 60:.0f} min left" if left is not None else ""
+            self._console.print(f"step {step}/{self._total}  " + "  ".join(shown) + end, highlight=False)
+
+    def close(self) -> None:
+        if self._live:
+            self._bar.stop()
+
+
+def build_callbacks(recipe: Recipe, directory: Path, resume_step: int) -> list[Callback]:
+    """The recipe's callbacks, for rank 0."""
+    callbacks: list[Callback] = [MetricsFile(directory / "metrics.jsonl", resume_step)]
+    if recipe.tracking.mode is not WandbMode.disabled:
+        callbacks.append(Wandb(recipe, directory))
+    callbacks.append(Progress(recipe.schedule.steps, resume_step))
+    return callbacks

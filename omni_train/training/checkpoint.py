@@ -1,0 +1,255 @@
+"""Sharded checkpoints: written in the background, complete or not there, read in any layout.
+
+A checkpoint is a directory ``step_XXXXXXXX``. It is written beside its final name, renamed when every rank's part is on
+disk, and only then does the link ``latest`` move to it; a crash at any moment leaves the previous one usable.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni_train import platform
+from omni_train.errors import UserError
+from omni_train.recipe.schema import CheckpointConfig, ModelConfig
+
+_PARTIAL = ".partial"
+# Model keys that may differ between a checkpoint and the recipe that reads it: they change no tensor's shape or meaning.
+_FREE_MODEL_KEYS = {
+    "name",
+    "router_aux_loss_coef",
+    "initializer_range",
+    "mtp_loss_weight",
+    "max_position_embeddings",
+    "pattern",
+    "repeats",
+}
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint directory that a user's path means: a checkpoint, a run directory, or its ``checkpoints``.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    for candidate in (path, path / "latest", path / "checkpoints" / "latest"):
+        if (candidate / "metadata.json").exists():
+            return candidate.resolve()
+    raise UserError(f"{path}: no complete checkpoint here; give a step_XXXXXXXX directory or a run directory")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step_")) if checkpoint.name.startswith("step_") else 0
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict:
+    """Sharded state of this rank's model chunks, keyed as the optimizer expects them."""
+    metadata = state_metadata()
+    unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
+    if len(unwrapped) == 1:
+        return {"model": unwrapped[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(unwrapped)}
+
+
+def state_metadata() -> dict:
+    """How sharded states are laid out: independent of the layout that wrote them."""
+    from megatron.core import parallel_state
+
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": platform.has_cuda(),
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConfig) -> None:
+    """Read the model's parameters from a checkpoint written in any layout.
+
+    Raises:
+        UserError: the checkpoint is of another architecture, or incomplete.
+    """
+    check_architecture(checkpoint, model)
+    state = _load(model_state(chunks), checkpoint)
+    _apply_model_state(chunks, state)
+
+
+def _apply_model_state(chunks, state) -> None:
+    for i, chunk in enumerate(chunks):
+        key = "model" if len(chunks) == 1 else f"model{i}"
+        getattr(chunk, "module", chunk).load_state_dict(state[key], strict=True)
+
+
+def _load(sharded: dict, checkpoint: Path) -> dict:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        return dist_checkpointing.load(sharded, str(checkpoint))
+    except (CheckpointingException, KeyError, FileNotFoundError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{checkpoint}: this checkpoint cannot be read: {reason}") from error
+
+
+def check_architecture(checkpoint: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint whose model is not the recipe's.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    written = torch.load(checkpoint / "model.pt", weights_only=True)
+    wanted = asdict(model)
+    wanted["layers"] = _layers(model)
+    for key in sorted(set(wanted) - _FREE_MODEL_KEYS):
+        if written.get(key) != wanted[key]:
+            raise UserError(
+                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written.get(key)}, the "
+                f"recipe's is {wanted[key]}; choose the model it was trained with"
+            )
+
+
+def _layers(model: ModelConfig) -> str:
+    return model.pattern.replace("|", "") * model.repeats
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.directory, self.config, self.model = directory, config, model
+        self._queue = AsyncCallsQueue()
+        if platform.rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(leftover)
+        torch.distributed.barrier()
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        link = self.directory / "latest"
+        return link.resolve() if (link / "metadata.json").exists() else None
+
+    def save(self, step: int, chunks, optimizer, progress: dict, loader_state) -> None:
+        """Start writing a checkpoint; it counts once :meth:`finish` has seen it complete. Collective.
+
+        Args:
+            step: optimizer steps done.
+            chunks: this rank's model chunks.
+            optimizer: Megatron's optimizer, None to write the model alone.
+            progress: what the trainer must remember; equal on all ranks.
+            loader_state: this data rank's loader, None on ranks that do not load.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.finish(blocking=True)
+        final = self.directory / f"step_{step:08d}"
+        if (final / "metadata.json").exists():
+            return
+        partial = final.with_name(final.name + _PARTIAL)
+        if platform.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            described = asdict(self.model)
+            described["layers"] = _layers(self.model)
+            torch.save(described, partial / "model.pt")
+        torch.distributed.barrier()
+        torch.save(_random_state(), partial / f"random_{platform.rank():05d}.pt")
+        if loader_state is not None:
+            torch.save(loader_state, partial / f"loader_{platform.parallel.data_rank():05d}.pt")
+
+        state = model_state(chunks)
+        state["progress"] = progress
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(model_state(chunks), metadata=state_metadata())
+        request = dist_checkpointing.save(
+            state, str(partial), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=step == 0
+        )
+        request.finalize_fns.append(lambda: self._complete(partial, final))
+        if self.config.asynchronous:
+            self._queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def finish(self, blocking: bool = False) -> None:
+        """Complete the writes that are done; with `blocking`, wait for all of them. Collective."""
+        self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def close(self) -> None:
+        """Wait for the last write."""
+        self.finish(blocking=True)
+        self._queue.close()
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        if platform.rank() == 0:
+            partial.rename(final)
+            fresh = self.directory / "latest.new"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(final.name)
+            os.replace(fresh, self.directory / "latest")
+            self._prune()
+        torch.distributed.barrier()
+
+    def _prune(self) -> None:
+        complete = sorted(path for path in self.directory.glob("step_*") if (path / "metadata.json").exists())
+        for old in complete[: -self.config.keep] if self.config.keep else []:
+            (old / "metadata.json").unlink()  # incomplete from here on, should the removal be interrupted
+            shutil.rmtree(old)
+
+    def load(self, checkpoint: Path, chunks, optimizer) -> dict:
+        """Read model, optimizer and random state. Collective.
+
+        Returns:
+            what :meth:`save` was given as `progress`.
+        """
+        check_architecture(checkpoint, self.model)
+        state = model_state(chunks)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            model_state(chunks), is_loading=True, metadata=state_metadata()
+        )
+        state = _load(state, checkpoint)
+        _apply_model_state(chunks, state)
+        optimizer.load_state_dict(state["optimizer"])
+        random_state = checkpoint / f"random_{platform.rank():05d}.pt"
+        if random_state.exists():
+            _restore_random_state(torch.load(random_state, weights_only=False))
+        return state["progress"]
+
+    @staticmethod
+    def loader_states(checkpoint: Path) -> list:
+        """The loader states of all data ranks that wrote the checkpoint, in their order."""
+        return [torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("loader_*.pt"))]
+
+
+def _random_state() -> dict:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random_state(state: dict) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    if set(tracker.get_states()) != set(state["tracker"]):
+        return  # written in another layout: the generators keep their fresh seeds
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tracker.set_states(state["tracker"])

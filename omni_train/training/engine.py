@@ -1,0 +1,139 @@
+"""The Megatron engine: one optimizer step over a global batch of rows, in any parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from omni_train import platform
+from omni_train.data.batch import PackedBatch
+from omni_train.models.row import LocalRow
+from omni_train.models.thinker import build_chunks
+from omni_train.nn import balance
+from omni_train.objectives.language_modelling import LanguageModelling
+from omni_train.recipe.schema import Recipe
+from omni_train.training.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did, equal on every rank."""
+
+    metrics: dict[str, float] = field(default_factory=dict)  # loss, grad_norm, and what objective and router add
+    tokens: float = 0.0  # of the global batch, padding excluded
+    samples: int = 0  # that begin in the global batch
+    skipped: int = 0  # refused by the loaders while they made it
+    updated: bool = True  # False where a non-finite loss or gradient made the step be skipped
+
+
+class MegatronEngine:
+    """Model, optimizer and step on Megatron's schedules. Process groups must exist."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.objective = LanguageModelling(recipe.loss_chunk_tokens, recipe.model.mtp_loss_weight)
+        modules = build_chunks(recipe)
+        freeze(modules, recipe.trainable)
+        self.config = modules[0].config
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=recipe.optimizer.name == "adamw",
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(modules)
+        ]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
+        # Gradients are sums of terms already divided by the global batch: nothing to divide at the end.
+        self.config.finalize_model_grads_func = lambda model, _tokens=None, **options: finalize_model_grads(
+            model, None, **options
+        )
+        self.optimizer = build_optimizer(recipe, self.chunks)
+        self._run = get_forward_backward_func()
+
+    def _global_sums(self, rows: list[PackedBatch]) -> list[float]:
+        """Loss weight, real tokens, samples and refused samples of the global batch.
+
+        Summed over the data ranks alone: the other ranks of a model group hold the same rows.
+        """
+        mine = [
+            (row.num_loss_tokens, float((~row.padding).sum()), row.samples, sum(row.skipped.values())) for row in rows
+        ]
+        sums = torch.tensor(mine, dtype=torch.float64, device=platform.device()).sum(0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        return sums.tolist()
+
+    def _forward_step(self, rows, chunk):
+        row = LocalRow.from_batch(next(rows))
+        out = chunk(row, self.objective)
+        if isinstance(out, tuple):
+            loss, sums = out
+            return loss, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), sums)
+        return out, None
+
+    def _schedule(self, rows: list[PackedBatch], forward_only: bool) -> dict[str, float]:
+        """Run the micro-batches; sums of the objective over the global batch, equal on every rank."""
+        iterators = [iter(rows) for _ in self.chunks]
+        stored = self._run(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=self.recipe.data.row_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        names = ["loss"] + (["mtp_loss"] if self.recipe.model.mtp_num_hidden_layers else [])
+        totals = torch.zeros(len(names), device=platform.device())
+        for sums in stored:
+            totals += torch.stack([sums[name].float() for name in names])
+        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.recipe.parallel.pipeline > 1:
+            torch.distributed.broadcast(
+                totals,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def train_step(self, rows: list[PackedBatch], learning_rate: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            rows: this data rank's rows of the global batch; equal on the ranks of one model group.
+            learning_rate: of this step.
+        """
+        weight, tokens, samples, skipped = self._global_sums(rows)
+        self.objective.batch_weight = max(weight, 1.0)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, tokens)
+        metrics = self._schedule(rows, forward_only=False)
+        metrics |= balance.end_step(
+            self.chunks,
+            group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        set_learning_rate(self.optimizer, learning_rate, self.recipe.optimizer.weight_decay)
+        metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
+        return StepResult(metrics, tokens, int(samples), int(skipped), updated)
+
+    @torch.no_grad()
+    def evaluate(self, rows: list[PackedBatch]) -> dict[str, float]:
+        """Objective of held-out rows, mean per token over all data ranks."""
+        weight, *_ = self._global_sums(rows)
+        self.objective.batch_weight = max(weight, 1.0)
+        for chunk in self.chunks:
+            chunk.eval()
+        metrics = self._schedule(rows, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return metrics

@@ -1,0 +1,37 @@
+"""A recipe from the command line to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from omni_train import platform
+from omni_train.recipe.compose import write_recipe
+from omni_train.recipe.schema import Recipe
+from omni_train.recipe.validate import validate
+
+
+def run(recipe: Recipe) -> int:
+    """Run a recipe on this rank, with whatever ranks the launcher started.
+
+    Returns:
+        the process's exit status.
+
+    Raises:
+        UserError: the recipe, the data or a checkpoint cannot work.
+    """
+    validate(recipe, platform.world_size())
+    platform.init_distributed(timeout_seconds=recipe.safety.hang_seconds)
+    try:
+        from omni_train.training.trainer import Trainer
+
+        platform.parallel.initialize(recipe.parallel, recipe.seed)
+        trainer = Trainer(recipe)
+        if platform.rank() == 0:
+            write_recipe(recipe, Path(recipe.runs_dir) / recipe.run / "recipe.yaml")
+        trainer.fit()
+    finally:
+        platform.parallel.destroy()
+        torch.distributed.destroy_process_group()
+    return 0

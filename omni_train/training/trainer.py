@@ -1,0 +1,162 @@
+"""The loop: rows, step, log, evaluate, save, until the run's length or a request to stop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from omni_train import platform
+from omni_train.data.loader import build_loader
+from omni_train.errors import UserError
+from omni_train.platform.logs import say, warn
+from omni_train.platform.signals import StopRequest, Watchdog
+from omni_train.recipe.schema import Recipe
+from omni_train.training.callbacks import Callback, build_callbacks
+from omni_train.training.checkpoint import CheckpointStore, load_model, resolve, step_of
+from omni_train.training.engine import MegatronEngine
+from omni_train.training.feed import Feed
+from omni_train.training.flops import step_flops
+from omni_train.training.schedule import Schedule
+
+
+class Trainer:
+    """One run of a recipe on this rank. Process groups must exist."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.directory = Path(recipe.runs_dir) / recipe.run
+        self.engine = MegatronEngine(recipe)
+        self.schedule = Schedule(recipe.schedule, recipe.optimizer)
+        self.store = CheckpointStore(self.directory / "checkpoints", recipe.checkpoint, recipe.model)
+        self.step = 0
+        self.progress = {"tokens": 0.0, "samples": 0, "skipped_steps": 0, "skipped_samples": {}}
+        self.nonfinite_in_a_row = 0
+        self.feed: Feed | None = None
+        self._held_out = None
+
+        resume_from = self.store.latest()
+        if resume_from is not None:
+            self.progress |= self.store.load(resume_from, self.engine.chunks, self.engine.optimizer)
+            self.step = step_of(resume_from)
+            say(f"resuming from {resume_from} at step {self.step}")
+        elif recipe.init_from:
+            start = resolve(recipe.init_from)
+            load_model(self.engine.chunks, start, recipe.model)
+            self.engine.optimizer.reload_model_params()
+            say(f"starting from the parameters of {start}")
+        if recipe.schedule.steps > 0:
+            self.feed = Feed(lambda: self._loader("train"))
+            if resume_from is not None and self.step > 0:
+                self.feed.restore(self.store.loader_states(resume_from))
+
+    def _loader(self, split: str):
+        return build_loader(
+            self.recipe.data,
+            split=split,
+            seed=self.recipe.seed,
+            data_rank=platform.parallel.data_rank(),
+            data_world_size=platform.parallel.data_world_size(),
+        )
+
+    def fit(self) -> None:
+        """Train to the end of the recipe, or to a signal; the last step is always saved."""
+        config, world = self.recipe.schedule, platform.parallel.data_world_size()
+        stop, watchdog = StopRequest(), Watchdog(self.recipe.safety.hang_seconds)
+        callbacks = build_callbacks(self.recipe, self.directory, self.step) if platform.rank() == 0 else []
+        try:
+            stopped = None
+            while not self.schedule.done(self.step, self.progress["tokens"]):
+                watchdog.alive()
+                metrics = self._train_step(config.global_batch // world)
+                if config.eval_every and self.step % config.eval_every == 0:
+                    metrics |= self._evaluate(config.eval_rows // world)
+                if self.step % config.log_every == 0 or "eval_loss" in metrics:
+                    for callback in callbacks:
+                        callback.on_metrics(metrics)
+                if stop.agreed():
+                    stopped = stop.name or "a signal to another rank"
+                    break
+                if config.stop_after and self.step >= config.stop_after:
+                    break
+                if self.step % self.recipe.checkpoint.save_every == 0:
+                    self._save()
+                self.store.finish()
+            watchdog.alive()
+            self._save()
+            self.store.close()
+            if stopped:
+                say(f"stopped by {stopped} after step {self.step}, saved; the same command goes on from here")
+        finally:
+            watchdog.stop()
+            _close(callbacks)
+
+    def _train_step(self, count: int) -> dict[str, float]:
+        start = time.perf_counter()
+        assert self.feed is not None
+        learning_rate = self.schedule.learning_rate(self.step, self.progress["tokens"])
+        rows = self.feed.rows(count)
+        result = self.engine.train_step(rows, learning_rate)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        self.progress["tokens"] += result.tokens
+        self.progress["samples"] += result.samples
+        if result.skipped:
+            self._count_skipped(rows)
+        self._guard(result.updated)
+        flops = step_flops(self.recipe.model, rows) * platform.parallel.data_world_size()
+        rate = flops / seconds
+        metrics = {
+            "step": self.step,
+            **result.metrics,
+            "lr": learning_rate,
+            "tokens": self.progress["tokens"],
+            "tokens_per_second": result.tokens / seconds,
+            "data_wait_seconds": self.feed.wait_seconds,
+            "step_seconds": seconds,
+            "tflops_per_second": rate / 1e12,
+            "eta_seconds": seconds * (self.recipe.schedule.steps - self.step),
+            "skipped_steps": self.progress["skipped_steps"],
+            "skipped_samples": sum(self.progress["skipped_samples"].values()),
+        }
+        peak = platform.peak_flops()
+        if peak:
+            metrics["mfu"] = rate / (peak * platform.world_size())
+        return metrics
+
+    def _count_skipped(self, rows) -> None:
+        """Add what the loaders of all data ranks refused, by reason, and say so. Collective."""
+        everywhere = platform.parallel.gather_over_data_ranks([row.skipped for row in rows])
+        counts = self.progress["skipped_samples"]
+        for skipped in (row for rank in everywhere for row in rank):
+            for reason, number in skipped.items():
+                counts[reason] = counts.get(reason, 0) + number
+        say(f"step {self.step}: samples skipped so far: " + ", ".join(f"{r} {n}" for r, n in sorted(counts.items())))
+
+    def _guard(self, updated: bool) -> None:
+        """Count a step that a non-finite loss or gradient made useless; give up after too many in a row."""
+        if updated:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        self.progress["skipped_steps"] += 1
+        allowed = self.recipe.safety.max_nonfinite_steps
+        warn(f"step {self.step}: non-finite loss or gradient; the step is skipped ({self.nonfinite_in_a_row} in a row)")
+        if self.nonfinite_in_a_row > allowed:
+            raise UserError(
+                f"step {self.step}: non-finite loss or gradient {self.nonfinite_in_a_row} times in a row, "
+                f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
+            )
+
+    def _evaluate(self, count: int) -> dict[str, float]:
+        if self._held_out is None:
+            self._held_out = Feed(lambda: self._loader("val")).rows(count)
+        return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
+
+    def _save(self) -> None:
+        state = self.feed.state() if self.feed else None
+        self.store.save(self.step, self.engine.chunks, self.engine.optimizer, self.progress, state)
+
+
+def _close(callbacks: list[Callback]) -> None:
+    for callback in callbacks:
+        callback.close()

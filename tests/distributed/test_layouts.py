@@ -1,0 +1,83 @@
+"""The layout changes nothing: the same losses and gradient norms from one initial checkpoint, in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Recompute
+from tests.support.thinker import global_batches, small_recipe
+
+LAYOUTS = {
+    "TP2": (2, ParallelConfig(tensor=2)),
+    "PP2": (2, ParallelConfig(pipeline=2)),
+    "CP2": (2, ParallelConfig(context=2)),
+    "EP2": (2, ParallelConfig(expert=2)),
+    "DP2": (2, ParallelConfig()),
+    "PP2-VPP2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+    "TP2-PP2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "TP2-CP2": (4, ParallelConfig(tensor=2, context=2)),
+    "TP2-PP2-EP2": (4, ParallelConfig(tensor=2, pipeline=2, expert=2)),
+    "DP2-EP2-ETP2": (4, ParallelConfig(tensor=2, expert=2, expert_tensor=2)),
+}
+MTP = {"mtp_num_hidden_layers": 1}
+
+
+def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
+    """Train on fixed global batches from the checkpoint `start` (None: write it), returning metrics by step."""
+    from omni_train import platform
+    from omni_train.training.checkpoint import CheckpointStore, load_model
+    from omni_train.training.engine import MegatronEngine
+
+    recipe = small_recipe(parallel, **changes)
+    platform.parallel.initialize(parallel, recipe.seed)
+    engine = MegatronEngine(recipe)
+    if start is not None:
+        load_model(engine.chunks, Path(start), recipe.model)
+        engine.optimizer.reload_model_params()
+    if save is not None:
+        store = CheckpointStore(Path(folder) / save, CheckpointConfig(asynchronous=False), recipe.model)
+        store.save(0, engine.chunks, engine.optimizer, {}, None)
+        store.close()
+    world, mine = platform.parallel.data_world_size(), platform.parallel.data_rank()
+    history = []
+    for rows in global_batches(steps):
+        share = len(rows) // world
+        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-3)
+        assert result.updated
+        history.append(result.metrics)
+    platform.parallel.destroy()
+    return history
+
+
+@pytest.fixture(scope="module")
+def initial(distributed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    plain = distributed(1, train, ParallelConfig(), folder, None, "initial", {})[0]
+    return folder, folder / "initial" / "step_00000000", plain
+
+
+def assert_same(expected, history):
+    for step, (want, have) in enumerate(zip(expected, history, strict=True)):
+        assert have["loss"] == pytest.approx(want["loss"], rel=1e-4), (step, want, have)
+        assert have["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3), (step, want, have)
+        for name in set(want) - {"loss", "grad_norm"}:
+            assert have[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), (step, name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_like_one_rank(distributed, initial, name):
+    folder, start, expected = initial
+    world_size, parallel = LAYOUTS[name]
+    for history in distributed(world_size, train, parallel, folder, start, None, {}):
+        assert_same(expected, history)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.full, Recompute.selective])
+def test_recomputation_changes_nothing(distributed, initial, recompute):
+    folder, start, expected = initial
+    for history in distributed(2, train, ParallelConfig(tensor=2), folder, start, None, {"recompute": recompute}):
+        assert_same(expected, history)
