@@ -19,8 +19,8 @@ def distributed() -> Iterator[Callable]:
     order. The workers live on between tests, so a call costs milliseconds; process groups, Megatron's included, are
     destroyed after each call, and torch's seed is set to 0 before each.
 
-    ``function`` must be at the top level of its module, and it, its arguments and its result must pickle. Tensors travel by
-    value. A rank that raises, dies, or has not answered after ``timeout`` seconds fails the test with
+    ``function`` must be at the top level of its module, and it, its arguments and its result must pickle. Tensors
+    travel by value. A rank that raises, dies, or has not answered after ``timeout`` seconds fails the test with
     ``tests.support.pool.RankFailed``, whose message names the rank and carries its traceback::
 
         def total(rank, world_size, start):

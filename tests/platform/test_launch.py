@@ -13,7 +13,11 @@ import psutil
 import pytest
 
 LOCAL = Path(__file__).parents[2] / "launchers" / "local.sh"
-LAUNCH = "import sys; from omni_train.platform.launch import launch; sys.exit(launch(2, 'tests.support.ranks', sys.argv[1:]))"
+LAUNCH = """
+import sys
+from omni_train.platform.launch import launch
+sys.exit(launch(2, "tests.support.ranks", sys.argv[1:]))
+"""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Worker processes that run a function on several ranks, kept alive between calls.
 
-Starting a process and importing torch and Megatron costs seconds; a call on living workers costs milliseconds. This module
-imports torch only where it is used, so that a worker's environment is set first.
+Starting a process and importing torch and Megatron costs seconds; a call on living workers costs milliseconds. This
+module imports torch only where it is used, so that a worker's environment is set first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RankFailed(Exception):
 
 
 class WorkerPool:
-    """Up to ``MAX_WORLD_SIZE`` processes, started on demand; each call joins the first ``world_size`` of them by gloo."""
+    """Up to ``MAX_WORLD_SIZE`` processes, started on demand; each call joins the first ``world_size`` by gloo."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
@@ -39,8 +39,9 @@ class WorkerPool:
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
         """Call ``function(rank, world_size, *args)`` on every rank and return the results in rank order.
 
-        Raises ``RankFailed`` if a rank raises, dies, or has not answered after ``timeout`` seconds; ``ValueError`` for a
-        world size out of range.
+        Raises:
+            RankFailed: a rank raised, died, or had not answered after ``timeout`` seconds.
+            ValueError: the world size is out of range.
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size={world_size}: the test pool has 1 to {MAX_WORLD_SIZE} workers")

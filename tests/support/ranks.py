@@ -1,4 +1,4 @@
-"""A program for the launcher to run: ``python -m tests.support.ranks BEHAVIOUR FOLDER``, one file per rank in FOLDER."""
+"""A program for the launcher to run: ``python -m tests.support.ranks BEHAVIOUR FOLDER``; each rank writes a file."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_workers_live_on_between_calls(distributed):
 
 
 def test_a_failing_rank_is_named_and_the_pool_goes_on(distributed):
-    with pytest.raises(RankFailed, match="(?s)^rank 1 of 2: .*fail_on_rank_1.*KeyError: 'the lost key'"):
+    with pytest.raises(RankFailed, match=r"(?s)^rank 1 of 2: .*fail_on_rank_1.*KeyError: 'the lost key'"):
         distributed(2, fail_on_rank_1)
     assert distributed(2, total, 5) == [11.0] * 2
 

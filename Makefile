@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target makes; `make help` lists the targets.
+
+PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	2>/dev/null && echo $$p && break; done)
+SMOKE = train stage=text_pretrain model=tiny data=rehearsal schedule=smoke run=smoke
+
+.PHONY: help setup smoke test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup: .venv/.installed ## make .venv with everything pinned in constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "omni_train needs Python 3.12 or newer: no python3.12 or python3 of that age is on PATH" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv; torch is large, so the first time takes minutes"
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,dev]'
+	@touch $@
+
+rehearsal: | setup
+	.venv/bin/omni-train data rehearsal out=rehearsal
+
+smoke: setup rehearsal ## train a tiny Thinker, on every GPU or else on two CPU processes, and show how it went
+	@rm -rf runs/smoke
+	@gpus=$$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE); \
+	else launchers/local.sh 2 $(SMOKE) parallel.tensor=2; fi
+	@.venv/bin/python -m omni_train.training.report runs/smoke
+
+test: setup ## all tests
+	.venv/bin/python -m pytest -q
+
+lint: setup ## style, formatting and the walls between the rooms
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/lint-imports
+
+bench: setup ## run benchmarks/ and write the results into docs/performance.md
+	.venv/bin/python -m benchmarks
+
+clean: ## remove caches and runs; .venv and the rehearsal stay
+	rm -rf runs outputs multirun build dist .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
