@@ -1,5 +1,34 @@
-"""The error a user can act on."""
+"""The error a user can act on, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
 
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, what to do. The command line exits 2."""
+
+    announced = False
+
+
+def announce(error: UserError) -> None:
+    """Print the error on stderr, once for all the ranks that have it; a second call does nothing.
+
+    Connected ranks agree through their store, so that an error of one rank alone is printed by that rank: call this before
+    the process group is destroyed. Without one, all ranks of a machine have the same error, and the first prints it.
+    """
+    if error.announced:
+        return
+    error.announced = True
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        try:
+            store = distributed.distributed_c10d._get_default_store()
+            first = store.add(f"omni_train/error/{error}", 1) == 1
+        except RuntimeError:  # the store is gone with the rank that kept it
+            first = True
+    else:
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first:
+        print(f"error: {error}", file=sys.stderr, flush=True)

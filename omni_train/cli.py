@@ -1,0 +1,80 @@
+"""``omni-train {train, data, convert}``: parse and dispatch, nothing else.
+
+What a command needs is imported when it runs, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from omni_train.errors import UserError, announce
+
+_USAGE = """\
+omni-train <command> [arguments]
+
+  train      train what a recipe says; run again, it resumes
+               omni-train train --help
+  data       write a data set of our own
+               omni-train data rehearsal out=DIR
+  convert    Hugging Face folders in and out
+               omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
+
+Exit codes: 0 done, 2 something given is wrong (one line says what), 130 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "data": _data, "convert": _convert}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_USAGE)
+            return 0 if arguments else 2
+        if arguments[0] not in commands:
+            raise UserError(f"{arguments[0]} is not a command; choose one of {', '.join(commands)}")
+        return commands[arguments[0]](arguments[1:])
+    except UserError as error:
+        announce(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    from omni_train.recipe import hydra_app
+    from omni_train.recipe.schema import Recipe
+
+    def job(recipe: Recipe) -> int:
+        from omni_train.training.run import run
+
+        return run(recipe)
+
+    return hydra_app.run("omni-train train", arguments, job)
+
+
+def _data(arguments: list[str]) -> int:
+    from omni_train.options import call
+
+    def rehearsal():
+        from data_pipelines.rehearsal import build
+
+        return build
+
+    return call("omni-train data", {"rehearsal": rehearsal}, arguments)
+
+
+def _convert(arguments: list[str]) -> int:
+    from omni_train.options import call
+
+    def import_():
+        from omni_train.interop.convert import import_checkpoint
+
+        return import_checkpoint
+
+    def export():
+        from omni_train.interop.convert import export_checkpoint
+
+        return export_checkpoint
+
+    return call("omni-train convert", {"import": import_, "export": export}, arguments)

@@ -1,0 +1,81 @@
+"""``key=value`` arguments of the commands that need no recipe: the parameters of a function, by name and type."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omni_train.errors import UserError
+
+_TRUTH = {"true": True, "false": False}
+
+
+def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments: Sequence[str]) -> int:
+    """Run ``program <action> key=value …``.
+
+    Args:
+        program: the words before the action, for messages.
+        actions: name -> a loader that imports and returns the function. Its parameters are the keys, their annotations
+            (str, int, float, bool, Path, or one of these and None) the types, their defaults what may be left out.
+        arguments: the action and its ``key=value`` words, or ``--help``.
+
+    Raises:
+        UserError: unknown action or key, a key given twice or left out, a value of another type.
+    """
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    wants_help = len(words) < len(arguments)
+    if not words:
+        if wants_help:
+            print("\n".join(f"{program} {_usage(name, load())}" for name, load in actions.items()))
+            return 0
+        raise UserError(f"{program} needs one of {', '.join(actions)}")
+    name, *pairs = words
+    if name not in actions:
+        raise UserError(f"{program} {name} does not exist; choose one of {', '.join(actions)}")
+    function = actions[name]()
+    if wants_help:
+        print(f"{program} {_usage(name, function)}\n\n{inspect.getdoc(function) or ''}")
+        return 0
+    function(**_parse(f"{program} {_usage(name, function)}", function, pairs))
+    return 0
+
+
+def _usage(name: str, function: Callable) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    return " ".join([name, *(f"{p.name}=…" if p.default is p.empty else f"[{p.name}={p.default}]" for p in parameters)])
+
+
+def _parse(usage: str, function: Callable, pairs: Sequence[str]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    types = get_type_hints(function)
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if key not in parameters:
+            near = difflib.get_close_matches(key, parameters, n=1)
+            raise UserError(
+                f"{key} is not an argument; " + (f"did you mean {near[0]}=?" if near else f"usage: {usage}")
+            )
+        if not equals or not text:
+            raise UserError(f"{key} has no value; write {key}=…")
+        if key in values:
+            raise UserError(f"{key} is given twice; keep one")
+        values[key] = _convert(key, text, types.get(key, str))
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in values:
+            raise UserError(f"{key}= is missing; usage: {usage}")
+    return values
+
+
+def _convert(key: str, text: str, annotation: Any) -> Any:
+    choices = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    kind = choices[0]
+    try:
+        if kind is bool:
+            return _TRUTH[text.lower()]
+        return kind(text) if kind in (int, float, Path) else text
+    except (ValueError, KeyError):
+        raise UserError(f"{key}={text}: expected {'true or false' if kind is bool else kind.__name__}") from None

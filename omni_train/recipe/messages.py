@@ -1,0 +1,95 @@
+"""What Hydra and OmegaConf refuse, said in one line that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from omni_train.errors import UserError
+from omni_train.recipe.schema import Recipe
+
+_HELP = "omni-train train --help lists them"
+
+# Hydra's own sentences that need another remedy here: pattern of the first line -> what to say.
+_SENTENCES = (
+    (r"Ambiguous value for argument '(.+)'", r"\1: several values; write [a,b] for a list, or add --multirun"),
+    (r"Multiple values for ([\w/]+)\. .* '.+: (\S+)'", r"\1 is already chosen; write \1=\2 without +"),
+    (r"Could not append to config\. An item is already at '(.+)'", r"\1 is a key of the recipe; write it without +"),
+    (r"Config group override must be .* Got (\w+)", rf"a group takes the name of a recipe, not \1; {_HELP}"),
+    (r".*Missing mandatory value: (\S+)", r"\1 has no value; give it: \1=…"),
+)
+
+
+def recipe_keys(schema: type = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the recipe, those of list entries included."""
+    types = get_type_hints(schema)
+    for entry in fields(schema):
+        key = prefix + entry.name
+        yield key
+        for inner in (types[entry.name], *get_args(types[entry.name])):
+            if is_dataclass(inner):
+                yield from recipe_keys(inner, f"{key}.")
+
+
+def unknown_key(key: str) -> UserError:
+    """``key`` is not in the schema; name the nearest one that is."""
+    near = difflib.get_close_matches(key, list(recipe_keys()), n=1)
+    remedy = f"did you mean {near[0]}?" if near else _HELP
+    return UserError(f"{key} is not a key of the recipe; {remedy}")
+
+
+def one_line(error: BaseException) -> UserError:
+    """The error of composing a recipe as a ``UserError``.
+
+    What neither Hydra nor OmegaConf refused is a defect of ours and is raised again as it is.
+    """
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, OverrideParseException):
+            return UserError(f"{cause.override!r} is not an override; write key=value, group=option or key=[a,b]")
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            group, _, option = (cause.missing_cfg_file or "").rpartition("/")
+            return UserError(f"{group}={option}: no such recipe; choose one of {', '.join(sorted(cause.options))}")
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return unknown_key(_full_key(cause, error))
+        if isinstance(cause, MissingMandatoryValue) and cause.full_key:
+            return UserError(f"{cause.full_key} has no value; give it: {cause.full_key}=…")
+    for cause in chain:
+        sentence = _first_line(cause)
+        for pattern, message in _SENTENCES:
+            if match := re.match(pattern, sentence):
+                return UserError(match.expand(message))
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException):
+            return UserError(f"{_full_key(cause, error)}: {_first_line(cause)}")
+    if isinstance(error, HydraException | ValueError):
+        return UserError(_first_line(error))
+    raise error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _full_key(cause: OmegaConfBaseException, error: BaseException) -> str:
+    """The key from the root of the recipe. OmegaConf names an entry of a list from the entry; Hydra names the list."""
+    key = re.sub(r"\[\d+\]", "", cause.full_key or str(cause.key or ""))
+    override = re.search(r"override '?[~+]*([\w./]+)", str(error))
+    if override and not key.startswith(override[1]):
+        return f"{override[1]}.{key}".rstrip(".")
+    return key
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")

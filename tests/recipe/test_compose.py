@@ -1,0 +1,185 @@
+"""The tree composes, types hold, and what is written is read back."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from omni_train.errors import UserError
+from omni_train.recipe.compose import load_recipe, read_recipe, recipes_dir, write_recipe
+from omni_train.recipe.schema import (
+    Decay,
+    LossOn,
+    OptimizerName,
+    ParamGroupConfig,
+    Precision,
+    Recipe,
+    Recompute,
+    SourceConfig,
+    WandbMode,
+)
+from omni_train.recipe.validate import processes, validate
+
+TREE = sorted(path.relative_to(recipes_dir()) for path in recipes_dir().glob("*/*.yaml"))
+# A recipe that only works beside another.
+PARTNERS = {
+    "parallel/cp8": ["model=flash_35b_a3b"],
+    "parallel/tp4_pp4_ep32": ["model=flash_35b_a3b"],
+    "parallel/tp2_pp4_cp8_ep32": ["model=flash_35b_a3b"],
+    "parallel/tp2_pp2_ep16": ["model=flash_35b_a3b"],
+    "stage/s3_long_context": ["model=flash_35b_a3b"],
+}
+MODELS = [path.stem for path in TREE if path.parent == Path("model")]
+
+
+@pytest.mark.parametrize("path", TREE, ids=str)
+def test_every_recipe_composes_and_validates(path):
+    group, option = path.parent.name, path.stem
+    recipe = load_recipe([f"{group}={option}", *PARTNERS.get(f"{group}/{option}", [])])
+    validate(recipe, world_size=None)
+
+
+@pytest.mark.parametrize("stage", ["s2_general", "s3_long_context"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "tiny"])
+def test_every_published_size_fits_every_large_stage(stage, model):
+    recipe = load_recipe([f"stage={stage}", f"model={model}"])
+    validate(recipe, world_size=None)
+    assert recipe.precision is Precision.bf16
+    assert recipe.data.row_tokens == {"s2_general": 32768, "s3_long_context": 262144}[stage]
+    assert recipe.trainable == ["*"]
+
+
+@pytest.mark.parametrize("model", ["flash_35b_a3b", "plus_122b_a10b", "plus_397b_a17b"])
+@pytest.mark.parametrize(
+    ("stage", "parallel", "ranks"),
+    [("s2_general", "tp4_pp4_ep32", 128), ("s3_long_context", "tp2_pp4_cp8_ep32", 128), ("s2_general", "tp2_ep8", 8)],
+)
+def test_cluster_layouts_fit_the_large_models_on_their_world(model, stage, parallel, ranks):
+    recipe = load_recipe([f"stage={stage}", f"model={model}", f"parallel={parallel}"])
+    assert processes(recipe.parallel) == ranks
+    validate(recipe, world_size=2 * ranks)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor=2", "parallel.context=2"],
+        ["parallel.tensor=4"],
+        ["parallel.context=4"],
+        ["parallel.expert=2", "parallel.expert_tensor=2"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
+    ],
+    ids=" ".join,
+)
+def test_tiny_allows_every_kind_of_layout(layout):
+    recipe = load_recipe(layout)
+    validate(recipe, world_size=processes(recipe.parallel))
+
+
+def test_values_are_dataclasses_and_enums():
+    recipe = load_recipe(
+        [
+            "tracking=wandb_offline",
+            "optimizer=muon",
+            "precision=bf16",
+            "recompute=full",
+            "schedule.decay=wsd",
+            "schedule.tokens=12345",
+            "data.loss_on=all",
+            "optimizer.groups=[{match:'*.norm*',lr_factor:0.5}]",
+            "data.sources.1.weight=0.7",
+        ]
+    )
+    assert type(recipe) is Recipe
+    assert recipe.tracking.mode is WandbMode.offline
+    assert recipe.optimizer.name is OptimizerName.muon
+    assert recipe.precision is Precision.bf16
+    assert recipe.recompute is Recompute.full
+    assert recipe.schedule.decay is Decay.wsd
+    assert recipe.schedule.tokens == 12345
+    assert recipe.data.loss_on is LossOn.all
+    assert recipe.optimizer.groups == [ParamGroupConfig(match=r"*.norm*", lr_factor=0.5)]
+    assert recipe.data.sources == [SourceConfig("rehearsal/text", 0.8), SourceConfig("rehearsal/chat", 0.7)]
+
+
+def test_the_command_line_wins_over_the_stage_and_the_stage_over_the_groups():
+    assert load_recipe().optimizer.lr == 3e-3  # the stage; the group says 3e-4
+    assert load_recipe(["optimizer=muon"]).optimizer.lr == 3e-3
+    assert load_recipe(["optimizer.lr=0.5"]).optimizer.lr == 0.5
+    assert load_recipe(["stage=s2_general"]).data.name == "shards"
+    assert load_recipe(["stage=s2_general", "data=rehearsal"]).data.name == "rehearsal"
+
+
+def test_data_path_moves_sources_and_tokenizer():
+    data = load_recipe(["data.path=/corpus"]).data
+    assert [source.path for source in data.sources] == ["/corpus/text", "/corpus/chat"]
+    assert data.tokenizer == "/corpus/tokenizer"
+
+
+def test_the_run_is_named_after_stage_and_model_unless_said():
+    assert load_recipe().run == "text_pretrain-tiny"
+    assert load_recipe(["run=mine"]).run == "mine"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["stage=s2_general", "model=plus_397b_a17b", "schedule.stop_after=7", "tracking=wandb", "tracking.tags=[a,b]"],
+    ],
+    ids=["rehearsal", "large"],
+)
+def test_a_written_recipe_reads_back_equal(tmp_path, overrides):
+    recipe = load_recipe(overrides)
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    again = read_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe
+    assert again.precision is recipe.precision
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_written_recipe_has_nothing_left_to_resolve(tmp_path):
+    write_recipe(load_recipe(), tmp_path / "recipe.yaml")
+    assert "${" not in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory; expected the recipe.yaml of a run"),
+        ("seed: [1", "not YAML; expected the recipe.yaml of a run"),
+        ("sede: 1", "sede is not a key of the recipe; did you mean seed?"),
+        ("seed: x", "seed: Value 'x' of type 'str' could not be converted to Integer"),
+        ("seed: 1", "stage has no value; give it: stage=…"),
+        ("- 1", "not a mapping of keys; expected the recipe.yaml of a run"),
+        ("", "stage has no value; give it: stage=…"),
+    ],
+)
+def test_a_broken_recipe_file_is_refused_in_one_line_that_names_it(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistyped_key_in_a_recipe_of_the_tree_is_refused(tmp_path):
+    tree = shutil.copytree(recipes_dir(), tmp_path / "recipes")
+    with (tree / "model" / "tiny.yaml").open("a") as file:
+        file.write("num_expert: 4\n")
+    with pytest.raises(UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.num_experts"):
+        load_recipe(config_dir=tree)
+
+
+def test_installed_recipes_are_found_before_those_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr("omni_train.recipe.compose.PACKAGE", tmp_path / "omni_train")
+    with pytest.raises(UserError, match=r"no recipes in .*omni_train/recipes or .*; install omni_train again"):
+        recipes_dir()
+    for place in (tmp_path / "recipes", tmp_path / "omni_train" / "recipes"):
+        place.mkdir(parents=True)
+        (place / "config.yaml").touch()
+        assert recipes_dir() == place

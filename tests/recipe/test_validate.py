@@ -1,0 +1,262 @@
+"""Every refusal of the validation pass, by its message."""
+
+import pytest
+
+from omni_train.errors import UserError
+from omni_train.recipe import validate as module
+from omni_train.recipe.compose import load_recipe
+from omni_train.recipe.validate import processes, validate
+
+VPP = "parallel.pipeline=2 parallel.virtual_pipeline=2"
+FLASH = "model=flash_35b_a3b stage=s2_general"
+
+# overrides of the default recipe (tiny, one process), world size (None: not known), message
+REFUSED = [
+    # values
+    ("seed=-1", None, "seed=-1: must be at least 0"),
+    ("parallel.tensor=0", None, "parallel.tensor=0: must be at least 1"),
+    ("schedule.steps=-3", None, "schedule.steps=-3: must be at least 0"),
+    ("schedule.tokens=0", None, "schedule.tokens=0: must be at least 1"),
+    ("schedule.log_every=0", None, "schedule.log_every=0: must be at least 1"),
+    ("loss_chunk_tokens=0", None, "loss_chunk_tokens=0: must be at least 1"),
+    ("optimizer.lr=0", None, "optimizer.lr=0.0: must be above 0"),
+    ("model.rms_norm_eps=0", None, "model.rms_norm_eps=0.0: must be above 0"),
+    ("model.mtp_num_hidden_layers=2", None, "model.mtp_num_hidden_layers=2: must be at most 1"),
+    ("schedule.warmup_fraction=1.5", None, "schedule.warmup_fraction=1.5: must be at most 1"),
+    ("data.max_skip_fraction=2", None, "data.max_skip_fraction=2.0: must be at most 1"),
+    ("trainable=[]", None, "trainable=[]: must not be empty"),
+    ("data.sources=[]", None, "data.sources=[]: must not be empty"),
+    ("run=", None, "run=: must not be empty"),
+    # model
+    ("model.pattern=GEME", None, "model.pattern=GEME: 'M' is no layer; use G, *, E, - and | between stages"),
+    (
+        "model.pattern=GE|*E",
+        None,
+        "model.repeats=2: a pattern with | is the whole model; write the layers out and repeats=1",
+    ),
+    (
+        "model.num_experts=0",
+        None,
+        "model.num_experts=0: model.pattern=GEGEGE*E has MoE layers (E); give model.num_experts",
+    ),
+    ("model.num_experts_per_tok=9", None, "model.num_experts_per_tok=9: more than model.num_experts=8"),
+    ("model.pattern=G-*-", None, "model.num_experts=8: model.pattern=G-*- has no MoE layer (E); set 0"),
+    (
+        "model.pattern=G-*E",
+        None,
+        "model.intermediate_size=0: model.pattern=G-*E has dense MLPs (-); give their width",
+    ),
+    (
+        "model.num_attention_heads=5",
+        None,
+        "model.num_attention_heads=5: not a multiple of model.num_key_value_heads=2; change one of the two",
+    ),
+    (
+        "model.linear_num_value_heads=6",
+        None,
+        "model.linear_num_value_heads=6: not a multiple of model.linear_num_key_heads=4; change one of the two",
+    ),
+    (
+        "model.mrope_section=[4,2,1]",
+        None,
+        "model.mrope_section=[4, 2, 1]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+    ),
+    (
+        "model.mrope_section=[4,4]",
+        None,
+        "model.mrope_section=[4, 4]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+    ),
+    (
+        "model.head_dim=60",
+        None,
+        "model.partial_rotary_factor=0.25: rotates 15 of model.head_dim=60; must be even",
+    ),
+    # layout against the model
+    ("parallel.tensor=3", None, "model.vocab_size=4096: not a multiple of parallel.tensor=3; change one of the two"),
+    (
+        "model.num_attention_heads=12 model.num_key_value_heads=12 parallel.tensor=8",
+        None,
+        "model.num_attention_heads=12: not a multiple of parallel.tensor=8; change one of the two",
+    ),
+    (
+        "model.num_attention_heads=12 model.num_key_value_heads=3 parallel.tensor=4",
+        None,
+        "parallel.tensor=4: neither divides nor is a multiple of model.num_key_value_heads=3",
+    ),
+    (
+        "model.shared_expert_intermediate_size=31 parallel.tensor=2",
+        None,
+        "model.shared_expert_intermediate_size=31: not a multiple of parallel.tensor=2; change one of the two",
+    ),
+    (
+        f"{FLASH} parallel.tensor=4 parallel.context=8",
+        None,
+        "model.linear_num_key_heads=16: not a multiple of parallel.tensor·parallel.context=32; change one of the two",
+    ),
+    (
+        "model.linear_num_key_heads=2 parallel.context=4",
+        None,
+        "model.linear_num_key_heads=2: not a multiple of parallel.tensor·parallel.context=4; change one of the two",
+    ),
+    ("parallel.expert=3", None, "model.num_experts=8: not a multiple of parallel.expert=3; change one of the two"),
+    (
+        "parallel.expert_tensor=5",
+        None,
+        "model.moe_intermediate_size=64: not a multiple of parallel.expert_tensor=5; change one of the two",
+    ),
+    (
+        "model=qwen3_5_9b parallel.expert=2",
+        None,
+        "parallel.expert=2: model=qwen3_5_9b has no experts; set parallel.expert=1",
+    ),
+    (
+        "model=qwen3_5_9b parallel.expert_tensor=2",
+        None,
+        "parallel.expert_tensor=2: model=qwen3_5_9b has no experts; set parallel.expert_tensor=1",
+    ),
+    (
+        "parallel.virtual_pipeline=2",
+        None,
+        "parallel.virtual_pipeline=2: needs parallel.pipeline of at least 2; set it to 1 or add stages",
+    ),
+    (
+        "parallel.pipeline=3",
+        None,
+        "parallel.pipeline=3: 16 layers (model.pattern×repeats) are not a multiple of pipeline·virtual_pipeline=3; "
+        "choose a divisor or mark the stages with | in model.pattern",
+    ),
+    (
+        "model.pattern=GE|*E model.repeats=1",
+        None,
+        "model.pattern=GE|*E: marks 2 stages but parallel.pipeline·virtual_pipeline=1",
+    ),
+    (
+        "model.pattern=GE*E| model.repeats=1 parallel.pipeline=2",
+        None,
+        "model.pattern=GE*E|: has a stage without layers; move the |",
+    ),
+    # rows
+    (
+        "parallel.context=4 data.alignment=4 data.row_tokens=64",
+        None,
+        "data.alignment=4: not a multiple of 2·parallel.context=8; change one of the two",
+    ),
+    (
+        "parallel.context=2 parallel.tensor=2 data.alignment=4 data.row_tokens=1020",
+        None,
+        "data.row_tokens=1020: not a multiple of 2·parallel.context·parallel.tensor=8; change one of the two",
+    ),
+    ("data.row_tokens=1000", None, "data.row_tokens=1000: not a multiple of data.alignment=16; change one of the two"),
+    (
+        "data.row_tokens=1023 data.alignment=1 parallel.tensor=2",
+        None,
+        "data.row_tokens=1023: not a multiple of parallel.tensor=2; change one of the two",
+    ),
+    (
+        "data.row_tokens=524288",
+        None,
+        "data.row_tokens=524288: longer than model.max_position_embeddings=262144; shorten the rows",
+    ),
+    (
+        "data.sources=[{path:a},{path:b,weight:0}]",
+        None,
+        "data.sources[1].weight=0.0: must be above 0; leave the source out instead",
+    ),
+    # optimization
+    ("optimizer.min_lr=1", None, "optimizer.min_lr=1.0: above optimizer.lr=0.003; lower one or raise the other"),
+    ("optimizer.betas=[0.9]", None, "optimizer.betas=[0.9]: must be two numbers from 0 to below 1"),
+    ("optimizer.betas=[0.9,1.0]", None, "optimizer.betas=[0.9, 1.0]: must be two numbers from 0 to below 1"),
+    (
+        "optimizer.groups=[{match:a},{match:b,lr_factor:-1}]",
+        None,
+        "optimizer.groups[1].lr_factor=-1.0: must be at least 0",
+    ),
+    (
+        "schedule.decay=wsd schedule.decay_fraction=0.8 schedule.warmup_fraction=0.3",
+        None,
+        "schedule.decay_fraction=0.8: with schedule.warmup_fraction=0.3 more than the whole run; lower one",
+    ),
+    # the world
+    (
+        "parallel.tensor=2 parallel.pipeline=2",
+        1,
+        "parallel.tensor=2 parallel.pipeline=2: needs 4 processes or a multiple, but 1 process runs; "
+        "launch with: launchers/local.sh 4 train …",
+    ),
+    (
+        "parallel.expert=2 parallel.expert_tensor=2",
+        6,
+        "parallel.expert=2 parallel.expert_tensor=2: needs 4 processes or a multiple, but 6 processes run; "
+        "launch with: launchers/local.sh 4 train …",
+    ),
+    (
+        "schedule.global_batch=5",
+        3,
+        "schedule.global_batch=5: not a multiple of data-parallel ranks=3; change one of the two",
+    ),
+    (
+        "schedule.global_batch=6 schedule.eval_every=1 schedule.eval_rows=8",
+        3,
+        "schedule.eval_rows=8: not a multiple of data-parallel ranks=3; change one of the two",
+    ),
+    (
+        "schedule.global_batch=6",
+        3,
+        "data.streams=8: not a multiple of data-parallel ranks·data.workers=6; change one of the two",
+    ),
+    (
+        f"{VPP} schedule.global_batch=6",
+        4,
+        "schedule.global_batch=6: gives 3 rows to each data rank, which with parallel.virtual_pipeline=2 "
+        "must be a multiple of parallel.pipeline=2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "message"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_what_cannot_work_is_refused_in_one_line(overrides, world_size, message):
+    recipe = load_recipe(overrides.split(" "))
+    with pytest.raises(UserError) as error:
+        validate(recipe, world_size)
+    assert str(error.value) == message
+
+
+def test_packages_that_a_choice_needs_are_named_where_the_run_would_start(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for override, package in (("optimizer=muon", "emerging-optimizers"), ("tracking=wandb_offline", "wandb")):
+        recipe = load_recipe([override])
+        validate(recipe, world_size=None)  # a cluster may have what this machine lacks
+        with pytest.raises(UserError, match=f"needs the package {package}; pip install it or use "):
+            validate(recipe, world_size=1)
+
+
+def test_without_a_world_a_layout_of_any_size_is_accepted():
+    recipe = load_recipe(["stage=s2_general", "model=plus_397b_a17b", "parallel=tp4_pp4_ep32"])
+    validate(recipe, world_size=None)
+    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 128 train"):
+        validate(recipe, world_size=8)
+
+
+def test_more_tensor_ranks_than_key_value_heads_are_accepted_when_they_share_evenly():
+    recipe = load_recipe(["parallel.tensor=4"])
+    assert recipe.model.num_key_value_heads == 2
+    validate(recipe, world_size=4)
+
+
+def test_stages_marked_in_the_pattern_may_be_uneven():
+    overrides = ["model.pattern=GEGEGE|*EGEGEGE|*E", "model.repeats=1", "parallel.pipeline=3"]
+    validate(load_recipe(overrides), world_size=3)
+
+
+def test_expert_and_dense_layouts_share_the_world():
+    # Three quarters of a rank cannot exist: 2·3 ranks of the dense layout and 4 of the experts' first meet at 12.
+    recipe = load_recipe(["parallel.tensor=2", "parallel.context=3", "parallel.expert=4"])
+    assert processes(recipe.parallel) == 12
+    recipe = load_recipe(["parallel.pipeline=2", "parallel.tensor=2", "parallel.expert=2"])
+    assert processes(recipe.parallel) == 4
+
+
+def test_every_bound_is_of_a_key_of_the_recipe():
+    recipe = load_recipe()
+    for key in (*module._AT_LEAST, *module._ABOVE_ZERO, *module._AT_MOST, *module._NOT_EMPTY):
+        module._value(recipe, key)

@@ -1,0 +1,104 @@
+"""The command line: dispatch, exit codes, one line for a mistake."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from omni_train.cli import main
+from omni_train.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Stands in for the training room; what the test puts in `outcome` is returned or raised."""
+    module = types.SimpleNamespace(recipes=[], outcome=0)
+
+    def run(recipe):
+        module.recipes.append(recipe)
+        if isinstance(module.outcome, BaseException):
+            raise module.outcome
+        return module.outcome
+
+    stand_in = types.ModuleType("omni_train.training.run")
+    stand_in.run = run
+    monkeypatch.setitem(sys.modules, "omni_train.training.run", stand_in)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return module
+
+
+def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(training):
+    training.outcome = 5
+    assert main(["train", "schedule.steps=2", "run=mine"]) == 5
+    assert [(recipe.run, recipe.schedule.steps) for recipe in training.recipes] == [("mine", 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tran"], "error: tran is not a command; choose one of train, data, convert\n"),
+        (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
+        (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
+        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal\n"),
+        (["convert"], "error: omni-train convert needs one of import, export\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_2(training, capsys, arguments, message):
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", message)
+    assert training.recipes == []
+
+
+def test_a_users_error_from_training_is_one_line_and_exit_2(training, capsys):
+    training.outcome = UserError("no shards in rehearsal; run omni-train data rehearsal out=rehearsal")
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "error: no shards in rehearsal; run omni-train data rehearsal out=rehearsal\n"
+
+
+def test_a_defect_keeps_its_stack_trace(training):
+    training.outcome = ZeroDivisionError("bug")
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_an_interrupt_exits_130(training):
+    training.outcome = KeyboardInterrupt()
+    assert main(["train"]) == 130
+
+
+def test_only_the_first_rank_of_a_machine_speaks_but_all_exit_2(training, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "nosuch=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "nosuch=1"], ["train", "--cfg", "job"]], ids=" ".join)
+def test_help_and_mistakes_answer_without_importing_torch(arguments):
+    code = "import sys; from omni_train.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, timeout=60)
+    assert result.returncode == 0
+
+
+def test_the_module_is_the_command(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-m", "omni_train", "train", "parallel.tensor=2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: parallel.tensor=2: needs 2 processes")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,39 @@
+"""A user's error is printed once, however many ranks have it."""
+
+import contextlib
+import io
+
+from omni_train.errors import UserError, announce
+
+
+def printed(rank, world_size, messages):
+    """What this rank prints for its message; None has none."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        if messages[rank] is not None:
+            announce(UserError(messages[rank]))
+    return stderr.getvalue()
+
+
+def test_an_error_of_every_rank_is_printed_by_one(distributed):
+    outputs = distributed(3, printed, ["no such checkpoint"] * 3)
+    assert sorted(outputs) == ["", "", "error: no such checkpoint\n"]
+
+
+def test_an_error_of_one_rank_is_printed_by_that_rank(distributed):
+    assert distributed(3, printed, [None, "shard 7 is missing", None]) == ["", "error: shard 7 is missing\n", ""]
+
+
+def test_before_ranks_are_connected_the_first_of_a_machine_prints(monkeypatch, capsys):
+    for local_rank, output in (("0", "error: bad key\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        announce(UserError("bad key"))
+        assert capsys.readouterr().err == output
+
+
+def test_an_error_announced_where_it_arose_is_not_printed_again(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    error = UserError("bad key")
+    announce(error)
+    announce(error)
+    assert capsys.readouterr().err == "error: bad key\n"

@@ -1,0 +1,60 @@
+"""``key=value`` arguments become the parameters of a function."""
+
+from pathlib import Path
+
+import pytest
+
+from omni_train.errors import UserError
+from omni_train.options import call
+
+CALLS = []
+
+
+def build(out: Path, vocab_size: int = 4096, ratio: float | None = None, fast: bool = False, name: str = "x") -> None:
+    """Write it."""
+    CALLS.append((out, vocab_size, ratio, fast, name))
+
+
+def run(*arguments):
+    CALLS.clear()
+    return call("prog", {"build": lambda: build}, arguments)
+
+
+def test_values_take_the_types_of_the_parameters():
+    assert run("build", "out=/a=b", "ratio=0.5", "fast=true") == 0
+    [arguments] = CALLS
+    assert arguments == (Path("/a=b"), 4096, 0.5, True, "x")
+
+
+def test_help_shows_the_arguments_and_the_docstring(capsys):
+    assert run("build", "--help") == 0
+    assert capsys.readouterr().out == (
+        "prog build out=… [vocab_size=4096] [ratio=None] [fast=False] [name=x]\n\nWrite it.\n"
+    )
+    assert run("--help") == 0
+    assert "prog build out=…" in capsys.readouterr().out
+    assert CALLS == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "prog needs one of build"),
+        (["make"], "prog make does not exist; choose one of build"),
+        (["build"], "out= is missing; usage: prog build out=…"),
+        (["build", "ou=a"], "ou is not an argument; did you mean out=?"),
+        (["build", "zzz=a"], "zzz is not an argument; usage: prog build out=…"),
+        (["build", "out"], "out has no value; write out=…"),
+        (["build", "out="], "out has no value; write out=…"),
+        (["build", "out=a", "out=b"], "out is given twice; keep one"),
+        (["build", "out=a", "vocab_size=4k"], "vocab_size=4k: expected int"),
+        (["build", "out=a", "ratio=half"], "ratio=half: expected float"),
+        (["build", "out=a", "fast=yes"], "fast=yes: expected true or false"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line(arguments, message):
+    with pytest.raises(UserError) as error:
+        run(*arguments)
+    assert str(error.value).startswith(message)
+    assert CALLS == []
