@@ -15,8 +15,9 @@ class UserError(Exception):
 def announce(error: UserError) -> None:
     """Print the error on stderr, once for all the ranks that have it; a second call does nothing.
 
-    Connected ranks agree through their store, so that an error of one rank alone is printed by that rank: call this before
-    the process group is destroyed. Without one, all ranks of a machine have the same error, and the first prints it.
+    Connected ranks agree through their store, so that an error of one rank alone is printed by that rank: call this
+    before the process group is destroyed. Without one, all ranks of a machine have the same error, and the first
+    prints it.
     """
     if error.announced:
         return
