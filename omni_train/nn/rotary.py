@@ -39,7 +39,9 @@ class TMRotaryEmbedding:
         if list(sections) != axes.bincount(minlength=3).tolist():
             raise ValueError(f"mrope_section {list(sections)} cannot be interleaved over {frequencies} frequencies")
         self._axis_F = axes
-        self._frequency_F = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim)
+        # In this order of operations: at large ids the last bit shows, and checkpoints were trained with it.
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
+        self._frequency_F = 1.0 / base**exponents
 
     def __call__(self, position_ids_3T: torch.Tensor) -> torch.Tensor:
         """cos and sin of each token's angles.

@@ -1,0 +1,98 @@
+"""The packed kernel is attention within each sequence, in memory proportional to the row."""
+
+import resource
+from itertools import pairwise
+
+import pytest
+import torch
+
+from omni_train.nn.packed_attention import _sequence_by_sequence, packed_causal_attention
+
+BOUNDARIES_Q = torch.tensor([0, 5, 5, 70, 71], dtype=torch.int32)
+BOUNDARIES_K = torch.tensor([0, 5, 5, 130, 190], dtype=torch.int32)
+
+
+def problem(kv_heads, tokens_q, tokens_k, heads=6, head_dim=24, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(51)
+    shapes = [(tokens_q, heads, head_dim)] + 2 * [(tokens_k, kv_heads, head_dim)] + [(tokens_q, heads, head_dim)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def run(attention, query, key, value, grad, boundaries_q, boundaries_k):
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    out = attention(*inputs, boundaries_q, boundaries_k)
+    out.backward(grad)
+    return out.detach(), *(x.grad for x in inputs)
+
+
+def separate(query, key, value, boundaries_q, boundaries_k):
+    """Softmax of a masked matrix, one sequence at a time."""
+    outs = []
+    for (start, end), (first, last) in zip(
+        pairwise(boundaries_q.tolist()), pairwise(boundaries_k.tolist()), strict=True
+    ):
+        q, k, v = query[start:end], key[first:last], value[first:last]
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outs)
+
+
+def by_sequence(query, key, value, boundaries_q, boundaries_k):
+    """The kernel for GPUs, which runs anywhere."""
+    queries, keys = (list(pairwise(boundaries.tolist())) for boundaries in (boundaries_q, boundaries_k))
+    return _sequence_by_sequence(query, key, value, queries, keys, None)
+
+
+@pytest.mark.parametrize("attention", [packed_causal_attention, by_sequence])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_packed_equals_separate_with_gradients(attention, kv_heads):
+    inputs = problem(kv_heads, 71, 71)
+    expected = run(separate, *inputs, BOUNDARIES_Q, BOUNDARIES_Q)
+    torch.testing.assert_close(run(attention, *inputs, BOUNDARIES_Q, BOUNDARIES_Q), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [packed_causal_attention, by_sequence])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_queries_are_aligned_to_the_last_keys(attention, kv_heads):
+    inputs = problem(kv_heads, 71, 190)
+    expected = run(separate, *inputs, BOUNDARIES_Q, BOUNDARIES_K)
+    torch.testing.assert_close(run(attention, *inputs, BOUNDARIES_Q, BOUNDARIES_K), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_stays_close_to_fp32():
+    inputs = problem(2, 71, 190, dtype=torch.bfloat16)
+    expected = run(separate, *(x.float() for x in inputs), BOUNDARIES_Q, BOUNDARIES_K)
+    got = run(packed_causal_attention, *inputs, BOUNDARIES_Q, BOUNDARIES_K)
+    assert all(x.dtype == torch.bfloat16 for x in got)
+    torch.testing.assert_close([x.float() for x in got], list(expected), rtol=0.03, atol=0.03)
+
+
+def test_views_of_a_wider_projection_and_an_expanded_gradient_are_read_right():
+    """As they come from a split projection, and from `sum().backward()`."""
+    mixed = torch.randn(71, 8, 24, generator=torch.Generator().manual_seed(52)).requires_grad_()
+    query, key, value = mixed.split([4, 2, 2], dim=1)
+    packed_causal_attention(query, key, value, BOUNDARIES_Q, BOUNDARIES_Q).sum().backward()
+    ours, mixed.grad = mixed.grad, None
+    separate(*mixed.split([4, 2, 2], dim=1), BOUNDARIES_Q, BOUNDARIES_Q).sum().backward()
+    torch.testing.assert_close(ours, mixed.grad, rtol=1e-4, atol=1e-5)
+
+
+def memory_growth(rank, world_size, tokens, head_dim):
+    """Bytes that one long sequence, and one half of it as context parallelism cuts it, add to this process's peak."""
+    inputs = problem(1, tokens, tokens, heads=1, head_dim=head_dim)
+    whole = torch.tensor([0, tokens])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(packed_causal_attention, *inputs, whole, whole)
+    query, key, value, grad = inputs
+    half = torch.tensor([0, tokens // 2])
+    run(packed_causal_attention, query[: tokens // 2], key, value, grad[: tokens // 2], half, whole)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def test_a_long_row_never_holds_a_matrix_of_queries_by_keys(distributed):
+    tokens = 12_288
+    (growth,) = distributed(1, memory_growth, tokens, 24)
+    assert growth < 4 * tokens**2 / 8
