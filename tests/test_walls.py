@@ -1,4 +1,4 @@
-"""The wall that neither import-linter nor ruff can hold: data code knows no process groups, and of Megatron only energon."""
+"""The wall that import-linter and ruff cannot hold: data code knows no process groups, and of Megatron only energon."""
 
 from __future__ import annotations
 
