@@ -18,7 +18,8 @@ class PackedBatch:
     """One row of T tokens holding N whole sequences, one after the other.
 
     Each sequence is padded at its end to a multiple of the recipe's ``data.alignment``; what is left of the row is one
-    last sequence of padding. Labels are shifted here and nowhere else: ``labels[t]`` is the token that position t predicts.
+    last sequence of padding. Labels are shifted here and nowhere else: ``labels[t]`` is the token that position t
+    predicts. A sequence is a whole sample, or one piece of a document longer than T.
     """
 
     tokens: torch.Tensor  # (T,) int64
@@ -27,7 +28,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # (3, T) int64: T, H, W rotary ids, from 0 in each sequence
     cu_seqlens: torch.Tensor  # (N+1,) int32, from 0 to T
     padding: torch.Tensor  # (T,) bool, True where the token is padding
-    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the loader's last batch
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
     samples: int = 0  # samples that begin in this row
 
     TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding")

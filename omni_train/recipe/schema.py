@@ -129,9 +129,12 @@ class DataConfig:
     # rows; a multiple of 2·parallel.context.
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
+    # Independent sequences of rows that the data are cut into. The rows of a run depend on it, and not on workers or the
+    # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
+    streams: int = 8
     workers: int = 2  # loader processes per data rank; 0 loads in the training process
-    shuffle_buffer: int = 1000  # samples
-    packing_buffer: int = 256  # samples considered together by best-fit packing
+    shuffle_buffer: int = 1000  # samples, in each stream
+    packing_buffer: int = 256  # samples considered together by best-fit packing, in each stream
     max_skip_fraction: float = 0.01  # of samples; above it (after 1,000 samples) the run stops
 
 
@@ -161,7 +164,7 @@ class ScheduleConfig:
     """Length of the run and learning-rate shape. Lengths are steps, or tokens where `tokens` is set."""
 
     steps: int = MISSING  # 0 writes the initial checkpoint and ends
-    tokens: int | None = None  # stop after this many row tokens instead; steps is then an upper bound
+    tokens: int | None = None  # stop after this many tokens (padding excluded) instead; steps is then an upper bound
     global_batch: int = MISSING  # rows per optimizer step, over all data ranks
     warmup_fraction: float = 0.01  # of the run's length
     decay: Decay = Decay.cosine
