@@ -109,6 +109,52 @@ def _fork(self, name="model-parallel-rng"):
         torch.set_rng_state(outer)
 
 
+def _take_tensor_splits() -> None:
+    """Let ``all_to_all_single`` take split sizes as tensors, as NCCL's does and gloo's does not."""
+    original = torch.distributed.all_to_all_single
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        splits = [
+            sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+            for sizes in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *splits, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _exchange_uneven_parts() -> None:
+    """Let ``all_gather`` and ``reduce_scatter`` take parts of unequal length, as NCCL's do and gloo's do not.
+
+    Expert tensor parallelism exchanges as many rows as each rank happened to route. The parts travel by all-to-all.
+    """
+    distributed = torch.distributed
+    original_gather = distributed.all_gather
+
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        sizes = [len(part) for part in tensor_list]
+        if len(set(sizes)) == 1:
+            return original_gather(tensor_list, tensor, group=group, async_op=async_op)
+        assert not async_op
+        received = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        sent = torch.cat([tensor] * len(sizes))
+        distributed.all_to_all_single(received, sent, sizes, [len(tensor)] * len(sizes), group=group)
+        for part, values in zip(tensor_list, received.split(sizes), strict=True):
+            part.copy_(values)
+        return None
+
+    def reduce_scatter(output, input_list, op=distributed.ReduceOp.SUM, group=None, async_op=False):
+        assert op == distributed.ReduceOp.SUM and not async_op
+        received = output.new_empty(len(input_list), *output.shape)
+        sizes = [len(part) for part in input_list]
+        distributed.all_to_all_single(
+            received.flatten(0, 1), torch.cat(input_list), [len(output)] * len(sizes), sizes, group=group
+        )
+        output.copy_(received.sum(0))
+
+    distributed.all_gather, distributed.reduce_scatter = all_gather, reduce_scatter
+
+
 _installed: _Redirect | None = None
 
 
@@ -148,6 +194,9 @@ def install(device: str = "cpu") -> None:
 
     _installed = _Redirect(torch.device(device))
     _installed.__enter__()
+
+    _take_tensor_splits()
+    _exchange_uneven_parts()
 
     from megatron.core.tensor_parallel import random as megatron_random
 

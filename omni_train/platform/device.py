@@ -23,6 +23,8 @@ def setup() -> None:
     if _ready:
         return
     quiet()
+    # Megatron's sequence parallelism overlaps its collectives with products only when kernels start in order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         torch.cuda.set_device(local_rank())
     else:

@@ -99,6 +99,12 @@ def _load(sharded: dict, checkpoint: Path) -> dict:
         raise UserError(f"{checkpoint}: this checkpoint cannot be read: {reason}") from error
 
 
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model that a checkpoint holds."""
+    written = torch.load(checkpoint / "model.pt", weights_only=True)
+    return ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
+
+
 def check_architecture(checkpoint: Path, model: ModelConfig) -> None:
     """Refuse a checkpoint whose model is not the recipe's.
 
@@ -127,6 +133,7 @@ class CheckpointStore:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         self.directory, self.config, self.model = directory, config, model
+        self.carried: Path | None = None  # a folder that travels with every checkpoint, as its `hf`
         self._queue = AsyncCallsQueue()
         if platform.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -162,6 +169,8 @@ class CheckpointStore:
             described = asdict(self.model)
             described["layers"] = _layers(self.model)
             torch.save(described, partial / "model.pt")
+            if self.carried is not None:
+                shutil.copytree(self.carried, partial / "hf")
         torch.distributed.barrier()
         torch.save(_random_state(), partial / f"random_{platform.rank():05d}.pt")
         if loader_state is not None:
@@ -169,7 +178,7 @@ class CheckpointStore:
 
         state = model_state(chunks)
         state["progress"] = progress
-        if optimizer is not None:
+        if optimizer is not None and step > 0:  # before its first step it has no state
             state["optimizer"] = optimizer.sharded_state_dict(model_state(chunks), metadata=state_metadata())
         request = dist_checkpointing.save(
             state, str(partial), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=step == 0
@@ -192,6 +201,7 @@ class CheckpointStore:
     def _complete(self, partial: Path, final: Path) -> None:
         if platform.rank() == 0:
             partial.rename(final)
+            self.carry_from(final)  # the one it came from may be pruned
             fresh = self.directory / "latest.new"
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(final.name)
@@ -205,6 +215,11 @@ class CheckpointStore:
             (old / "metadata.json").unlink()  # incomplete from here on, should the removal be interrupted
             shutil.rmtree(old)
 
+    def carry_from(self, checkpoint: Path) -> None:
+        """Let what an import left in a checkpoint (tokenizer, Hugging Face configuration) travel on with the next ones."""
+        carried = checkpoint / "hf"
+        self.carried = carried if carried.is_dir() else None
+
     def load(self, checkpoint: Path, chunks, optimizer) -> dict:
         """Read model, optimizer and random state. Collective.
 
@@ -212,13 +227,19 @@ class CheckpointStore:
             what :meth:`save` was given as `progress`.
         """
         check_architecture(checkpoint, self.model)
+        self.carry_from(checkpoint)
         state = model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            model_state(chunks), is_loading=True, metadata=state_metadata()
-        )
+        stepped = step_of(checkpoint) > 0
+        if stepped:
+            state["optimizer"] = optimizer.sharded_state_dict(
+                model_state(chunks), is_loading=True, metadata=state_metadata()
+            )
         state = _load(state, checkpoint)
         _apply_model_state(chunks, state)
-        optimizer.load_state_dict(state["optimizer"])
+        if stepped:
+            optimizer.load_state_dict(state["optimizer"])
+        else:
+            optimizer.reload_model_params()
         random_state = checkpoint / f"random_{platform.rank():05d}.pt"
         if random_state.exists():
             _restore_random_state(torch.load(random_state, weights_only=False))

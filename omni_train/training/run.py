@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from omni_train import platform
+from omni_train.errors import UserError, announce
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
@@ -31,6 +32,9 @@ def run(recipe: Recipe) -> int:
         if platform.rank() == 0:
             write_recipe(recipe, Path(recipe.runs_dir) / recipe.run / "recipe.yaml")
         trainer.fit()
+    except UserError as error:
+        announce(error)  # while the ranks can still agree on who prints it
+        raise
     finally:
         platform.parallel.destroy()
         torch.distributed.destroy_process_group()

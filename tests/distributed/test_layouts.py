@@ -46,7 +46,7 @@ def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
     history = []
     for rows in global_batches(steps):
         share = len(rows) // world
-        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-3)
+        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=1e-3)
         assert result.updated
         history.append(result.metrics)
     platform.parallel.destroy()

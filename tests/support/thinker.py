@@ -41,10 +41,10 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         linear_value_head_dim=20,
         num_experts=6,
         num_experts_per_tok=2,
-        moe_intermediate_size=20,
+        moe_intermediate_size=24,
         shared_expert_intermediate_size=28,
         router_aux_loss_coef=0.02,
-        initializer_range=0.2,
+        initializer_range=0.08,
     )
     model |= {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
     options = dict(seed=77, precision=Precision.fp32, loss_chunk_tokens=40) | changes
@@ -54,7 +54,7 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         model=ModelConfig(**model),
         parallel=parallel or ParallelConfig(),
         data=DataConfig(name="test", path="", tokenizer="", row_tokens=row_tokens, alignment=8),
-        optimizer=OptimizerConfig(lr=3e-3, clip_grad=0.7, eps=1e-6),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.7, eps=1e-5),
         schedule=ScheduleConfig(steps=4, global_batch=2, decay=Decay.constant, warmup_fraction=0.0),
         **options,
     )
