@@ -131,7 +131,11 @@ class GatedDeltaRule(torch.autograd.Function):
             torch.neg(dvalues, out=dread[:, 1])
             dread = dread.view(-1, 2 * CHUNK, V)
             dscores = torch.bmm(dread, values.mT).view_as(block.scores).mul_(block.decay)
-            dscores[:, 1].diagonal(dim1=-2, dim2=-1).zero_()
+            # What a query reads of its own token's write has not decayed. It stays out of dγ, where it would cancel,
+            # but leave a rounding error larger than the gradient itself if little outlives a token.
+            diagonals = dscores.diagonal(dim1=-2, dim2=-1)
+            own = diagonals[:, 0].unsqueeze(-1).clone()
+            diagonals.zero_()
             dscores = dscores.view(-1, 2 * CHUNK, CHUNK)
             dqk = torch.bmm(dread, before.mT).view_as(block.queries_keys).mul_(block.from_start.unsqueeze(1))
             dqk.view(-1, 2 * CHUNK, K).baddbmm_(dscores, block.written_keys)
@@ -143,6 +147,8 @@ class GatedDeltaRule(torch.autograd.Function):
             dgamma = (dqk * block.queries_keys).sum((1, 3)) - (dkeys * block.written_keys).sum(2)
             dgamma[:, -1] += to_last
             dlog_decay = dgamma.flip(-1).cumsum(-1).flip(-1)
+            dqk[:, 0].addcmul_(own, block.written_keys)
+            dkeys.addcmul_(own, block.queries_keys[:, 0])
             keys_n, beta_n = block.queries_keys[:, 1], _to_chunks(beta.unsqueeze(-1), first, last)
             dstrength = (dkeys * keys_n).sum(-1, keepdim=True)
             _from_chunks(dqk[:, 0], dq, first)

@@ -155,6 +155,14 @@ def test_strong_decay_neither_overflows_nor_loses_the_state_write(decay):
     assert all(x.isfinite().all() for x in gradients([got], narrow))
 
 
+def test_the_decay_s_gradient_is_accurate_where_little_outlives_a_token():
+    q, k, v, g, beta = inputs(130, dtype=torch.float32)
+    rounded = (q, k, v, (g.detach() - 8).requires_grad_(), beta)
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    dg, dg_exact = (gradients(chunk_gated_delta_rule(*x)[:1], x)[3] for x in (rounded, exact))
+    assert (dg - dg_exact).norm() < 1e-4 * dg_exact.norm()
+
+
 def test_bf16_inputs_are_computed_in_fp32():
     streams = inputs(131, dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in streams]
