@@ -113,9 +113,9 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(rehearsal, "write_shards", fail)
-    monkeypatch.setattr(rehearsal.tokenizer, "train", lambda *_: None)
+    monkeypatch.setattr(rehearsal.text, "read", lambda: ([{"text": "kalan " * 90}], []))
     with pytest.raises(OSError, match="no space"):
-        rehearsal.build(tmp_path / "set")
+        rehearsal.build(tmp_path / "set", vocab_size=300)
     assert list(tmp_path.iterdir()) == []
 
 
