@@ -24,6 +24,36 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """silu(gate) · up · prob: (R, 2·F) and (R,) -> (R, F). Keeps nothing but its inputs for the backward pass."""
+    if gate_up.is_cuda:
+        return weighted_bias_swiglu_impl(gate_up, None, probs[:, None])  # compiled into one kernel
+    return _WeightedSwiGLU.apply(gate_up, probs)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """On the CPU the products are small enough for every pass over memory to count: in place wherever possible."""
+
+    @staticmethod
+    def forward(ctx, gate_up, probs):
+        ctx.save_for_backward(gate_up, probs)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(probs[:, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, probs = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_probs = (grad_up * up).sum(1, dtype=probs.dtype)
+        grad_up.mul_(probs[:, None])
+        grad_silu = (grad * up).mul_(probs[:, None])
+        torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
+        return grad_gate_up, grad_probs
+
+
 class StackedLinear(torch.nn.Module):
     """The weights of one linear layer of every local expert, (E, out, in).
 
@@ -85,7 +115,7 @@ class GroupedExperts(MegatronModule):
         """tokens (R, H) sorted by expert, tokens_per_expert (E,), probs (R,) -> (R, H), and no bias."""
         ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)
         hidden = self.linear_fc1(tokens, ends)
-        hidden = weighted_bias_swiglu_impl(hidden, None, probs[:, None])
+        hidden = weighted_swiglu(hidden, probs)
         output = self.linear_fc2(hidden, ends)
         if output.requires_grad:
             output.register_hook(Tensor.contiguous)  # the grouped product's backward takes nothing else
