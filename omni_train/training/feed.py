@@ -3,69 +3,69 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
 from omni_train import platform
 from omni_train.data.batch import PackedBatch
+from omni_train.data.loader import build_loader, evaluation_rows, redistribute
+from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
+from omni_train.recipe.schema import Recipe
 
 
 class Feed:
     """The rows of this data rank, the same on all ranks of its model group.
 
-    Args:
-        build: makes the loader; called on the reading rank only.
+    Raises:
+        UserError: on every rank of the group, whatever stopped the reading rank: missing shards, too much skipped, a
+            tokenizer with more tokens than the model has rows.
     """
 
-    def __init__(self, build) -> None:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.group = platform.parallel.model_group()
         self.source = torch.distributed.get_global_rank(self.group, 0)
         self.reads = platform.rank() == self.source
-        self.wait_seconds = 0.0  # spent waiting for data since the last call of `rows`
-        self.loader = self._together(build)
-        self._iterator: Iterator[PackedBatch] | None = None
+        self.wait_seconds = 0.0  # that the last call of `rows` took
+        self.loader = None
+        self._share(self._open)
 
-    def _together(self, action):
-        """Run `action` on the reading rank; every rank of the group raises what it raises."""
-        result, error = None, None
-        if self.reads:
-            try:
-                result = action()
-            except UserError as problem:
-                error = problem
-        errors = [error]
-        torch.distributed.broadcast_object_list(errors, src=self.source, group=self.group)
-        if errors[0] is not None:
-            raise errors[0]
-        return result
+    def _open(self) -> None:
+        data, vocab = self.recipe.data, self.recipe.model.vocab_size
+        size = Tokenizer(data.tokenizer).size
+        if size > vocab:
+            raise UserError(
+                f"data.tokenizer={data.tokenizer} has {size} tokens, model.vocab_size={vocab} rows; raise it"
+            )
+        self.loader = build_loader(data, split="train", seed=self.recipe.seed, **_my_part())
+        self._iterator = iter(self.loader)
 
-    def rows(self, count: int) -> list[PackedBatch]:
-        """The next `count` rows.
-
-        Raises:
-            UserError: the loader refused to go on (too much was skipped, nothing could be read).
-        """
-        start = time.perf_counter()
-
-        def read():
-            if self._iterator is None:
-                self._iterator = iter(self.loader)
-            return [next(self._iterator) for _ in range(count)]
-
-        message = [None]
-        problem = None
+    def _share(self, read: Callable):
+        """What `read` returns on the reading rank, on every rank of the group; what it refuses, likewise."""
+        message: list = [None]
+        problem: UserError | None = None
         if self.reads:
             try:
                 message = [read()]
             except UserError as error:
                 message, problem = [error], error
         torch.distributed.broadcast_object_list(message, src=self.source, group=self.group)
-        self.wait_seconds = time.perf_counter() - start
         if isinstance(message[0], UserError):
             raise problem or message[0]
         return message[0]
+
+    def rows(self, count: int) -> list[PackedBatch]:
+        """The next `count` rows."""
+        start = time.perf_counter()
+        rows = self._share(lambda: [next(self._iterator) for _ in range(count)])
+        self.wait_seconds = time.perf_counter() - start
+        return rows
+
+    def held_out(self, count: int) -> list[PackedBatch]:
+        """This data rank's part of `count` held-out rows, the same ones at every call."""
+        return self._share(lambda: evaluation_rows(self.recipe.data, rows=count, **_my_part()))
 
     def state(self):
         """State of the loader on the reading rank, None elsewhere."""
@@ -73,12 +73,20 @@ class Feed:
 
     def restore(self, states: list) -> None:
         """Continue where the data ranks that wrote `states` stopped, on as many ranks or on another number."""
-        world = platform.parallel.data_world_size()
 
-        def load():
-            from omni_train.data.loader import redistribute
-
+        def load() -> None:
+            world = platform.parallel.data_world_size()
             mine = states if len(states) == world else redistribute(states, world)
             self.loader.load_state_dict(mine[platform.parallel.data_rank()])
+            self._iterator = iter(self.loader)
 
-        self._together(load)
+        self._share(load)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        if self.loader is not None:
+            self.loader.close()
+
+
+def _my_part() -> dict[str, int]:
+    return {"data_rank": platform.parallel.data_rank(), "data_world_size": platform.parallel.data_world_size()}

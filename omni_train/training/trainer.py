@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from omni_train import platform
-from omni_train.data.loader import build_loader
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
@@ -42,21 +41,13 @@ class Trainer:
         elif recipe.init_from:
             start = resolve(recipe.init_from)
             load_model(self.engine.chunks, start, recipe.model)
+            self.store.carry_from(start)
             self.engine.optimizer.reload_model_params()
             say(f"starting from the parameters of {start}")
         if recipe.schedule.steps > 0:
-            self.feed = Feed(lambda: self._loader("train"))
+            self.feed = Feed(recipe)
             if resume_from is not None and self.step > 0:
                 self.feed.restore(self.store.loader_states(resume_from))
-
-    def _loader(self, split: str):
-        return build_loader(
-            self.recipe.data,
-            split=split,
-            seed=self.recipe.seed,
-            data_rank=platform.parallel.data_rank(),
-            data_world_size=platform.parallel.data_world_size(),
-        )
 
     def fit(self) -> None:
         """Train to the end of the recipe, or to a signal; the last step is always saved."""
@@ -69,7 +60,7 @@ class Trainer:
                 watchdog.alive()
                 metrics = self._train_step(config.global_batch // world)
                 if config.eval_every and self.step % config.eval_every == 0:
-                    metrics |= self._evaluate(config.eval_rows // world)
+                    metrics |= self._evaluate()
                 if self.step % config.log_every == 0 or "eval_loss" in metrics:
                     for callback in callbacks:
                         callback.on_metrics(metrics)
@@ -88,6 +79,8 @@ class Trainer:
                 say(f"stopped by {stopped} after step {self.step}, saved; the same command goes on from here")
         finally:
             watchdog.stop()
+            if self.feed is not None:
+                self.feed.close()
             _close(callbacks)
 
     def _train_step(self, count: int) -> dict[str, float]:
@@ -147,9 +140,9 @@ class Trainer:
                 f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
             )
 
-    def _evaluate(self, count: int) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         if self._held_out is None:
-            self._held_out = Feed(lambda: self._loader("val")).rows(count)
+            self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
     def _save(self) -> None:

@@ -30,7 +30,7 @@ def train(rank, world_size, parallel, folder, load, save, first, last, changes):
     history = []
     for rows in global_batches(last)[first:]:
         share = len(rows) // world
-        history.append(engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=1e-3).metrics)
+        history.append(engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-4).metrics)
     progress = {"tokens": 17.0, "skipped_samples": {"broken_json": 3}}
     store.save(last, engine.chunks, engine.optimizer, progress, None)
     store.close()
@@ -120,7 +120,7 @@ def start_from(rank, world_size, parallel, start, changes):
     engine = MegatronEngine(recipe)
     load_model(engine.chunks, Path(start), recipe.model)
     engine.optimizer.reload_model_params()
-    history = [engine.train_step(rows, learning_rate=1e-3).metrics for rows in global_batches(2)]
+    history = [engine.train_step(rows, learning_rate=3e-4).metrics for rows in global_batches(2)]
     trained = [parameter.dtype for parameter in engine.chunks[0].parameters()]
     assert set(trained) == {torch.bfloat16}
     platform.parallel.destroy()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Recompute
 from tests.support.thinker import global_batches, small_recipe
@@ -46,7 +44,7 @@ def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
     history = []
     for rows in global_batches(steps):
         share = len(rows) // world
-        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=1e-3)
+        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-4)
         assert result.updated
         history.append(result.metrics)
     platform.parallel.destroy()

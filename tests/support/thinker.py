@@ -20,7 +20,7 @@ VOCAB = 112
 
 
 def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96, **changes) -> Recipe:
-    """A recipe of a Thinker with every kind of layer, small enough for milliseconds and divisible by the layouts tested.
+    """A recipe of a Thinker with every kind of layer, small, and divisible by the layouts tested.
 
     `changes` are fields of the model configuration, or of the recipe.
     """
@@ -29,7 +29,7 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         vocab_size=VOCAB,
         hidden_size=48,
         pattern="GEGE*EGE",
-        repeats=2,
+        repeats=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
@@ -54,7 +54,7 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         model=ModelConfig(**model),
         parallel=parallel or ParallelConfig(),
         data=DataConfig(name="test", path="", tokenizer="", row_tokens=row_tokens, alignment=8),
-        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.7, eps=1e-5),
+        optimizer=OptimizerConfig(lr=3e-4, clip_grad=0.7, eps=1e-5),
         schedule=ScheduleConfig(steps=4, global_batch=2, decay=Decay.constant, warmup_fraction=0.0),
         **options,
     )
