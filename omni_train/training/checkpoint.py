@@ -20,7 +20,7 @@ from omni_train.errors import UserError
 from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 
 _PARTIAL = ".partial"
-# Model keys that may differ between a checkpoint and the recipe that reads it: they change no tensor's shape or meaning.
+# Model keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
 _FREE_MODEL_KEYS = {
     "name",
     "router_aux_loss_coef",
@@ -216,7 +216,7 @@ class CheckpointStore:
             shutil.rmtree(old)
 
     def carry_from(self, checkpoint: Path) -> None:
-        """Let what an import left in a checkpoint (tokenizer, Hugging Face configuration) travel on with the next ones."""
+        """Let what an import left in a checkpoint (tokenizer, configuration) travel on with the next ones."""
         carried = checkpoint / "hf"
         self.carried = carried if carried.is_dir() else None
 

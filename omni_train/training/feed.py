@@ -36,9 +36,7 @@ class Feed:
         data, vocab = self.recipe.data, self.recipe.model.vocab_size
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
-            raise UserError(
-                f"data.tokenizer={data.tokenizer} has {size} tokens, model.vocab_size={vocab} rows; raise it"
-            )
+            raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
         self.loader = build_loader(data, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 
