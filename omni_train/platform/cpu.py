@@ -187,10 +187,13 @@ def install(device: str = "cpu") -> None:
     cuda.memory_allocated = cuda.max_memory_allocated = lambda device=None: 0
     torch.nn.Module.cuda = lambda self, device=None: self
 
-    # Fusing through a compiler would start a C++ toolchain in every process.
+    # Fusing through a compiler would start a C++ toolchain in every process. Importing any of Megatron binds the fusion
+    # decorator, so the compiler must be out of sight before Megatron's own switch can be reached.
+    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda decorated: decorated)
     from megatron.core import jit
 
     jit.disable_jit_fuser()
+    torch.compile = compiler
 
     _installed = _Redirect(torch.device(device))
     _installed.__enter__()
