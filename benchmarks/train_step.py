@@ -115,12 +115,15 @@ def padded(tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def serve(side: Callable[[Path], Callable[[str], float]], folder: Path, threads: int, connection: Connection) -> None:
-    """A side's process: for every kind of samples asked for, take one step and answer with its loss and seconds."""
+    """A side's process: for every kind of samples asked for, take a step and answer with its loss and seconds."""
     torch.set_num_threads(threads)
     step = side(folder)
     connection.send("ready")
     while True:
-        kind = connection.recv()
+        try:
+            kind = connection.recv()
+        except EOFError:  # the other end was closed: done
+            return
         start = time.perf_counter()
         loss = step(kind)
         connection.send((loss, time.perf_counter() - start))
@@ -183,8 +186,9 @@ def run(threads: int = 2) -> list[dict]:
                 sides[side].recv()
             return [row for kind in REPEATS for row in _compare(kind, sides)]
         finally:
+            for connection in sides.values():
+                connection.close()
             for process in processes:
-                process.terminate()
                 process.join()
 
 
