@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments:
     Args:
         program: the words before the action, for messages.
         actions: name -> a loader that imports and returns the function. Its parameters are the keys, their annotations
-            (str, int, float, bool, Path, or one of these and None) the types, their defaults what may be left out.
+            (str, int, float, bool, Path, or one of these and None) the types, their defaults what may be left out. The
+            fields of a parameter that is a dataclass are keys too, as ``parameter.field``.
         arguments: the action and its ``key=value`` words, or ``--help``.
 
     Raises:
@@ -44,18 +46,27 @@ def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments:
 
 
 def _usage(name: str, function: Callable) -> str:
-    parameters = inspect.signature(function).parameters.values()
-    return " ".join([name, *(f"{p.name}=…" if p.default is p.empty else f"[{p.name}={p.default}]" for p in parameters)])
+    words, types = [name], _types(function)
+    for key, parameter in inspect.signature(function).parameters.items():
+        if dataclasses.is_dataclass(types[key]):
+            words.append(f"[{key}.{{{','.join(get_type_hints(types[key]))}}}=…]")
+        else:
+            words.append(f"{key}=…" if parameter.default is parameter.empty else f"[{key}={parameter.default}]")
+    return " ".join(words)
 
 
 def _parse(usage: str, function: Callable, pairs: Sequence[str]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
-    types = get_type_hints(function)
+    types = _types(function)
+    groups = {key: kind for key, kind in types.items() if dataclasses.is_dataclass(kind)}
+    for key, group in groups.items():
+        del types[key]
+        types |= {f"{key}.{field}": kind for field, kind in get_type_hints(group).items()}
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if key not in parameters:
-            near = difflib.get_close_matches(key, parameters, n=1)
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
             raise UserError(
                 f"{key} is not an argument; " + (f"did you mean {near[0]}=?" if near else f"usage: {usage}")
             )
@@ -63,16 +74,28 @@ def _parse(usage: str, function: Callable, pairs: Sequence[str]) -> dict[str, An
             raise UserError(f"{key} has no value; write {key}=…")
         if key in values:
             raise UserError(f"{key} is given twice; keep one")
-        values[key] = _convert(key, text, types.get(key, str))
+        values[key] = _convert(key, text, types[key])
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in values:
             raise UserError(f"{key}= is missing; usage: {usage}")
+    for key, group in groups.items():
+        fields = {name: values.pop(f"{key}.{name}") for name in get_type_hints(group) if f"{key}.{name}" in values}
+        if fields:
+            values[key] = group(**fields)
     return values
 
 
-def _convert(key: str, text: str, annotation: Any) -> Any:
-    choices = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    kind = choices[0]
+def _types(function: Callable) -> dict[str, Any]:
+    """The type of each parameter, str where none is given; of a type or None, the type."""
+    hints = get_type_hints(function)
+    annotations = {key: hints.get(key, str) for key in inspect.signature(function).parameters}
+    return {
+        key: next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+        for key, annotation in annotations.items()
+    }
+
+
+def _convert(key: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return _TRUTH[text.lower()]

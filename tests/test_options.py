@@ -1,5 +1,6 @@
 """``key=value`` arguments become the parameters of a function."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,30 @@ def test_help_shows_the_arguments_and_the_docstring(capsys):
     assert run("--help") == 0
     assert "prog build out=…" in capsys.readouterr().out
     assert CALLS == []
+
+
+@dataclasses.dataclass
+class Size:
+    rows: int = 1
+    scale: float = 1.0
+
+
+def resize(out: Path, size: Size | None = None) -> None:
+    CALLS.append((out, size))
+
+
+def test_fields_of_a_dataclass_are_keys_with_a_dot(capsys):
+    CALLS.clear()
+    assert call("prog", {"resize": lambda: resize}, ["resize", "out=a", "size.rows=3"]) == 0
+    assert call("prog", {"resize": lambda: resize}, ["resize", "out=a"]) == 0
+    with_size, without = CALLS
+    assert with_size == (Path("a"), Size(rows=3)) and without == (Path("a"), None)
+    call("prog", {"resize": lambda: resize}, ["--help"])
+    assert capsys.readouterr().out == "prog resize out=… [size.{rows,scale}=…]\n"
+    with pytest.raises(UserError, match=r"size\.row is not an argument; did you mean size\.rows=\?"):
+        call("prog", {"resize": lambda: resize}, ["resize", "out=a", "size.row=3"])
+    with pytest.raises(UserError, match=r"size\.rows=x: expected int"):
+        call("prog", {"resize": lambda: resize}, ["resize", "out=a", "size.rows=x"])
 
 
 @pytest.mark.parametrize(
