@@ -78,7 +78,7 @@ class Thinker(LanguageModule):
                 config=config,
                 init_method=config.init_method,
                 bias=False,
-                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                skip_weight_param_allocation=hasattr(self, "embedding") and self.share_embeddings_and_output_weights,
                 tp_group=groups.tp,
             )
         if self.mtp_process:

@@ -18,6 +18,8 @@ class MultiTokenPrediction(MegatronModule):
     kind of feed-forward, MoE or dense.
     """
 
+    layers = ()  # Megatron's schedules look here for layers to capture in CUDA graphs
+
     def __init__(self, config, submodules: HybridStackSubmodules, groups) -> None:
         super().__init__(config)
 
