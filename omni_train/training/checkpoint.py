@@ -146,7 +146,7 @@ class CheckpointStore:
         link = self.directory / "latest"
         return link.resolve() if (link / "metadata.json").exists() else None
 
-    def save(self, step: int, chunks, optimizer, progress: dict, loader_state) -> None:
+    def save(self, step: int, chunks, optimizer, progress: dict, loader_state, state: dict | None = None) -> None:
         """Start writing a checkpoint; it counts once :meth:`finish` has seen it complete. Collective.
 
         Args:
@@ -155,6 +155,7 @@ class CheckpointStore:
             optimizer: Megatron's optimizer, None to write the model alone.
             progress: what the trainer must remember; equal on all ranks.
             loader_state: this data rank's loader, None on ranks that do not load.
+            state: what to write of the model; that of `chunks` where it is not given.
         """
         from megatron.core import dist_checkpointing
 
@@ -176,7 +177,7 @@ class CheckpointStore:
         if loader_state is not None:
             torch.save(loader_state, partial / f"loader_{platform.parallel.data_rank():05d}.pt")
 
-        state = model_state(chunks)
+        state = model_state(chunks) if state is None else state
         state["progress"] = progress
         if optimizer is not None and step > 0:  # before its first step it has no state
             state["optimizer"] = optimizer.sharded_state_dict(model_state(chunks), metadata=state_metadata())

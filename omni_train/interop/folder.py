@@ -1,0 +1,127 @@
+"""A Hugging Face model folder: its tensors, read as slices without loading the rest, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from omni_train.errors import UserError
+from omni_train.interop.rows import TensorMap, row_count
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_SIDE_FILES = {".json", ".jinja", ".txt", ".model"}
+
+
+class Folder:
+    """The tensors of a folder of safetensors files.
+
+    Raises:
+        UserError: there is no ``config.json`` or no tensor, a file is missing or damaged, or two hold the same tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        self._where: dict[str, Any] = {}  # tensor -> the open file that holds it
+        for file in self._files():
+            try:
+                opened = safe_open(file, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
+            for name in opened.keys():  # noqa: SIM118  not a dict
+                if name in self._where:
+                    raise UserError(f"{file}: {name} is in another file of the folder too; keep one")
+                self._where[name] = opened
+        if not self._where:
+            raise UserError(f"{path}: no tensors here; give a folder with *.safetensors files")
+
+    def _files(self) -> Iterable[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return sorted(self.path.glob("*.safetensors"))
+        return [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+        return self._where.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor.
+
+        Raises:
+            UserError: it is neither fp32 nor bf16.
+        """
+        code = self._where[name].get_slice(name).get_dtype()
+        if code not in DTYPES:
+            raise UserError(f"{self.path}: {name} is {code}; only {' and '.join(DTYPES)} are supported")
+        return DTYPES[code]
+
+    def read(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor (see :mod:`omni_train.interop.rows`), (rows, columns).
+
+        They are rows of one expert, or whole experts.
+        """
+        tensor, shape = self._where[name].get_slice(name), self.shape(name)
+        if len(shape) == 1:
+            return tensor[start:stop].unsqueeze(1)
+        if len(shape) == 2:
+            return tensor[start:stop, columns]
+        first, start = divmod(start, shape[1])
+        last, stop = divmod(stop - first * shape[1], shape[1])
+        if start == stop == 0:
+            return tensor[first : first + last, :, columns].flatten(0, 1)
+        return tensor[first : first + 1, start : last * shape[1] + stop, columns].squeeze(0)
+
+    def check(self, table: TensorMap) -> None:
+        """Refuse a folder that is not exactly what the table reads.
+
+        Raises:
+            UserError: naming the first tensor that is left over, missing, or of another number of rows.
+        """
+        wanted: dict[str, int | None] = {}
+        for parts in table.values():
+            for part in parts:
+                wanted[part.name] = max(part.stop or 0, wanted.get(part.name) or 0) or None
+        if left_over := sorted(set(self.names) - wanted.keys()):
+            raise UserError(f"{self.path}: {_first(left_over)}: nothing in this model corresponds to it")
+        if missing := sorted(wanted.keys() - set(self.names)):
+            raise UserError(f"{self.path}: {_first(missing)}: the model needs it, and the folder does not have it")
+        for name, rows in wanted.items():
+            if rows is not None and row_count(self.shape(name)) != rows:
+                raise UserError(
+                    f"{self.path}: {name} has shape {self.shape(name)}, but config.json makes it {rows} rows"
+                )
+
+    def side_files(self) -> Iterator[Path]:
+        """Configuration, tokenizer, chat template and generation files."""
+        for file in sorted(self.path.iterdir()):
+            if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
+                yield file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; give a folder that save_pretrained wrote") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

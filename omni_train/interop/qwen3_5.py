@@ -1,0 +1,144 @@
+"""Which tensor of ours is which of Qwen3.5's text models, MoE and dense.
+
+Layer i of theirs is two of ours: 2i, attention or Gated DeltaNet, and 2i + 1, MoE or dense MLP. Norms are zero-centred
+in both formats, except Gated DeltaNet's output norm, which is plain in both. Nothing is added, scaled or transposed:
+import and export read this one table in opposite directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from omni_train.interop.rows import Rows, TensorMap
+from omni_train.recipe.schema import ModelConfig
+
+
+def tensor_map(model: ModelConfig, names: Collection[str] = ()) -> TensorMap:
+    """Every tensor of our checkpoints, and the rows of Hugging Face tensors that it is laid together from.
+
+    Args:
+        model: sizes and layers.
+        names: tensors of the folder at hand. They decide what folders do differently: experts stacked or one by one,
+            and ``model.language_model.`` for ``model.``. Without them it is what ``save_pretrained`` writes.
+    """
+    root = "model.language_model." if any(name.startswith("model.language_model.") for name in names) else "model."
+    table: TensorMap = {
+        "embedding.word_embeddings.weight": [Rows(f"{root}embed_tokens.weight")],
+        "final_norm.weight": [Rows(f"{root}norm.weight")],
+    }
+    if not model.tie_word_embeddings:
+        table["output_layer.weight"] = [Rows("lm_head.weight")]
+    pattern = model.pattern.replace("|", "") * model.repeats
+    for i, symbol in enumerate(pattern):
+        theirs = f"{root}layers.{i // 2}."
+        table |= _layer(model, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, names))
+    if model.mtp_num_hidden_layers:
+        theirs = "mtp.layers.0."
+        table |= {
+            "mtp.embedding_norm.weight": [Rows("mtp.pre_fc_norm_embedding.weight")],
+            "mtp.hidden_norm.weight": [Rows("mtp.pre_fc_norm_hidden.weight")],
+            "mtp.projection.weight": [Rows("mtp.fc.weight")],  # columns of the embedding, then of the hidden state
+            "mtp.final_norm.weight": [Rows("mtp.norm.weight")],
+        }
+        for i, symbol in enumerate("*" + pattern[1]):
+            table |= _layer(model, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, names))
+    return table
+
+
+def _stacked(layer: str, names: Collection[str]) -> bool:
+    return f"{layer}mlp.experts.gate_up_proj" in names
+
+
+def _layer(model: ModelConfig, symbol: str, ours: str, theirs: str, stacked: bool) -> TensorMap:
+    if symbol == "G":
+        table = _gated_delta_net(model)
+    elif symbol == "*":
+        table = _gated_attention(model)
+    elif symbol == "E":
+        table = _mixture_of_experts(model, stacked)
+    else:
+        table = _dense_mlp(model)
+    return {ours + key: [Rows(theirs + r.name, r.start, r.stop) for r in rows] for key, rows in table.items()}
+
+
+def _gated_attention(model: ModelConfig) -> TensorMap:
+    """Theirs: q_proj holds each head's query and gate. Ours: for each key/value head its queries, gates, key, value."""
+    heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+
+    def head(name: str, index: int) -> Rows:
+        return Rows(f"self_attn.{name}_proj.weight", index * width, (index + 1) * width)
+
+    qkv = []
+    for group in range(groups):
+        mine = range(group * heads // groups, (group + 1) * heads // groups)
+        qkv += [head("q", 2 * i) for i in mine]  # queries
+        qkv += [head("q", 2 * i + 1) for i in mine]  # gates
+        qkv += [head("k", group), head("v", group)]
+    return {
+        "input_layernorm.weight": [Rows("input_layernorm.weight")],
+        "self_attention.linear_qkv.weight": qkv,
+        "self_attention.q_layernorm.weight": [Rows("self_attn.q_norm.weight")],
+        "self_attention.k_layernorm.weight": [Rows("self_attn.k_norm.weight")],
+        "self_attention.linear_proj.weight": [Rows("self_attn.o_proj.weight")],
+    }
+
+
+def _gated_delta_net(model: ModelConfig) -> TensorMap:
+    """Ours is one matrix in the model, but the checkpoint keeps its six parts under names of their own."""
+    k = model.linear_num_key_heads * model.linear_key_head_dim
+    v = model.linear_num_value_heads * model.linear_value_head_dim
+    return {
+        "input_layernorm.weight": [Rows("input_layernorm.weight")],
+        "self_attention.in_proj.weight.query": [Rows("linear_attn.in_proj_qkv.weight", 0, k)],
+        "self_attention.in_proj.weight.key": [Rows("linear_attn.in_proj_qkv.weight", k, 2 * k)],
+        "self_attention.in_proj.weight.value": [Rows("linear_attn.in_proj_qkv.weight", 2 * k, 2 * k + v)],
+        "self_attention.in_proj.weight.z": [Rows("linear_attn.in_proj_z.weight")],
+        "self_attention.in_proj.weight.beta": [Rows("linear_attn.in_proj_b.weight")],
+        "self_attention.in_proj.weight.alpha": [Rows("linear_attn.in_proj_a.weight")],
+        "self_attention.conv1d.weight.query": [Rows("linear_attn.conv1d.weight", 0, k)],
+        "self_attention.conv1d.weight.key": [Rows("linear_attn.conv1d.weight", k, 2 * k)],
+        "self_attention.conv1d.weight.value": [Rows("linear_attn.conv1d.weight", 2 * k, 2 * k + v)],
+        "self_attention.A_log": [Rows("linear_attn.A_log")],
+        "self_attention.dt_bias": [Rows("linear_attn.dt_bias")],
+        "self_attention.out_norm.weight": [Rows("linear_attn.norm.weight")],
+        "self_attention.out_proj.weight": [Rows("linear_attn.out_proj.weight")],
+    }
+
+
+def _mixture_of_experts(model: ModelConfig, stacked: bool) -> TensorMap:
+    experts, hidden, width = model.num_experts, model.hidden_size, model.moe_intermediate_size
+    if stacked:
+        gate_up, down = [Rows("mlp.experts.gate_up_proj")], [Rows("mlp.experts.down_proj")]
+    else:
+        gate_up = [
+            Rows(f"mlp.experts.{i}.{name}_proj.weight", 0, width) for i in range(experts) for name in ("gate", "up")
+        ]
+        down = [Rows(f"mlp.experts.{i}.down_proj.weight", 0, hidden) for i in range(experts)]
+    table = {
+        "pre_mlp_layernorm.weight": [Rows("post_attention_layernorm.weight")],
+        "mlp.router.weight": [Rows("mlp.gate.weight")],
+        "mlp.router.load": [],  # of the last batch, for the balancing loss: only training knows it
+        "mlp.experts.linear_fc1.weight": gate_up,
+        "mlp.experts.linear_fc2.weight": down,
+    }
+    if model.shared_expert_intermediate_size:
+        table |= {
+            "mlp.shared_experts.linear_fc1.weight": _gate_up(
+                "mlp.shared_expert", model.shared_expert_intermediate_size
+            ),
+            "mlp.shared_experts.linear_fc2.weight": [Rows("mlp.shared_expert.down_proj.weight")],
+            "mlp.shared_experts.gate_weight": [Rows("mlp.shared_expert_gate.weight")],
+        }
+    return table
+
+
+def _dense_mlp(model: ModelConfig) -> TensorMap:
+    return {
+        "pre_mlp_layernorm.weight": [Rows("post_attention_layernorm.weight")],
+        "mlp.linear_fc1.weight": _gate_up("mlp", model.intermediate_size),
+        "mlp.linear_fc2.weight": [Rows("mlp.down_proj.weight")],
+    }
+
+
+def _gate_up(module: str, width: int) -> list[Rows]:
+    return [Rows(f"{module}.gate_proj.weight", 0, width), Rows(f"{module}.up_proj.weight", 0, width)]

@@ -1,0 +1,149 @@
+"""A Hugging Face folder's tensors, written file by file from a sharded checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from omni_train.errors import UserError
+from omni_train.interop.rows import TensorMap, as_rows, row_count, spans
+
+_NOT_OF_THE_MODEL = ("optimizer.", "progress")
+
+
+@dataclass
+class Target:
+    """A tensor to write, and where its rows come from."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: list[tuple[str, int, int, int]] = field(
+        default_factory=list
+    )  # our tensor, first row in it, in this one, count
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The model's tensors in a sharded checkpoint, without process groups and without the model."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.path = checkpoint
+        self._reader = FileSystemReader(checkpoint)
+        metadata = self._reader.read_metadata()
+        self._reader.read_metadata = lambda: metadata  # it would be read again for every tensor
+        entries = metadata.state_dict_metadata
+        self._tensors = {
+            name: entry
+            for name, entry in entries.items()
+            if hasattr(entry, "size") and not name.startswith(_NOT_OF_THE_MODEL)
+        }
+
+    def check(self, table: TensorMap) -> None:
+        """Refuse a checkpoint that is not exactly what the table writes.
+
+        Raises:
+            UserError: naming the first tensor without a counterpart, or missing.
+        """
+        for name in sorted(self._tensors.keys() ^ table.keys()):
+            why = "has no counterpart in this format" if name in self._tensors else "is not in the checkpoint"
+            raise UserError(f"{self.path}: {name} {why}; is it another model?")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._tensors[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type that it was saved in."""
+        return self._tensors[name].properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, put together from the parts of all ranks."""
+        from torch.distributed import checkpoint
+
+        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+
+def plan_files(
+    checkpoint: CheckpointReader, table: TensorMap, dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> list[dict[str, Target]]:
+    """The tensors of each file to write, in the table's order, none larger than `max_bytes` unless one tensor is.
+
+    Args:
+        checkpoint: where the tensors are.
+        table: what corresponds to what.
+        dtypes: types to write, by Hugging Face name; those not named keep the checkpoint's.
+        max_bytes: of one file.
+    """
+    targets: dict[str, Target] = {}
+    for ours, parts in table.items():
+        shape = checkpoint.shape(ours)
+        whole = len(parts) == 1 and parts[0].stop is None
+        for span in spans(ours, shape, parts):
+            # Stacked experts come apart into matrices; a convolution's middle axis, of length one, stays.
+            rest = shape[1:] if whole or len(shape) < 3 or shape[1] == 1 else shape[-1:]
+            target = targets.setdefault(span.name, Target((0, *rest), dtypes.get(span.name, checkpoint.dtype(ours))))
+            count = span.stop - span.start
+            stop = shape[0] if whole else max(target.shape[0], span.source + count)
+            target.shape = (stop, *rest)
+            target.rows.append((ours, span.start, span.source, count))
+    files: list[dict[str, Target]] = [{}]
+    size = 0
+    for name, target in targets.items():
+        if files[-1] and size + target.num_bytes > max_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = target
+        size += target.num_bytes
+    return files
+
+
+def write_files(
+    checkpoint: CheckpointReader, files: list[dict[str, Target]], folder: Path, rank: int, world_size: int
+) -> None:
+    """Write this rank's share of the files."""
+    for name, targets in list(zip(_file_names(files), files, strict=True))[rank::world_size]:
+        tensors = {key: torch.empty(target.shape, dtype=target.dtype) for key, target in targets.items()}
+        places: dict[str, list[tuple[torch.Tensor, int]]] = {}  # where each of our tensors' rows go
+        for key, target in targets.items():
+            assert sum(count for *_, count in target.rows) == row_count(target.shape)
+            for ours, start, to, count in target.rows:
+                places.setdefault(ours, []).append((as_rows(tensors[key])[to : to + count], start))
+        for ours, mine in places.items():
+            source = as_rows(checkpoint.read(ours))
+            for place, start in mine:
+                place.copy_(source[start : start + len(place)])
+        partial = folder / f".{name}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, folder / name)
+        del tensors, places, mine, place, source
+
+
+def write_index(files: list[dict[str, Target]], folder: Path) -> None:
+    """Say which file holds which tensor, where there are several."""
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(target.num_bytes for file in files for target in file.values())},
+            "weight_map": {key: name for name, file in zip(_file_names(files), files, strict=True) for key in file},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _file_names(files: list) -> list[str]:
+    count = len(files)
+    return (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
