@@ -25,7 +25,7 @@ class LanguageModelling:
         self.batch_weight = 1.0  # sum of the loss weights of the global batch; set before each step
 
     def __call__(self, model, hidden: torch.Tensor, row: LocalRow):
-        """(loss summed over this rank's part of the row, sums to log), see :data:`omni_train.models.thinker.model.Objective`."""
+        """(loss summed over this rank's part of the row, sums to log), as ``models.thinker.model.Objective`` says."""
         loss = self._cross_entropy(model, hidden, row.labels, row.loss_weights)
         sums = {"loss": loss.detach()}
         if model.mtp_process:

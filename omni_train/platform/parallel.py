@@ -16,7 +16,7 @@ _model_group: torch.distributed.ProcessGroup | None = None
 def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Create Megatron's process groups for the layout and seed every generator.
 
-    Ranks that hold the same parameters draw the same initial values; tensor, expert and pipeline ranks draw different ones.
+    Ranks that hold the same parameters draw the same initial values; tensor, expert and pipeline ranks different ones.
     """
     from megatron.core import parallel_state, tensor_parallel
 

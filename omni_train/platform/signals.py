@@ -12,7 +12,7 @@ from omni_train.platform.device import device
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 (what schedulers send before they kill) and, agreed among all ranks, answers whether to stop."""
+    """Remembers SIGTERM and SIGUSR1, what schedulers send before they kill; all ranks agree on whether to stop."""
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -129,7 +129,7 @@ class DataConfig:
     # rows; a multiple of 2·parallel.context.
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
-    # Independent sequences of rows that the data are cut into. The rows of a run depend on it, and not on workers or the
+    # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the
     # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
     streams: int = 8
     workers: int = 2  # loader processes per data rank; 0 loads in the training process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -58,7 +59,7 @@ class Wandb:
 
         identity = directory / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 mode=recipe.tracking.mode.value,

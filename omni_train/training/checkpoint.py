@@ -91,12 +91,16 @@ def _apply_model_state(chunks, state) -> None:
 def _load(sharded: dict, checkpoint: Path) -> dict:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         return dist_checkpointing.load(sharded, str(checkpoint))
-    except (CheckpointingException, KeyError, FileNotFoundError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{checkpoint}: this checkpoint cannot be read: {reason}") from error
+    except (CheckpointingException, CheckpointException, KeyError, OSError, EOFError) as error:
+        cause = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]  # what the first rank that failed met
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {reason}") from error
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:

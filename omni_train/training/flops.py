@@ -1,7 +1,7 @@
 """Exact operation counts of a training step, for TFLOP/s and model FLOPs utilisation.
 
 A multiply and an add count as two. The backward pass costs twice the forward; what recomputation repeats is not
-counted, since it is no progress. Attention counts the causal half, sequence by sequence; the gated delta rule counts its
+counted, since it is no progress. Attention counts the causal half, by sequence; the gated delta rule counts its
 recurrent definition, not what a chunked kernel spends.
 """
 

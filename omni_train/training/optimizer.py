@@ -90,9 +90,44 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
         use_distributed_optimizer=not muon,
         use_layer_wise_distributed_optimizer=False,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
     )
+    _adapt_torch_adamw(optimizer)
+    return optimizer
+
+
+def _adapt_torch_adamw(optimizer) -> None:
+    """Make torch's AdamW, which Megatron takes without Transformer Engine, fit for Megatron's checkpoints."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW):
+            _adapt_one(part)
+
+
+def _adapt_one(part) -> None:
+    inner, restore, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
+
+    # Megatron asks for the state, step count included, before the first step, which is when torch would make it.
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    # The step count is kept apart: it must not be looked for among a parameter's loaded tensors.
+    def restore_without_step(parameter, tensors):
+        restore(parameter, {"step": None, **tensors})
+
+    # Megatron gives all parameters one step tensor, which each would then advance.
+    def load_with_steps_of_their_own(state_dict):
+        load(state_dict)
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+    part._set_main_param_and_optimizer_states = restore_without_step
+    part.load_state_dict = load_with_steps_of_their_own
 
 
 def set_learning_rate(optimizer, learning_rate: float, weight_decay: float) -> None:

@@ -1,0 +1,88 @@
+"""A run that was interrupted ends as if it never had been."""
+
+from __future__ import annotations
+
+import random
+import signal
+
+import pytest
+
+from tests.e2e.conftest import Runs, kill
+
+
+def losses(runs: Runs, run: str) -> list[tuple]:
+    return [(m["step"], m["loss"], m["grad_norm"], m["tokens"], m.get("eval_loss")) for m in runs.metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    runs = Runs(world, tmp_path_factory.mktemp("uninterrupted"))
+    runs.finish("run=whole", "schedule.eval_every=5", "schedule.eval_rows=2", "tracking=wandb_offline")
+    return runs, losses(runs, "whole")
+
+
+def test_a_run_logs_every_step_evaluates_saves_and_tracks(uninterrupted):
+    runs, history = uninterrupted
+    assert [step for step, *_ in history] == list(range(1, 13))
+    assert [step for step, *_, held_out in history if held_out is not None] == [5, 10]
+    folder = runs.folder / "whole"
+    assert (folder / "recipe.yaml").exists()
+    assert (folder / "checkpoints" / "latest").resolve().name == "step_00000012"
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == [
+        f"step_{step:08d}" for step in (4, 8, 12)
+    ]
+    assert list(folder.rglob("run-*.wandb"))
+    last = runs.metrics("whole")[-1]
+    for name in ("lr", "tokens_per_second", "data_wait_seconds", "tflops_per_second", "aux_loss", "expert_load_max"):
+        assert last[name] >= 0
+
+
+def test_killed_at_a_random_step_and_started_again_it_ends_with_the_same_losses(runs, uninterrupted):
+    overrides = ("run=killed", "schedule.eval_every=5", "schedule.eval_rows=2", "checkpoint.asynchronous=false")
+    at = random.SystemRandom().randint(5, 11)
+    process = runs.start(*overrides)
+    runs.wait(lambda: len(runs.metrics("killed")) >= at, process)
+    kill(process)
+    assert "resuming from" in runs.finish(*overrides)
+    assert losses(runs, "killed") == uninterrupted[1], f"killed at step {at}"
+
+
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(runs, uninterrupted):
+    overrides = ("run=saving", "schedule.eval_every=5", "schedule.eval_rows=2")
+    checkpoints = runs.folder / "saving" / "checkpoints"
+    process = runs.start(*overrides)
+    runs.wait(lambda: (checkpoints / "step_00000008.partial").exists(), process)
+    kill(process)
+    assert (checkpoints / "step_00000008.partial").exists(), "the kill came too late"
+    assert (checkpoints / "latest").resolve().name == "step_00000004"
+    assert "step_00000004 at step 4" in runs.finish(*overrides)
+    assert losses(runs, "saving") == uninterrupted[1]
+    assert not list(checkpoints.glob("*.partial"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_finishes_the_step_and_nothing_is_repeated(runs, ranks):
+    layout = [f"parallel.tensor={ranks}", "checkpoint.save_every=1000", "run=signalled"]
+    process = runs.start(*layout, ranks=ranks)
+    runs.wait(lambda: len(runs.metrics("signalled")) >= 3, process)
+    process.send_signal(signal.SIGTERM if ranks == 2 else signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    before = losses(runs, "signalled")
+    assert f"after step {len(before)}, saved; the same command goes on from here" in err
+    assert "Traceback" not in err
+    assert f"at step {len(before)}" in runs.finish(*layout, ranks=ranks)
+    after = losses(runs, "signalled")
+    assert after[: len(before)] == before
+    assert [step for step, *_ in after] == list(range(1, 13))
+
+
+def test_every_layout_of_the_command_line_trains_like_one_rank(runs):
+    runs.finish("run=start", "schedule.steps=0")
+    base = ("schedule.steps=4", f"init_from={runs.folder}/start")
+    runs.finish("run=one", *base)
+    runs.finish("run=four", *base, "parallel.tensor=2", "parallel.context=2", ranks=4)
+    for one, four in zip(runs.metrics("one"), runs.metrics("four"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert four["tokens"] == one["tokens"]
