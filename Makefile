@@ -4,7 +4,7 @@ PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(s
 	2>/dev/null && echo $$p && break; done)
 SMOKE = train stage=text_pretrain model=tiny data=rehearsal schedule=smoke run=smoke
 
-.PHONY: help setup smoke test lint bench clean
+.PHONY: help setup gpu smoke test lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -18,6 +18,11 @@ setup: .venv/.installed ## make .venv with everything pinned in constraints.txt
 	@echo "installing into .venv; torch is large, so the first time takes minutes"
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,dev]'
 	@touch $@
+
+# They compile against the torch that is there, so they are built outside pip's isolation, with our own build tools.
+gpu: setup ## add the GPU kernels to .venv; compiling takes minutes, and needs the CUDA toolkit
+	.venv/bin/python -m pip install -q --disable-pip-version-check hatchling wheel
+	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[gpu]'
 
 rehearsal: | setup
 	.venv/bin/omni-train data rehearsal out=rehearsal
