@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from math import lcm
 
 from omni_train.errors import UserError
-from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Recipe, WandbMode
+from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
 
 # The least value of each number, `None` values passing.
 _AT_LEAST = {
@@ -198,6 +198,15 @@ def _layout(recipe: Recipe) -> None:
     if model.num_experts:
         _divides(recipe, parallel.expert, "parallel.expert", "model.num_experts")
         _divides(recipe, parallel.expert_tensor, "parallel.expert_tensor", "model.moe_intermediate_size")
+        # The experts' grouped product reads rows of whole 16-byte words.
+        word = 8 if recipe.precision is Precision.bf16 else 4
+        _divides(recipe, word, f"what precision={recipe.precision} needs", "model.hidden_size")
+        _divides(
+            recipe,
+            word * parallel.expert_tensor,
+            f"parallel.expert_tensor times what precision={recipe.precision} needs",
+            "model.moe_intermediate_size",
+        )
     for key in ("parallel.expert", "parallel.expert_tensor"):
         if _value(recipe, key) > 1 and not model.num_experts:
             _refuse(recipe, key, f"model={model.name} has no experts; set {key}=1")

@@ -72,6 +72,23 @@ REFUSED = [
         "model.partial_rotary_factor=0.25: rotates 15 of model.head_dim=60; must be even",
     ),
     # layout against the model
+    (
+        "model.moe_intermediate_size=62",
+        None,
+        "model.moe_intermediate_size=62: not a multiple of parallel.expert_tensor times what precision=fp32 needs=4; "
+        "change one of the two",
+    ),
+    (
+        "model.moe_intermediate_size=72 parallel.expert_tensor=2 precision=bf16",
+        None,
+        "model.moe_intermediate_size=72: not a multiple of parallel.expert_tensor times what precision=bf16 needs"
+        "=16; change one of the two",
+    ),
+    (
+        "model.hidden_size=130",
+        None,
+        "model.hidden_size=130: not a multiple of what precision=fp32 needs=4; change one of the two",
+    ),
     ("parallel.tensor=3", None, "model.vocab_size=4096: not a multiple of parallel.tensor=3; change one of the two"),
     (
         "model.num_attention_heads=12 model.num_key_value_heads=12 parallel.tensor=8",
