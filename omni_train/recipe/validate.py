@@ -299,7 +299,9 @@ def _packages(recipe: Recipe) -> None:
     """Optional packages that the recipe's choices need on this machine."""
     if recipe.optimizer.name is OptimizerName.muon and find_spec("emerging_optimizers") is None:
         _refuse(
-            recipe, "optimizer.name", "needs the package emerging-optimizers; pip install it or use optimizer=adamw"
+            recipe,
+            "optimizer.name",
+            "needs the package emerging-optimizers; install the extra [muon] or use optimizer=adamw",
         )
     if recipe.tracking.mode is not WandbMode.disabled and find_spec("wandb") is None:
         _refuse(recipe, "tracking.mode", "needs the package wandb; pip install it or use tracking=none")

@@ -88,7 +88,7 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=not muon,
-        use_layer_wise_distributed_optimizer=False,
+        muon_tp_mode="distributed",  # whole matrices, as on one rank, rather than each rank its block
     )
     optimizer = get_megatron_optimizer(
         options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
@@ -99,8 +99,10 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
 
 def _adapt_torch_adamw(optimizer) -> None:
     """Make torch's AdamW, which Megatron takes without Transformer Engine, fit for Megatron's checkpoints."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             _adapt_one(part)
 
 
