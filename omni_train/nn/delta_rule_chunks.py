@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64
+CHUNK = 32
 """Tokens of a chunk, L; a power of two."""
 
-BLOCK_ROWS = 1 << 15
-"""Head tokens (G·L·chunks) worked on at once, so that temporaries stay small however long the row is."""
+BLOCK_ROWS = 1 << 12
+"""Head tokens (chunks·G·L) worked on at once, so that temporaries stay in cache however long the row is."""
 
 
 @dataclass
@@ -65,53 +65,46 @@ class GatedDeltaRule(torch.autograd.Function):
     """``apply(q, k, v, g, beta, initial, scale, layout)``: the output (B, T, H, V) and the final states (N, G, K, V).
 
     Shapes are those of :func:`omni_train.nn.delta_rule.chunk_gated_delta_rule`, but states hold the heads of all rows
-    on one axis. Saves its inputs and the state at the start of every chunk; the rest is computed again in backward."""
+    on one axis. Saves its inputs and the state at the start of every block; the rest is computed again in backward."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, scale: float, layout: Layout):
         B, T, H, K = k.shape
         V, G, C = v.shape[-1], B * H, -(-T // CHUNK)
         output = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
-        states = initial.new_zeros(C + 1, G, K, V)
         final = initial.clone()
-        for first, last in _blocks(C, G):
+        blocks = _blocks(C, G)
+        states = initial.new_zeros(len(blocks) + 1, G, K, V)
+        for i, (first, last) in enumerate(blocks):
             block = _prepare(q, k, v, g, beta, layout, first, last)
-            written = torch.bmm(block.inverse, block.values)
-            steps = [x.unflatten(0, (-1, G)) for x in (written, block.reads, block.carried_keys.mT, block.through)]
-            for c, (y, reads, keys, through) in enumerate(zip(*steps, strict=True), start=first):
-                if c in layout.begins:
-                    states[c] = initial[layout.begins[c]]
-                y.baddbmm_(reads, states[c], alpha=-1)
-                torch.mul(states[c], through, out=states[c + 1]).baddbmm_(keys, y)
-                if c in layout.ends:
-                    final[layout.ends[c]] = states[c + 1]
-            o = torch.bmm(block.queries_keys[:, 0], states[first:last].flatten(0, 1)).mul_(block.from_start)
+            before, written, states[i + 1] = _scan(block, states[i], initial, layout, first, final)
+            o = torch.bmm(block.queries_keys[:, 0], before).mul_(block.from_start)
             o.baddbmm_(block.scores[:, 0], written).mul_(scale)
             _from_chunks(o, output, first)
-        ctx.save_for_backward(q, k, v, g, beta, states)
+        ctx.save_for_backward(q, k, v, g, beta, initial, states)
         ctx.scale, ctx.layout = scale, layout
         return output, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, doutput, dfinal):
-        q, k, v, g, beta, states = ctx.saved_tensors
+        q, k, v, g, beta, initial, states = ctx.saved_tensors
         layout = ctx.layout
-        C, G, K, V = states.shape[0] - 1, *states.shape[1:]
+        G, K, V = initial.shape[1:]
+        blocks = _blocks(-(-k.shape[1] // CHUNK), G)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         dinitial = dfinal.clone()
-        carried = torch.zeros_like(states[0])
-        for first, last in reversed(_blocks(C, G)):
+        carried = torch.zeros_like(initial[0])
+        for state, (first, last) in reversed(list(zip(states[:-1], blocks, strict=True))):
             block = _prepare(q, k, v, g, beta, layout, first, last)
-            before = states[first:last].flatten(0, 1)
-            values = torch.bmm(block.inverse, block.values).baddbmm_(block.reads, before, alpha=-1)  # Y
+            before, written, _ = _scan(block, state, initial, layout, first)
 
             # Rows 0 and 1 take the gradients of what queries and keys read: dO and −dV.
-            dread = values.new_empty(len(values), 2, CHUNK, V)
+            dread = written.new_empty(len(written), 2, CHUNK, V)
             do = dread[:, 0]
             do.copy_(_to_chunks(doutput, first, last)).mul_(ctx.scale)
-            dwritten = torch.bmm(block.scores[:, 0].mT, do)  # gradient of Y, so far through O only
-            dstates = values.new_empty(last - first + 1, G, K, V)
+            dwritten = torch.bmm(block.scores[:, 0].mT, do)  # so far through O only
+            dstates = written.new_empty(last - first + 1, G, K, V)
             dstates[-1] = carried
             from_output = (block.queries_keys[:, 0] * block.from_start).mT
             torch.bmm(from_output, do, out=dstates[:-1].view(-1, K, V))
@@ -130,7 +123,7 @@ class GatedDeltaRule(torch.autograd.Function):
             dvalues = torch.bmm(block.inverse.mT, dwritten)
             torch.neg(dvalues, out=dread[:, 1])
             dread = dread.view(-1, 2 * CHUNK, V)
-            dscores = torch.bmm(dread, values.mT).view_as(block.scores).mul_(block.decay)
+            dscores = torch.bmm(dread, written.mT).view_as(block.scores).mul_(block.decay)
             # What a query reads of its own token's write has not decayed. It stays out of dγ, where it would cancel,
             # but leave a rounding error larger than the gradient itself if little outlives a token.
             diagonals = dscores.diagonal(dim1=-2, dim2=-1)
@@ -139,7 +132,7 @@ class GatedDeltaRule(torch.autograd.Function):
             dscores = dscores.view(-1, 2 * CHUNK, CHUNK)
             dqk = torch.bmm(dread, before.mT).view_as(block.queries_keys).mul_(block.from_start.unsqueeze(1))
             dqk.view(-1, 2 * CHUNK, K).baddbmm_(dscores, block.written_keys)
-            dkeys = torch.bmm(values, after.mT).mul_(block.to_end)
+            dkeys = torch.bmm(written, after.mT).mul_(block.to_end)
             to_last = (dkeys * block.written_keys).sum((1, 2)) + block.through.flatten() * (before * after).sum((1, 2))
             dkeys.baddbmm_(dscores.mT, block.queries_keys.view(-1, 2 * CHUNK, K))
 
@@ -191,6 +184,25 @@ def _prepare(q, k, v, g, beta, layout: Layout, first: int, last: int) -> _Block:
         queries_keys, written_keys, values, decay, scores, inverse, from_start, to_end, through, reads,
         written_keys * to_end,
     )  # fmt: skip
+
+
+def _scan(block: _Block, state: Tensor, initial: Tensor, layout: Layout, first: int, final: Tensor | None = None):
+    """Carry the state (G, K, V) through the chunks of a block.
+
+    Returns the state that each chunk starts from (n, K, V), the values written, Y (n, L, V), and the state after the
+    last chunk. Puts the states of sequences that end here into ``final``.
+    """
+    G = len(state)
+    written = torch.bmm(block.inverse, block.values)
+    steps = [x.unflatten(0, (-1, G)).unbind() for x in (written, block.reads, block.carried_keys.mT, block.through)]
+    before = state.new_empty(len(steps[0]), *state.shape)
+    for c, (start, y, reads, keys, through) in enumerate(zip(before.unbind(), *steps, strict=True), start=first):
+        start.copy_(initial[layout.begins[c]] if c in layout.begins else state)
+        y.baddbmm_(reads, start, alpha=-1)
+        state = torch.baddbmm(start * through, keys, y)
+        if final is not None and c in layout.ends:
+            final[layout.ends[c]] = state
+    return before.flatten(0, 1), written, state
 
 
 def _boundary_masks(sequence_T: Tensor, first: int, last: int, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

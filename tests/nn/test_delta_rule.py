@@ -145,6 +145,16 @@ def test_fp32_stays_accurate_when_all_keys_are_alike():
     torch.testing.assert_close(got[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_of_the_decay_keeps_its_digits_where_little_outlives_a_token():
+    streams = inputs(130)
+    with torch.no_grad():
+        streams[3].sub_(8)
+    exact = gradients([recurrence(*(x[0] for x in streams))[0][None]], [streams[3]])[0]
+    narrow = [x.detach().float().requires_grad_() for x in streams]
+    got = gradients([chunk_gated_delta_rule(*narrow)[0]], [narrow[3]])[0]
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("decay", [400.0, 5000.0])
 def test_strong_decay_neither_overflows_nor_loses_the_state_write(decay):
     streams = inputs(130, decay=decay)
