@@ -30,7 +30,7 @@ rehearsal: | setup
 smoke: setup rehearsal ## train a tiny Thinker, on every GPU or else on two CPU processes, and show how it went
 	@rm -rf runs/smoke
 	@gpus=$$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE); \
+	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE) schedule.global_batch=$$((4 * gpus)); \
 	else launchers/local.sh 2 $(SMOKE) parallel.tensor=2; fi
 	@.venv/bin/python -m omni_train.training.report runs/smoke
 

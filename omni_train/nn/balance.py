@@ -88,6 +88,26 @@ def begin_step(chunks: Iterable[torch.nn.Module], coefficient: float, step_token
             router.mean_probs.zero_()
 
 
+def loads(chunks: Iterable[torch.nn.Module], pipeline_group) -> dict[int, list[float]]:
+    """Load of every expert in the last global batch, 1 being an even share, by MoE layer of the model. Collective.
+
+    Args:
+        chunks: this rank's model chunks.
+        pipeline_group: the pipeline ranks.
+
+    Returns:
+        the layer's number in the pattern, from 1 (a multi-token-prediction layer's negative) -> load of each expert.
+    """
+    mine = {
+        (-router.layer_number if router.is_mtp_layer else router.layer_number): router.load.tolist()
+        for chunk in chunks
+        for router in routers(chunk)
+    }
+    everywhere: list = [None] * pipeline_group.size()
+    torch.distributed.all_gather_object(everywhere, mine, group=pipeline_group)
+    return {layer: load for part in everywhere for layer, load in sorted(part.items())}
+
+
 def end_step(chunks: Iterable[torch.nn.Module], group, pipeline_group) -> dict[str, float]:
     """Sum the step's counts over the ranks that share the layers, and keep them for the next step.
 

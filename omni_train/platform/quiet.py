@@ -17,6 +17,7 @@ _WARNINGS: dict[type[Warning], tuple[str, ...]] = {
         r"Only transformer-engine>=1\.7\.0 supports MoE experts, but your version is 0\.0\.0\.",
         r"full scope is deprecated\. Use empty cuda_graph_modules",  # of its own default
         r"MimoModelConfig is experimental",  # imported with its optimizer, not used
+        r"Using a non-tuple sequence for multidimensional indexing",  # of its own context-parallel slices
         r"The argument order of load has been changed",  # its call, not ours
         r"torch\.distributed is disabled, unavailable or uninitialized",  # its reader asks for that
     ),

@@ -184,9 +184,10 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """wandb. metrics.jsonl is always written."""
+    """wandb, and the load of each expert. metrics.jsonl is always written."""
 
     mode: WandbMode = WandbMode.disabled
+    expert_load_every: int = 100  # steps between two lines of expert_load.jsonl; 0 writes none
     project: str = "omni_train"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)

@@ -62,6 +62,7 @@ _AT_LEAST = {
     "schedule.stop_after": 1,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 0,
+    "tracking.expert_load_every": 0,
     "safety.max_nonfinite_steps": 0,
     "safety.hang_seconds": 1,
 }

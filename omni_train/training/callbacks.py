@@ -25,7 +25,7 @@ class Callback(Protocol):
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object per logged step. What came after the checkpoint a run resumes from is dropped."""
+    """One JSON object per logged step. What came after the checkpoint a run resumes from is dropped."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = []

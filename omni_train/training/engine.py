@@ -126,6 +126,10 @@ class MegatronEngine:
         metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
         return StepResult(metrics, tokens, int(samples), int(skipped), updated)
 
+    def expert_loads(self) -> dict[int, list[float]]:
+        """See :func:`omni_train.nn.balance.loads`. Collective."""
+        return balance.loads(self.chunks, parallel_state.get_pipeline_model_parallel_group())
+
     @torch.no_grad()
     def evaluate(self, rows: list[PackedBatch]) -> dict[str, float]:
         """Objective of held-out rows, mean per token over all data ranks."""

@@ -10,7 +10,7 @@ from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
 from omni_train.recipe.schema import Recipe
-from omni_train.training.callbacks import Callback, build_callbacks
+from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.checkpoint import CheckpointStore, load_model, resolve, step_of
 from omni_train.training.engine import MegatronEngine
 from omni_train.training.feed import Feed
@@ -53,7 +53,11 @@ class Trainer:
         """Train to the end of the recipe, or to a signal; the last step is always saved."""
         config, world = self.recipe.schedule, platform.parallel.data_world_size()
         stop, watchdog = StopRequest(), Watchdog(self.recipe.safety.hang_seconds)
-        callbacks = build_callbacks(self.recipe, self.directory, self.step) if platform.rank() == 0 else []
+        callbacks: list[Callback] = []
+        expert_load: MetricsFile | None = None
+        if platform.rank() == 0:
+            callbacks = build_callbacks(self.recipe, self.directory, self.step)
+            expert_load = MetricsFile(self.directory / "expert_load.jsonl", self.step)
         try:
             stopped = None
             while not self.schedule.done(self.step, self.progress["tokens"]):
@@ -64,6 +68,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or "eval_loss" in metrics:
                     for callback in callbacks:
                         callback.on_metrics(metrics)
+                self._log_expert_load(expert_load)
                 if stop.agreed():
                     stopped = stop.name or "a signal to another rank"
                     break
@@ -81,7 +86,16 @@ class Trainer:
             watchdog.stop()
             if self.feed is not None:
                 self.feed.close()
-            _close(callbacks)
+            for open_file in [*callbacks, *([expert_load] if expert_load else [])]:
+                open_file.close()
+
+    def _log_expert_load(self, file: MetricsFile | None) -> None:
+        """Write the load of every expert where the recipe wants it. Collective."""
+        every = self.recipe.tracking.expert_load_every
+        if every and self.recipe.model.num_experts and self.step % every == 0:
+            loads = self.engine.expert_loads()
+            if file is not None:
+                file.on_metrics({"step": self.step, "load_by_layer": loads})
 
     def _train_step(self, count: int) -> dict[str, float]:
         start = time.perf_counter()
@@ -148,8 +162,3 @@ class Trainer:
     def _save(self) -> None:
         state = self.feed.state() if self.feed else None
         self.store.save(self.step, self.engine.chunks, self.engine.optimizer, self.progress, state)
-
-
-def _close(callbacks: list[Callback]) -> None:
-    for callback in callbacks:
-        callback.close()

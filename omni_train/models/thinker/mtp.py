@@ -8,6 +8,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.transformer.module import MegatronModule
 
 from omni_train.models.row import LocalRow
+from omni_train.nn import balance
 from omni_train.nn.backend import backend
 
 
@@ -45,6 +46,8 @@ class MultiTokenPrediction(MegatronModule):
             pg_collection=groups,
             is_mtp_layer=True,
         )
+        for router in balance.routers(self.decoder):
+            router.is_mtp_layer = True  # which the stack tells its attention layers only
 
     def forward(self, next_embedding: torch.Tensor, hidden: torch.Tensor, rotary: torch.Tensor, row: LocalRow):
         """Hidden states that predict ``row.next_labels``.

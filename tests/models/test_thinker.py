@@ -1,0 +1,94 @@
+"""A packed row is its samples, each alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omni_train.data.batch import IGNORE
+from omni_train.recipe.schema import ParallelConfig
+from tests.support.thinker import random_row, small_recipe
+
+LENGTHS = [37, 11, 29]
+
+
+def pieces(row):
+    """Each sample of a row as a row of its own."""
+    boundaries = row.cu_seqlens.tolist()
+    for index, length in enumerate(LENGTHS):
+        alone = random_row([length], 96, seed=0)
+        start = boundaries[index]
+        for name in ("tokens", "labels", "loss_weights"):
+            getattr(alone, name)[:length] = getattr(row, name)[start : start + length]
+        alone.labels[length:], alone.loss_weights[length:] = IGNORE, 0.0
+        yield alone, slice(start, start + length), slice(0, length)
+
+
+def packed_and_alone(rank, world_size, changes):
+    """Largest differences of logits, loss and, relative to the largest, gradients."""
+    from omni_train import platform
+    from omni_train.models.row import LocalRow
+    from omni_train.models.thinker import build_chunks
+    from omni_train.nn import balance
+    from omni_train.objectives.language_modelling import LanguageModelling
+
+    recipe = small_recipe(**changes)
+    platform.parallel.initialize(recipe.parallel, 19)
+    model = build_chunks(recipe)[0]
+    row = random_row(LENGTHS, 96, seed=4)
+    objective = LanguageModelling(40, 0.3)
+    objective.batch_weight = row.num_loss_tokens
+
+    def run(batch):
+        balance.begin_step([model], 0.05, float((~row.padding).sum()))
+        local = LocalRow.from_batch(batch)
+        loss, _ = model(local, objective)
+        loss.backward()
+        with torch.no_grad():
+            return float(loss), model.logits(model(local))
+
+    for router in balance.routers(model):  # an uneven load, so that the auxiliary loss has a gradient
+        router.load.copy_(torch.linspace(0.2, 1.8, len(router.load)))
+    together, logits = run(row)
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    apart, difference = 0.0, 0.0
+    for alone, here, there in pieces(row):
+        loss, alone_logits = run(alone)
+        apart += loss
+        difference = max(difference, float((logits[here] - alone_logits[there]).abs().max()))
+    worst = max(
+        float((parameter.grad - gradients[name]).abs().max() / gradients[name].abs().max().clamp(min=1e-6))
+        for name, parameter in model.named_parameters()
+    )
+    platform.parallel.destroy()
+    return difference, together, apart, worst
+
+
+@pytest.mark.parametrize("changes", [{}, {"mtp_num_hidden_layers": 1}], ids=["plain", "mtp"])
+def test_logits_loss_and_gradients_of_packed_samples_are_those_of_each_alone(distributed, changes):
+    difference, together, apart, worst = distributed(1, packed_and_alone, changes)[0]
+    assert difference < 2e-5
+    assert apart == pytest.approx(together, rel=1e-6)
+    assert worst < 1e-4
+
+
+def loads_by_layer(rank, world_size, parallel):
+    from omni_train import platform
+    from omni_train.training.engine import MegatronEngine
+    from tests.support.thinker import global_batches
+
+    recipe = small_recipe(parallel, mtp_num_hidden_layers=1)
+    platform.parallel.initialize(parallel, recipe.seed)
+    engine = MegatronEngine(recipe)
+    engine.train_step(global_batches(1)[0], learning_rate=1e-3)
+    return engine.expert_loads()
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(pipeline=2, virtual_pipeline=2)])
+def test_expert_load_is_reported_for_every_moe_layer_of_the_model(distributed, parallel):
+    for loads in distributed(parallel.pipeline, loads_by_layer, parallel):
+        assert sorted(loads) == [-2, 2, 4, 6, 8]
+        for load in loads.values():
+            assert len(load) == 6
+            assert sum(load) == pytest.approx(6.0)
