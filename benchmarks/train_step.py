@@ -31,6 +31,7 @@ from omni_train.recipe.schema import (
     Recipe,
     ScheduleConfig,
 )
+from omni_train.threads import keep_awake
 
 REPEATS = {"row": 5, "mixed": 3}
 ROW_TOKENS = 4096
@@ -172,6 +173,7 @@ def ours(folder: Path) -> Callable[[str], float]:
 
 def run(threads: int = 2) -> list[dict]:
     """Rows of name, value and unit."""
+    keep_awake()  # as the command line does; both sides inherit it
     context = multiprocessing.get_context("spawn")
     sides, processes = {}, []
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from omni_train.errors import UserError, announce
+from omni_train.threads import keep_awake
 
 _USAGE = """\
 omni-train <command> [arguments]
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> int:
     from omni_train.recipe import hydra_app
     from omni_train.recipe.schema import Recipe
+
+    keep_awake()
 
     def job(recipe: Recipe) -> int:
         from omni_train.training.run import run

@@ -8,9 +8,10 @@ this file; no other room knows that it exists.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -19,34 +20,58 @@ _CUDA_TYPE_NAMES = {
 }
 
 
-class _Redirect(TorchFunctionMode):
-    """Sends what asks for a CUDA device to the device that stands in for it."""
+_device = torch.device("cpu")
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
 
-    def _is_cuda(self, value) -> bool:
-        if isinstance(value, torch.device):
-            return value.type == "cuda"
-        if isinstance(value, str):
-            return value.startswith("cuda")
-        return False
+def _is_cuda(value) -> bool:
+    """Whether a device argument means CUDA. A bare number is a CUDA device too."""
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, int) and not isinstance(value, bool)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The distributed optimizer sorts parameters by this name.
-            return _CUDA_TYPE_NAMES.get(args[0].dtype, args[0].type())
-        if "device" in kwargs:
-            device = kwargs["device"]
-            if self._is_cuda(device) or (isinstance(device, int) and not isinstance(device, bool)):
-                kwargs = {**kwargs, "device": self.device}
-        elif func is torch.Tensor.to and len(args) > 1 and self._is_cuda(args[1]):
-            args = (args[0], self.device, *args[2:])
-        return func(*args, **kwargs)
+
+def _redirect_devices() -> None:
+    """Send what asks for a CUDA device to the device that stands in for it.
+
+    Only functions that take a device are wrapped. A ``TorchFunctionMode`` would be shorter, but it stands before every
+    torch call, and made the small products of Gated DeltaNet several times slower.
+    """
+
+    def redirected(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = _device
+            return function(*args, **kwargs)
+
+        return call
+
+    for constructor in _device_constructors():
+        name = constructor.__name__
+        if getattr(torch, name, None) is constructor:
+            setattr(torch, name, redirected(constructor))
+    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        setattr(torch.Tensor, name, redirected(getattr(torch.Tensor, name)))
+
+    to, type_name = torch.Tensor.to, torch.Tensor.type
+
+    def tensor_to(self, *args, **kwargs):
+        if args and not isinstance(args[0], int) and _is_cuda(args[0]):
+            args = (_device, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _device
+        return to(self, *args, **kwargs)
+
+    def tensor_type(self, *args, **kwargs):
+        if args or kwargs:
+            return type_name(self, *args, **kwargs)
+        # The distributed optimizer sorts parameters by this name.
+        return _CUDA_TYPE_NAMES.get(self.dtype) or type_name(self)
+
+    torch.Tensor.to, torch.Tensor.type = tensor_to, tensor_type
+    torch.Tensor.cuda = lambda self, *_, **__: self
 
 
 class _Stream:
@@ -155,7 +180,7 @@ def _exchange_uneven_parts() -> None:
     distributed.all_gather, distributed.reduce_scatter = all_gather, reduce_scatter
 
 
-_installed: _Redirect | None = None
+_installed = False
 
 
 def install(device: str = "cpu") -> None:
@@ -164,13 +189,14 @@ def install(device: str = "cpu") -> None:
     Must run before the first import of Megatron: its modules read some of these names, and bind the fusion decorator,
     when they are imported.
     """
-    global _installed
-    if _installed is not None:
-        _installed.device = torch.device(device)
+    global _installed, _device
+    _device = torch.device(device)
+    if _installed:
         return
+    _installed = True
 
     cuda = torch.cuda
-    cuda.current_device = lambda: _installed.device
+    cuda.current_device = lambda: _device
     cuda.device_count = lambda: 1
     cuda.set_device = lambda _device: None
     cuda.synchronize = lambda _device=None: None
@@ -195,9 +221,7 @@ def install(device: str = "cpu") -> None:
     jit.disable_jit_fuser()
     torch.compile = compiler
 
-    _installed = _Redirect(torch.device(device))
-    _installed.__enter__()
-
+    _redirect_devices()
     _take_tensor_splits()
     _exchange_uneven_parts()
 

@@ -109,6 +109,10 @@ def _adapt_torch_adamw(optimizer) -> None:
 def _adapt_one(part) -> None:
     inner, restore, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
 
+    # One pass over each parameter instead of one per operation.
+    for group in inner.param_groups:
+        group["fused"], group["foreach"] = True, False
+
     # Megatron asks for the state, step count included, before the first step, which is when torch would make it.
     for group in inner.param_groups:
         for parameter in group["params"]:
