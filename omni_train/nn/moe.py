@@ -96,6 +96,8 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
         """Expert outputs (R, H) summed into the tokens they belong to."""
+        # Not kept to the next call: the graph behind it would hold this layer's activations, and keep the model alive.
+        self.probs = None
         return _Gather.apply(rows, self.source_R, self.rows_TK).view(self.hidden_shape)
 
 
