@@ -52,6 +52,13 @@ def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
 
 
 @pytest.fixture(scope="module")
+def initial_with_mtp(distributed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mtp")
+    plain = distributed(1, train, ParallelConfig(), folder, None, "initial", MTP)[0]
+    return folder, folder / "initial" / "step_00000000", plain
+
+
+@pytest.fixture(scope="module")
 def initial(distributed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     plain = distributed(1, train, ParallelConfig(), folder, None, "initial", {})[0]
@@ -78,4 +85,22 @@ def test_every_layout_trains_like_one_rank(distributed, initial, name):
 def test_recomputation_changes_nothing(distributed, initial, recompute):
     folder, start, expected = initial
     for history in distributed(2, train, ParallelConfig(tensor=2), folder, start, None, {"recompute": recompute}):
+        assert_same(expected, history)
+
+
+@pytest.mark.parametrize("name", ["TP2", "CP2", "PP2", "TP2-PP2-EP2"])
+def test_multi_token_prediction_trains_alike_in_every_layout(distributed, initial_with_mtp, name):
+    """Its embedding stands on the last pipeline stage as well as on the first: both must see both gradients."""
+    folder, start, expected = initial_with_mtp
+    world_size, parallel = LAYOUTS[name]
+    for history in distributed(world_size, train, parallel, folder, start, None, MTP):
+        assert_same(expected, history)
+        assert all("mtp_loss" in metrics for metrics in history)
+
+
+def test_tied_embeddings_train_alike_over_pipeline_stages(distributed, tmp_path):
+    tied = {"tie_word_embeddings": True}
+    expected = distributed(1, train, ParallelConfig(), tmp_path, None, "tied", tied)[0]
+    start = tmp_path / "tied" / "step_00000000"
+    for history in distributed(2, train, ParallelConfig(pipeline=2), tmp_path, start, None, tied):
         assert_same(expected, history)
