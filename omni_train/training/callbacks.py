@@ -83,6 +83,17 @@ class Wandb:
         self._run.finish()
 
 
+_FIGURES = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "held-out loss {:.4f}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "tflops_per_second": "{:.3g} TFLOP/s",
+    "mfu": "MFU {:.1%}",
+}
+"""What of a step's metrics the progress shows, in order, and how."""
+
+
 class Progress:
     """A bar with loss, tokens/s, TFLOP/s, utilisation and the time left; plain lines where there is no terminal."""
 
@@ -107,19 +118,7 @@ class Progress:
             self._bar.start()
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
-        shown = []
-        if "loss" in metrics:
-            shown.append(f"loss {metrics['loss']:.4f}")
-        if "eval_loss" in metrics:
-            shown.append(f"held-out loss {metrics['eval_loss']:.4f}")
-        if "grad_norm" in metrics:
-            shown.append(f"grad {metrics['grad_norm']:.2f}")
-        if "tokens_per_second" in metrics:
-            shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        if "tflops_per_second" in metrics:
-            shown.append(f"{metrics['tflops_per_second']:.3g} TFLOP/s")
-        if "mfu" in metrics:
-            shown.append(f"MFU {metrics['mfu']:.1%}")
+        shown = [text.format(metrics[name]) for name, text in _FIGURES.items() if name in metrics]
         step = int(metrics["step"])
         if self._live:
             self._bar.update(self._task, completed=step, figures="  ".join(shown))

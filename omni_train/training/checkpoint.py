@@ -53,10 +53,13 @@ def step_of(checkpoint: Path) -> int:
 def model_state(chunks: list[torch.nn.Module]) -> dict:
     """Sharded state of this rank's model chunks, keyed as the optimizer expects them."""
     metadata = state_metadata()
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+
+
+def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """This rank's model chunks, unwrapped, under the keys that Megatron's optimizer looks for."""
     unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
-    if len(unwrapped) == 1:
-        return {"model": unwrapped[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(unwrapped)}
+    return {"model": unwrapped[0]} if len(unwrapped) == 1 else {f"model{i}": chunk for i, chunk in enumerate(unwrapped)}
 
 
 def state_metadata() -> dict:
@@ -83,9 +86,8 @@ def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConf
 
 
 def _apply_model_state(chunks, state) -> None:
-    for i, chunk in enumerate(chunks):
-        key = "model" if len(chunks) == 1 else f"model{i}"
-        getattr(chunk, "module", chunk).load_state_dict(state[key], strict=True)
+    for key, chunk in _keyed(chunks).items():
+        chunk.load_state_dict(state[key], strict=True)
 
 
 def _load(sharded: dict, checkpoint: Path) -> dict:
@@ -116,8 +118,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig) -> None:
         UserError: naming the first key that differs.
     """
     written = torch.load(checkpoint / "model.pt", weights_only=True)
-    wanted = asdict(model)
-    wanted["layers"] = _layers(model)
+    wanted = _described(model)
     for key in sorted(set(wanted) - _FREE_MODEL_KEYS):
         if written.get(key) != wanted[key]:
             raise UserError(
@@ -126,8 +127,9 @@ def check_architecture(checkpoint: Path, model: ModelConfig) -> None:
             )
 
 
-def _layers(model: ModelConfig) -> str:
-    return model.pattern.replace("|", "") * model.repeats
+def _described(model: ModelConfig) -> dict:
+    """What a checkpoint says of its model; `layers` is the same however the pattern is written."""
+    return asdict(model) | {"layers": model.pattern.replace("|", "") * model.repeats}
 
 
 class CheckpointStore:
@@ -171,9 +173,7 @@ class CheckpointStore:
         if platform.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            described = asdict(self.model)
-            described["layers"] = _layers(self.model)
-            torch.save(described, partial / "model.pt")
+            torch.save(_described(self.model), partial / "model.pt")
             if self.carried is not None:
                 shutil.copytree(self.carried, partial / "hf")
         torch.distributed.barrier()
@@ -182,9 +182,9 @@ class CheckpointStore:
             torch.save(loader_state, partial / f"loader_{platform.parallel.data_rank():05d}.pt")
 
         state = model_state(chunks) if state is None else state
-        state["progress"] = progress
         if optimizer is not None and step > 0:  # before its first step it has no state
-            state["optimizer"] = optimizer.sharded_state_dict(model_state(chunks), metadata=state_metadata())
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=state_metadata())
+        state["progress"] = progress
         request = dist_checkpointing.save(
             state, str(partial), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=step == 0
         )
@@ -236,9 +236,7 @@ class CheckpointStore:
         state = model_state(chunks)
         stepped = step_of(checkpoint) > 0
         if stepped:
-            state["optimizer"] = optimizer.sharded_state_dict(
-                model_state(chunks), is_loading=True, metadata=state_metadata()
-            )
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=state_metadata())
         state = _load(state, checkpoint)
         _apply_model_state(chunks, state)
         if stepped:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from omni_train import platform
+from omni_train.data.streams import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
@@ -137,7 +138,7 @@ class Trainer:
         for skipped in (row for rank in everywhere for row in rank):
             for reason, number in skipped.items():
                 counts[reason] = counts.get(reason, 0) + number
-        say(f"step {self.step}: samples skipped so far: " + ", ".join(f"{r} {n}" for r, n in sorted(counts.items())))
+        say(f"step {self.step}: samples skipped so far: {describe(counts)}")
 
     def _guard(self, updated: bool) -> None:
         """Count a step that a non-finite loss or gradient made useless; give up after too many in a row."""
