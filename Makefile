@@ -2,7 +2,7 @@
 
 PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
 	2>/dev/null && echo $$p && break; done)
-SMOKE = train stage=text_pretrain model=tiny data=rehearsal schedule=smoke run=smoke
+SMOKE = pipeline name=smoke
 
 .PHONY: help setup gpu smoke test lint bench clean
 .DELETE_ON_ERROR:
@@ -27,12 +27,12 @@ gpu: setup ## add the GPU kernels to .venv; compiling takes minutes, and needs t
 rehearsal: | setup
 	.venv/bin/omni-train data rehearsal out=rehearsal
 
-smoke: setup rehearsal ## train a tiny Thinker, on every GPU or else on two CPU processes, and show how it went
+smoke: setup rehearsal ## train a tiny Thinker through every stage, on every GPU or else on two CPU processes, and report
 	@rm -rf runs/smoke
-	@gpus=$$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE) schedule.global_batch=$$((4 * gpus)); \
-	else launchers/local.sh 2 $(SMOKE) parallel.tensor=2; fi
-	@.venv/bin/python -m omni_train.training.report runs/smoke
+	@gpus=$$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())'); rows=$$((4 * gpus)); \
+	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE) parallel.tensor=1 parallel.context=1 \
+		schedule.global_batch=$$rows schedule.eval_rows=$$rows data.streams=$$rows; \
+	else launchers/local.sh 2 $(SMOKE); fi
 
 test: setup ## all tests
 	.venv/bin/python -m pytest -q

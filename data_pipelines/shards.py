@@ -6,28 +6,34 @@ import contextlib
 import hashlib
 import io
 import json
+import tarfile
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import webdataset
-from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
 SPLITS = ("train", "val", "test")
 
 
-def write_shards(folder: Path, split: str, samples: Sequence[tuple[str, dict[str, Any]]], shards: int) -> None:
-    """Write ``samples``, pairs of an ASCII key without dots and the fields of its ``key.json``, to
-    ``folder/split-*.tar``.
-
-    Neighbours go to different shards, and the same samples give the same bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def write_shards(folder: Path, split: str, samples: Sequence[tuple], shards: int) -> None:
+    """Write ``samples`` (see ``write_shard``) to ``folder/split-*.tar``; neighbours go to different shards."""
     for shard in range(shards):
-        with webdataset.TarWriter(str(folder / f"{split}-{shard:05d}.tar"), mtime=0, user="", group="") as tar:
-            for key, fields in samples[shard::shards]:
-                tar.write({"__key__": key, "json": json.dumps(fields, ensure_ascii=False).encode()})
+        write_shard(folder / f"{split}-{shard:05d}.tar", samples[shard::shards])
+
+
+def write_shard(file: Path, samples: Iterable[tuple]) -> None:
+    """Write one tar of ``samples``: each an ASCII key without dots, the fields of its ``key.json``, and, where it has
+    media, a mapping of their names to bytes (``{"0.flac": ...}`` becomes ``key.0.flac``).
+
+    The same samples give the same bytes.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for key, fields, *media in samples:
+            parts = {"json": json.dumps(fields, ensure_ascii=False).encode()} | dict(*media)
+            for name, data in parts.items():
+                member = tarfile.TarInfo(f"{key}.{name}")  # without owner and time
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def index_shards(folder: Path) -> None:
@@ -36,6 +42,8 @@ def index_shards(folder: Path) -> None:
     What ``energon prepare`` does, without its questions. One process reads the shards, so the same ones give the same
     index.
     """
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator  # with torch: not for those who write
+
     shards = sorted(path.name for path in folder.glob("*.tar"))
     with contextlib.redirect_stdout(io.StringIO()):
         WebdatasetPreparator.prepare_dataset(

@@ -1,4 +1,4 @@
-"""``omni-train {train, data, convert}``: parse and dispatch, nothing else.
+"""``omni-train {train, pipeline, data, convert}``: parse and dispatch, nothing else.
 
 What a command needs is imported when it runs, so that help and mistakes answer at once.
 """
@@ -16,8 +16,11 @@ omni-train <command> [arguments]
 
   train      train what a recipe says; run again, it resumes
                omni-train train --help
-  data       write a data set of our own
+  pipeline   train several stages, each from the one before
+               omni-train pipeline name=smoke
+  data       write a data set: our own small one, or the samples of a manifest
                omni-train data rehearsal out=DIR
+               omni-train data pack manifest=FILE.jsonl out=DIR tokenizer=DIR
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
 
@@ -27,7 +30,7 @@ Exit codes: 0 done, 2 something given is wrong (one line says what), 130 interru
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "data": _data, "convert": _convert}
+    commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE)
@@ -56,6 +59,19 @@ def _train(arguments: list[str]) -> int:
     return hydra_app.run("omni-train train", arguments, job)
 
 
+def _pipeline(arguments: list[str]) -> int:
+    from omni_train.recipe import pipeline
+
+    keep_awake()
+
+    def job(stages: pipeline.Pipeline) -> int:
+        from omni_train.training.pipeline import run_pipeline
+
+        return run_pipeline(stages)
+
+    return pipeline.run(arguments, job)
+
+
 def _data(arguments: list[str]) -> int:
     from omni_train.options import call
 
@@ -64,7 +80,12 @@ def _data(arguments: list[str]) -> int:
 
         return build
 
-    return call("omni-train data", {"rehearsal": rehearsal}, arguments)
+    def pack():
+        from data_pipelines.pack import pack
+
+        return pack
+
+    return call("omni-train data", {"rehearsal": rehearsal, "pack": pack}, arguments)
 
 
 def _convert(arguments: list[str]) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+
+HEAD_START_SECONDS = 10.0
+"""How long a rank leaves the first one to print the error of both: a launcher ends all when one exits."""
 
 
 class UserError(Exception):
@@ -31,5 +35,7 @@ def announce(error: UserError) -> None:
             first = True
     else:
         first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first and os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(HEAD_START_SECONDS)
     if first:
         print(f"error: {error}", file=sys.stderr, flush=True)

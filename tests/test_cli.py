@@ -42,10 +42,10 @@ def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(trainin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tran"], "error: tran is not a command; choose one of train, data, convert\n"),
+        (["tran"], "error: tran is not a command; choose one of train, pipeline, data, convert\n"),
         (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
         (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
-        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal\n"),
+        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack\n"),
         (["convert"], "error: omni-train convert needs one of import, export\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -80,7 +80,17 @@ def test_only_the_first_rank_of_a_machine_speaks_but_all_exit_2(training, capsys
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "nosuch=1"], ["train", "--cfg", "job"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "nosuch=1"],
+        ["train", "--cfg", "job"],
+        ["pipeline", "--help"],
+        ["pipeline", "name=smoke", "--cfg", "job"],
+    ],
+    ids=" ".join,
+)
 def test_help_and_mistakes_answer_without_importing_torch(arguments):
     code = "import sys; from omni_train.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, timeout=60)

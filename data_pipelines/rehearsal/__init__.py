@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import tarfile
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipelines.rehearsal import text, tokenizer
-from data_pipelines.shards import index_shards, write_shards
+from data_pipelines.rehearsal import kinds, tokenizer
+from data_pipelines.rehearsal.world import SHARDS
+from data_pipelines.shards import index_shards
 from omni_train.data.tokenizer import CONTROL_TOKENS
 from omni_train.errors import UserError
 
-SHARDS = {"train": 8, "val": 1}  # of each kind; a ninth of the samples is held out
 
+def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool:
+    """Make the data set in ``out``: ``tokenizer/`` and a folder of train and val shards of each kind of sample.
 
-def build(out: Path | str, vocab_size: int = 4096) -> bool:
-    """Make the data set in ``out``: ``tokenizer/``, ``text/`` (documents) and ``chat/``, in train and val shards.
-
-    The same Python gives the same bytes. ``out`` appears only when it is complete; False when it was there already.
-    Raises UserError when ``out`` is something else, or ``vocab_size`` (control tokens included) leaves no room for
-    bytes.
+    The kinds are ``text`` (documents), ``chat``, and those with media (see ``kinds.KINDS``), of which ``samples`` says
+    what share is made. The same versions of Python and packages give the same bytes. ``out`` appears only when it is
+    complete; False when it was there already. Raises UserError when ``out`` is something else, ``vocab_size`` (control
+    tokens included) leaves no room for bytes, or the package that speaks is missing.
     """
     out = Path(out)
-    parts = ("tokenizer/tokenizer.json", "text/.nv-meta/dataset.yaml", "chat/.nv-meta/dataset.yaml")
+    folders = ("text", "chat", *kinds.KINDS)
+    parts = ("tokenizer/tokenizer.json", *(f"{folder}/.nv-meta/dataset.yaml" for folder in folders))
     if all((out / part).is_file() for part in parts):
         print(f"{out} already holds the rehearsal data set")
         return False
@@ -32,22 +41,70 @@ def build(out: Path | str, vocab_size: int = 4096) -> bool:
         raise UserError(
             f"vocab_size={vocab_size} must be at least {256 + len(CONTROL_TOKENS)}: bytes and control tokens"
         )
+    if not 0 < samples <= 1:
+        raise UserError(f"samples={samples} must be above 0 and at most 1, the share of the media that is made")
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise UserError("the rehearsal's speech needs espeakng-loader; pip install 'omni_train[rehearsal]'")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        documents, chats = text.read()
-        documents = text.usable(documents)
-        answers = (message["content"] for chat in chats for message in chat["messages"] if message["role"] != "system")
-        tokenizer.train((*(document["text"] for document in documents), *answers), building / "tokenizer", vocab_size)
-        for kind, samples in (("text", documents), ("chat", chats)):
-            named = [(f"{kind}-{number:06d}", sample) for number, sample in enumerate(samples)]
-            held_out = len(named) // sum(SHARDS.values())
-            write_shards(building / kind, "train", named[held_out:], SHARDS["train"])
-            write_shards(building / kind, "val", named[:held_out], SHARDS["val"])
-            index_shards(building / kind)
+        _render(building, samples)
+        for folder in folders:
+            index_shards(building / folder)
+        tokenizer.train(_texts(building, folders), building / "tokenizer", vocab_size)
         building.chmod(0o755)
         building.replace(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"{out}: {len(documents):,} documents, {len(chats):,} chats, a tokenizer of {vocab_size:,} tokens")
+    print(f"{out}: {', '.join(f'{folder} {_samples(out / folder):,}' for folder in folders)}; {vocab_size:,} tokens")
     return True
+
+
+def _render(folder: Path, samples: float) -> None:
+    """Write all shards, each with media by a process of its own, which makes espeak-ng's speech the same each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([kinds.__name__])
+    waiting = [context.Process(target=kinds.write_text, args=(folder, samples))]
+    for kind in kinds.KINDS:
+        for split, shards in SHARDS.items():
+            for shard in range(shards):
+                job = (folder, kind, split, shard, samples)
+                waiting.append(context.Process(target=kinds.write, args=job, name=f"{kind}/{split}-{shard:05d}.tar"))
+    waiting.reverse()
+    running: dict[int, multiprocessing.Process] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < os.cpu_count():
+                process = waiting.pop()
+                process.start()
+                running[process.sentinel] = process
+            for sentinel in multiprocessing.connection.wait(running):
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise RuntimeError(f"{process.name} was not made: exit code {process.exitcode}")
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _texts(folder: Path, kinds: Iterable[str]) -> Iterator[str]:
+    """The documents and all that is said in training."""
+    for shard in itertools.chain.from_iterable(sorted((folder / kind).glob("train-*.tar")) for kind in kinds):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    fields = json.load(tar.extractfile(member))
+                    yield from [fields["text"]] if "text" in fields else _said(fields["messages"])
+
+
+def _said(messages: list[dict]) -> Iterator[str]:
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if part["type"] == "text")
+
+
+def _samples(folder: Path) -> int:
+    return sum(json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())

@@ -22,7 +22,15 @@ CHAT_TEMPLATE = """\
     {%- if message.content is string %}
         {{- message.content }}
     {%- else %}
-        {%- for part in message.content %}{{- part.text }}{%- endfor %}
+        {%- for part in message.content %}
+            {%- if part.type == 'text' %}
+                {{- part.text }}
+            {%- elif part.type == 'audio' %}
+                {{- '<|audio_start|><|audio_pad|><|audio_end|>' }}
+            {%- else %}
+                {{- '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}
+            {%- endif %}
+        {%- endfor %}
     {%- endif %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}

@@ -1,16 +1,19 @@
 """The packed batch: the one type in which data code and model code meet.
 
-Axis letters: T tokens of the row, N sequences.
+Axis letters: T tokens of the row, N sequences, F mel frames, M mel bins, P patches, D values of a patch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 IGNORE = -100
 """Label of a position that carries no loss."""
+
+MODALITIES = ("text", "audio", "image", "video", "video_audio")
+"""What a sample counts as: the first of video with sound, video, image, audio that it has, else text."""
 
 
 @dataclass
@@ -25,13 +28,33 @@ class PackedBatch:
     tokens: torch.Tensor  # (T,) int64
     labels: torch.Tensor  # (T,) int64, IGNORE where there is no loss
     loss_weights: torch.Tensor  # (T,) float32, 0 where there is no loss
-    position_ids: torch.Tensor  # (3, T) int64: T, H, W rotary ids, from 0 in each sequence
+    position_ids: torch.Tensor  # (3, T) int64, or float32 (qwen3_omni): T, H, W rotary ids, from 0 in each sequence
     cu_seqlens: torch.Tensor  # (N+1,) int32, from 0 to T
     padding: torch.Tensor  # (T,) bool, True where the token is padding
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
     samples: int = 0  # samples that begin in this row
+    modality: torch.Tensor | None = None  # (T,) uint8: index into MODALITIES of each token's sample; None: all text
+    # All sound of the row, clip after clip, and the token positions that the audio encoder's outputs fill, in order.
+    mel: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 128))  # (F, M) float32
+    mel_cu_seqlens: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))  # (clips+1,)
+    audio_slots: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    # All images and videos of the row. A patch is (channel, frame, y, x); patches are ordered by frame, then in blocks
+    # of merge x merge. Pixels stay bytes; the model maps 0…255 to −1…1.
+    patches: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))  # (P, D) uint8
+    grid_thw: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))  # patches each way
+    vision_slots: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding")
+    TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding", "modality")
+    MEDIA = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
+
+    def __post_init__(self) -> None:
+        if self.modality is None:
+            self.modality = torch.zeros_like(self.tokens, dtype=torch.uint8)
+
+    @classmethod
+    def no_media(cls) -> dict[str, torch.Tensor]:
+        """The media fields of a row without any."""
+        return {spec.name: spec.default_factory() for spec in fields(cls) if spec.name in cls.MEDIA}
 
     @property
     def max_seqlen(self) -> int:

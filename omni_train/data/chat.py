@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni_train.data.batch import IGNORE
-from omni_train.data.sample import Chat, Document, Sample, SampleError
+from omni_train.data.batch import IGNORE, MODALITIES
+from omni_train.data.clips import Clip, read_clip
+from omni_train.data.positions import Kind, rotary_ids
+from omni_train.data.rendering import Rendering, rendered_length
+from omni_train.data.sample import Chat, Document, Medium, Sample, SampleError, Turn
 from omni_train.data.tokenizer import Tokenizer
-from omni_train.recipe.schema import LossOn
+from omni_train.recipe.schema import LossOn, MediaConfig, ModelConfig
+
+PADS = {Kind.audio: "<|audio_pad|>", Kind.image: "<|image_pad|>", Kind.video: "<|video_pad|>"}
+VIDEO_READINGS = 4  # at most, until a video fits; the second nearly always does
 
 
 @dataclass
@@ -19,48 +27,182 @@ class TokenSequence:
     tokens: np.ndarray  # (n,) int32
     labels: np.ndarray  # (n,) int32, shifted: labels[i] is the token that position i predicts, or IGNORE
     begins_sample: bool = True
+    positions: np.ndarray | None = None  # (3, n) int64 or float32 rotary ids; None counts from 0 on all three axes
+    modality: int = 0  # index into batch.MODALITIES
+    mel: list[np.ndarray] = field(default_factory=list)  # (F, M) float32 of each clip
+    audio_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # within the sequence
+    patches: list[np.ndarray] = field(default_factory=list)  # (P, D) uint8 of each image or video
+    grids: list[tuple[int, int, int]] = field(default_factory=list)  # (t, h, w) patches of each image or video
+    vision_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def tokenize(sample: Sample, tokenizer: Tokenizer, *, row_tokens: int, loss_on: LossOn) -> list[TokenSequence]:
-    """The sequences of a sample, each at most ``row_tokens`` long.
+def tokenize(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    *,
+    row_tokens: int,
+    loss_on: LossOn,
+    media: MediaConfig,
+    model: ModelConfig,
+    parts: Mapping[str, bytes],
+) -> list[TokenSequence]:
+    """The sequences of a sample, each at most ``row_tokens`` long; ``parts`` are the files beside ``key.json``.
 
     A long document is cut into pieces of a whole row and a rest; positions start anew in each piece, and the label at
-    the end of a piece is the first token of the next. Raises SampleError: ``too_long`` for a chat that does not fit in
-    a row, ``no_loss`` for one without anything to learn.
+    the end of a piece is the first token of the next. Videos of a chat share the room that the rest of it leaves.
+    Raises SampleError: ``too_long`` for a chat that does not fit in a row, ``no_loss`` for one without anything to
+    learn, and the reasons of ``read_clip``.
     """
     if isinstance(sample, Document):
-        tokens = [*tokenizer.encode(sample.text), tokenizer.end_of_text]
-        learned = [True] * len(tokens)
-    else:
-        tokens, learned = chat_tokens(sample, tokenizer, loss_on)
-        if not any(learned):
-            raise SampleError("no_loss")
-        if len(tokens) > row_tokens:
-            raise SampleError("too_long")
-    tokens = np.array(tokens, dtype=np.int32)
+        tokens = np.array([*tokenizer.encode(sample.text), tokenizer.end_of_text], dtype=np.int32)
+        labels = np.append(tokens[1:], np.int32(IGNORE))
+        return [
+            TokenSequence(tokens[start : start + row_tokens], labels[start : start + row_tokens], start == 0)
+            for start in range(0, len(tokens) - 1, row_tokens)  # the last token predicts nothing: no piece begins at it
+        ]
+    text = render(sample.turns, tokenizer, loss_on)
+    if not any(text.learned):
+        raise SampleError("no_loss")
+    clips = _read_clips(sample.turns, len(text), tokenizer, row_tokens, media, model, parts)
+    whole = render(sample.turns, tokenizer, loss_on, clips) if clips else text
+    return [_sequence(whole, tokenizer, sample.turns, clips, media)]
+
+
+def prompt(
+    chat: Chat,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    media: MediaConfig,
+    model: ModelConfig,
+    parts: Mapping[str, bytes],
+) -> tuple[TokenSequence, str]:
+    """What a model is given to generate the last assistant turn, without labels, and the text of that turn.
+
+    The sequence ends in ``<|im_start|>assistant`` and its line end, and is at most ``max_tokens`` long. Raises
+    SampleError: ``no_answer`` for a chat without an assistant turn, and the reasons of ``tokenize``.
+    """
+    last = max((index for index, turn in enumerate(chat.turns) if turn.role == "assistant"), default=None)
+    if last is None:
+        raise SampleError("no_answer")
+    turns = chat.turns[:last]
+    length = len(render(turns, tokenizer, answer=True))
+    clips = _read_clips(turns, length, tokenizer, max_tokens, media, model, parts)
+    sequence = _sequence(render(turns, tokenizer, clips=clips, answer=True), tokenizer, turns, clips, media)
+    sequence.labels[:] = IGNORE
+    return sequence, chat.turns[last].text
+
+
+def render(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    loss_on: LossOn = LossOn.assistant,
+    clips: Mapping[Medium, Clip] | None = None,
+    answer: bool = False,
+) -> Rendering:
+    """ChatML of turns and of those media that are among ``clips``; with ``answer``, the head of an assistant's turn.
+
+    To be predicted are the texts of learned turns and their ``<|im_end|>``. The ids are those of Qwen's chat template
+    without thinking, except that control tokens spelled in a text stay text.
+    """
+    rendering = Rendering(tokenizer)
+    for turn in turns:
+        learned = turn.role == "assistant" or loss_on == LossOn.all
+        rendering.control(tokenizer.im_start)
+        rendering.text(f"{turn.role}\n")
+        for part in turn.parts:
+            if isinstance(part, str):
+                rendering.text(part, learned=learned)
+            elif clips and part in clips:
+                rendering.clip(clips[part])
+        rendering.control(tokenizer.im_end, learned=learned)
+        rendering.text("\n")
+    if answer:
+        rendering.control(tokenizer.im_start)
+        rendering.text("assistant\n")
+    rendering.close()
+    return rendering
+
+
+def _read_clips(
+    turns: Sequence[Turn],
+    length: int,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    media: MediaConfig,
+    model: ModelConfig,
+    parts: Mapping[str, bytes],
+) -> dict[Medium, Clip]:
+    """Read all media of ``turns``, whose text is ``length`` long; videos last, in equal shares of the tokens left."""
+    read = functools.partial(read_clip, parts=parts, model=model, media=media)
+    clips: dict[Medium, Clip] = {}
+    left = max_tokens - length
+    waiting = sorted((medium for turn in turns for medium in turn.media), key=lambda medium: medium.kind == "video")
+    for index, medium in enumerate(waiting):
+        if left < 0:
+            break
+        if medium not in clips and medium.kind == "video":
+            share = left // (len(waiting) - index)
+            clips[medium], length = _read_video(functools.partial(read, medium), share, tokenizer)
+        else:
+            clips[medium] = clips.get(medium) or read(medium)
+            length = rendered_length(clips[medium], tokenizer)
+        left -= length
+    if left < 0:
+        raise SampleError("too_long")
+    return clips
+
+
+def _read_video(read: Callable[..., Clip], share: int, tokenizer: Tokenizer) -> tuple[Clip, int]:
+    """The largest reading of a video of at most ``share`` tokens, sound and timestamps included; and their number."""
+    room = share
+    for _ in range(VIDEO_READINGS):
+        if room <= 0:
+            break
+        clip = read(max_tokens=room)
+        length = rendered_length(clip, tokenizer)
+        if length <= share:
+            return clip, length
+        # Nothing was known of its sound and timestamps. Timestamps become fewer with the patches, sound does not.
+        room = clip.vision_tokens * (share - clip.audio_tokens) // (length - clip.audio_tokens)
+    raise SampleError("too_long")
+
+
+def _sequence(
+    rendering: Rendering, tokenizer: Tokenizer, turns: Sequence[Turn], clips: Mapping[Medium, Clip], media: MediaConfig
+) -> TokenSequence:
+    shown = [clips[medium] for turn in turns for medium in turn.media]
+    if not shown:
+        tokens = np.array(rendering.tokens, dtype=np.int32)
+        return TokenSequence(tokens, _labels(tokens, np.array(rendering.learned, dtype=bool)))
+    positions, kinds = rotary_ids(rendering.runs, media.positions)
+    text = kinds == Kind.text
+    tokens = np.empty(len(kinds), dtype=np.int32)
+    learned = np.zeros(len(kinds), dtype=bool)
+    tokens[text] = rendering.tokens
+    learned[text] = rendering.learned
+    slots = {kind: np.flatnonzero(kinds == kind) for kind in PADS}
+    for kind, own in slots.items():
+        if len(own):
+            tokens[own] = tokenizer.token_id(PADS[kind])
+    return TokenSequence(
+        tokens,
+        _labels(tokens, learned),
+        positions=positions,
+        modality=max(MODALITIES.index(clip.modality) for clip in shown),
+        mel=[clip.mel for clip in shown if clip.mel is not None],
+        audio_slots=slots[Kind.audio],
+        patches=[clip.patches for clip in shown if clip.patches is not None],
+        grids=[clip.grid for clip in shown if clip.grid is not None],
+        vision_slots=np.sort(np.concatenate([slots[Kind.image], slots[Kind.video]])),
+    )
+
+
+def _labels(tokens: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """Shifted: the next token where that is learned."""
     labels = np.full_like(tokens, IGNORE)
     labels[:-1] = np.where(learned[1:], tokens[1:], IGNORE)
-    return [
-        TokenSequence(tokens[start : start + row_tokens], labels[start : start + row_tokens], start == 0)
-        for start in range(0, len(tokens) - 1, row_tokens)  # the last token predicts nothing: no piece begins at it
-    ]
-
-
-def chat_tokens(chat: Chat, tokenizer: Tokenizer, loss_on: LossOn) -> tuple[list[int], list[bool]]:
-    """ChatML ids of a chat, and which of them are to be predicted: the content of learned turns and its ``<|im_end|>``.
-
-    The same ids as Qwen's chat template without thinking gives, except that control tokens spelled in the content stay
-    text.
-    """
-    newline = tokenizer.encode("\n")
-    tokens: list[int] = []
-    learned: list[bool] = []
-    for turn in chat.turns:
-        learn = turn.role == "assistant" or loss_on == LossOn.all
-        body, content = tokenizer.encode_after(f"{turn.role}\n", turn.text)
-        tokens += [tokenizer.im_start, *body, tokenizer.im_end, *newline]
-        learned += [False] * (1 + content) + [learn] * (len(body) - content + 1) + [False] * len(newline)
-    return tokens, learned
+    return labels

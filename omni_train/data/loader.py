@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import os
-import pickle
+import resource
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,51 +19,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni_train.data.batch import PackedBatch
-from omni_train.data.streams import Packer, describe, open_source, open_stream
+from omni_train.data.blend import describe
+from omni_train.data.sources import open_source
+from omni_train.data.streams import Packer, StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig
+from omni_train.recipe.schema import DataConfig, ModelConfig
 
-SNAPSHOT_ROWS = 16  # rows of a stream between two snapshots of its state; a restored stream replays fewer than these
+OPEN_FILES = 65536  # a stream keeps 16 shards of each source open with their indices, and a row its shared tensors
 SKIP_GRACE = 1000  # samples before the skip limit applies
-
-
-@dataclass
-class StreamState:
-    """Where a stream stands: its last snapshot, the rows taken since, and what became of its samples."""
-
-    snapshot: bytes | None = None  # None: from the beginning
-    replay: int = 0
-    seen: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
-class StreamReader:
-    """Iterates over (row, snapshot or None) of one stream, from where ``state`` says."""
-
-    def __init__(self, stream: Packer, state: StreamState):
-        self.stream = stream
-        if state.snapshot is not None:
-            stream.restore_state(pickle.loads(state.snapshot))
-        self._iterator = iter(stream)
-        self._since_snapshot = 0
-        for _ in range(state.replay):
-            next(self)
-
-    def __iter__(self) -> StreamReader:
-        return self
-
-    def __next__(self) -> tuple[PackedBatch, bytes | None]:
-        self.stream.worker_config.worker_activate(0)  # energon wants to know who is reading
-        try:
-            row = next(self._iterator)
-        finally:
-            self.stream.worker_config.worker_deactivate()
-        self._since_snapshot += 1
-        if self._since_snapshot < SNAPSHOT_ROWS:
-            return row, None
-        self._since_snapshot = 0
-        return row, pickle.dumps(self.stream.save_state())
 
 
 class Rows(IterableDataset):
@@ -199,9 +163,15 @@ class Loader:
 
 
 def build_loader(
-    config: DataConfig, *, split: str = "train", seed: int, data_rank: int = 0, data_world_size: int = 1
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    split: str = "train",
+    seed: int,
+    data_rank: int = 0,
+    data_world_size: int = 1,
 ) -> Loader:
-    """The loader of one data rank: shuffled, endless, the sources blended by weight.
+    """The loader of one data rank: shuffled, endless, the sources blended by tokens.
 
     Rank r gets rows r, r + R, r + 2R, ... of one sequence that depends on ``config`` and ``seed`` alone, not on the
     number of ranks R or of ``config.workers``. Raises UserError when a source or the tokenizer is not usable, or when
@@ -221,24 +191,37 @@ def build_loader(
         raise UserError(
             f"data.streams={config.streams} are more than the {max(samples)} samples; set fewer data.streams"
         )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     # A loader worker is forked; the tokenizer's own threads do not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    opened = partial(_open_repeating, sources, tokenizer, config, seed)
+    opened = partial(_open_repeating, sources, tokenizer, config, model, seed)
     return Loader(config, opened, samples, data_rank, data_world_size)
 
 
 def evaluation_rows(
-    config: DataConfig, *, split: str = "val", rows: int, data_rank: int = 0, data_world_size: int = 1
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    split: str = "val",
+    rows: int,
+    data_rank: int = 0,
+    data_world_size: int = 1,
 ) -> list[PackedBatch]:
-    """This rank's share of the first ``rows`` rows of a split, in shard order: the same at every call and in every
-    layout.
+    """This rank's share of the first ``rows`` rows of a split, each source in shard order and in its share of the
+    tokens: the same at every call and in every layout.
 
     Every rank gets equally many; when the split has fewer than ``rows``, or ranks do not divide them, the rest is left
     out. Raises UserError when that leaves none.
     """
     _check(config)
     sources = [open_source(source, split, training=False) for source in config.sources]
-    stream = open_stream(sources, Tokenizer(config.tokenizer), config, stream=0, streams=1, seed=0, repeat=False)
+    # The longest sequences of a large buffer come first, and a few rows would hold nothing else.
+    config = dataclasses.replace(config, packing_buffer=1)
+    tokenizer = Tokenizer(config.tokenizer)
+    stream = open_stream(sources, tokenizer, config, model, stream=0, streams=1, seed=0, repeat=False)
     found = [row for row, _ in itertools.islice(StreamReader(stream, StreamState()), rows)]
     share = len(found) // data_world_size
     if share == 0:
@@ -284,8 +267,10 @@ def _check(config: DataConfig) -> None:
         raise UserError(f"data.row_tokens={config.row_tokens} must be a multiple of data.alignment={config.alignment}")
 
 
-def _open_repeating(sources: list, tokenizer: Tokenizer, config: DataConfig, seed: int, stream: int) -> Packer:
-    return open_stream(sources, tokenizer, config, stream=stream, streams=config.streams, seed=seed, repeat=True)
+def _open_repeating(
+    sources: list, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig, seed: int, stream: int
+) -> Packer:
+    return open_stream(sources, tokenizer, config, model, stream=stream, streams=config.streams, seed=seed, repeat=True)
 
 
 def _unchanged(item: Any) -> Any:

@@ -1,8 +1,15 @@
 """A sample on disk: what ``key.json`` may hold, and one short word for whatever else it held.
 
 A document is ``{"text": ..., "meta": {...}}``. A chat is ``{"messages": [{"role": ..., "content": ...}, ...], "meta":
-{...}}`` in the OpenAI style: ``content`` is a string or a list of parts ``{"type": "text", "text": ...}``. ``meta``
-(language, task, source, ...) is optional.
+{...}}`` in the OpenAI style: ``content`` is a string or a list of parts, each of them one of
+
+- ``{"type": "text", "text": ...}``
+- ``{"type": "audio", "audio": "0.flac"}``
+- ``{"type": "image", "image": "1.jpg"}``
+- ``{"type": "video", "video": "2.mp4", "sound": true}``; without ``sound`` the video is silent
+
+where the file is the field of that name of the same key (``key.0.flac`` in the shard). Sound and video may give
+``start`` and ``end`` in seconds. ``meta`` (language, task, source, twin, ...) is optional and kept as it is.
 """
 
 from __future__ import annotations
@@ -24,11 +31,30 @@ class SampleError(Exception):
 
 
 @dataclass(frozen=True)
+class Medium:
+    """A file of the sample that stands in a turn; ``kind`` is one of MEDIA."""
+
+    kind: str
+    file: str
+    sound: bool = False  # of a video: is its sound track heard?
+    start: float | None = None  # seconds
+    end: float | None = None  # seconds
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One message of a chat; ``role`` is one of ROLES."""
+    """One message of a chat: texts and media in order; ``role`` is one of ROLES."""
 
     role: str
-    text: str
+    parts: tuple[str | Medium, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Medium))
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,10 @@ class Chat:
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        return tuple(medium for turn in self.turns for medium in turn.media)
+
 
 Sample = Document | Chat
 
@@ -55,7 +85,7 @@ def parse_sample(data: bytes) -> Sample:
 
     Raises SampleError with the reason ``broken_json`` (not UTF-8 JSON), ``unknown_schema`` (fields of another type, or
     text beside messages), ``no_messages`` (neither text nor messages), ``unknown_role``, ``unknown_part``,
-    ``media_unsupported``, or ``empty``.
+    ``media_in_assistant`` (an assistant turn is text), or ``empty``.
     """
     try:
         fields = json.loads(data)
@@ -73,10 +103,10 @@ def parse_sample(data: bytes) -> Sample:
         raise SampleError("no_messages")
     if not isinstance(fields["messages"], list):
         raise SampleError("unknown_schema")
-    turns = tuple(_turn(message) for message in fields["messages"])
-    if not any(turn.text.strip() for turn in turns):
+    chat = Chat(tuple(_turn(message) for message in fields["messages"]), meta)
+    if not any(turn.text.strip() for turn in chat.turns) and not chat.media:
         raise SampleError("empty")
-    return Chat(turns, meta)
+    return chat
 
 
 def _turn(message: Any) -> Turn:
@@ -85,17 +115,30 @@ def _turn(message: Any) -> Turn:
     if message.get("role") not in ROLES:
         raise SampleError("unknown_role")
     content = message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    return Turn(message["role"], "".join(_part(part) for part in parts))
+    turn = Turn(message["role"], tuple(map(_part, content)) if isinstance(content, list) else (_text(content),))
+    if turn.role == "assistant" and turn.media:
+        raise SampleError("media_in_assistant")
+    return turn
 
 
-def _part(part: Any) -> str:
+def _part(part: Any) -> str | Medium:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in MEDIA:
-        raise SampleError("media_unsupported")
-    if kind != "text":
+    if kind == "text":
+        return _text(part.get("text"))
+    if kind not in MEDIA:
         raise SampleError("unknown_part")
-    return _text(part.get("text"))
+    file, sound = part.get(kind), part.get("sound", False)
+    start, end = part.get("start"), part.get("end")
+    timed = start is not None or end is not None
+    if not isinstance(file, str) or not isinstance(sound, bool) or not _is_time(start) or not _is_time(end):
+        raise SampleError("unknown_schema")
+    if (sound and kind != "video") or (timed and kind == "image") or (end is not None and end <= (start or 0)):
+        raise SampleError("unknown_schema")
+    return Medium(kind, file, sound, start, end)
+
+
+def _is_time(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < 1e9)
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -10,6 +14,10 @@ import tokenizers
 from omni_train.errors import UserError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+# Headers, questions, timestamps: texts that come again and again are encoded once.
+REPEATED_CHARACTERS = 256
+REPEATED_TEXTS = 4096
 
 # The control tokens of Qwen3.5 in the order of their ids.
 CONTROL_TOKENS = (
@@ -56,6 +64,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True  # as ordinary text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._encode_repeated = functools.lru_cache(REPEATED_TEXTS)(self._encode_parts)
         self.im_start, self.im_end, self.end_of_text = map(self.token_id, (IM_START, IM_END, END_OF_TEXT))
 
     @property
@@ -76,14 +85,21 @@ class Tokenizer:
         """Ids of ``text``, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_after(self, prefix: str, text: str) -> tuple[list[int], int]:
-        """Ids of ``prefix + text``, and the index of the first one that covers any of ``text``.
+    def encode_parts(self, texts: Sequence[str]) -> tuple[Sequence[int], Sequence[int]]:
+        """Ids of the joined ``texts``, and for each id the index of the text in which it ends.
 
-        Tokens may straddle the border (two line ends are one token), so encoding the halves apart is not the same.
+        Tokens may straddle a border (two line ends are one token), so encoding the texts apart is not the same.
         """
-        encoding = self._tokenizer.encode(prefix + text, add_special_tokens=False)
-        border = next((i for i, (_, end) in enumerate(encoding.offsets) if end > len(prefix)), len(encoding.ids))
-        return encoding.ids, border
+        short = sum(map(len, texts)) <= REPEATED_CHARACTERS
+        return (self._encode_repeated if short else self._encode_parts)(tuple(texts))
+
+    def _encode_parts(self, texts: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        encoding = self._tokenizer.encode("".join(texts), add_special_tokens=False)
+        ids = tuple(encoding.ids)
+        if len(texts) == 1:
+            return ids, (0,) * len(ids)
+        borders = list(itertools.accumulate(map(len, texts)))
+        return ids, tuple(bisect.bisect_left(borders, end) for _, end in encoding.offsets)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids, control tokens included."""

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ import torch
 
 from omni_train import platform
 from omni_train.errors import UserError
+from omni_train.interop.config import from_hugging_face, merged, to_hugging_face
+from omni_train.interop.families import FAMILIES, Family
 from omni_train.interop.folder import Folder, read_json
-from omni_train.interop.qwen3_5 import tensor_map
-from omni_train.interop.qwen3_5_config import FAMILIES, from_hugging_face, text_config, to_hugging_face
-from omni_train.interop.rows import TensorMap, boxes, overlaps, row_count, spans
+from omni_train.interop.rows import TensorMap, boxes, overlaps, row_count, row_size, spans
+from omni_train.interop.tensors import tensor_map
 from omni_train.interop.writer import CheckpointReader, plan_files, write_files, write_index
 from omni_train.platform.logs import say
 from omni_train.recipe.schema import (
     CheckpointConfig,
     DataConfig,
+    MediaConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Positions,
     Precision,
     Recipe,
     ScheduleConfig,
@@ -46,11 +49,12 @@ _TENSORS = "tensors.json"
 def import_checkpoint(format: str, hf: Path, checkpoint: Path, parallel: ParallelConfig | None = None) -> None:
     """Write a checkpoint, for `init_from=`, from a Hugging Face folder; parameters keep the folder's types.
 
-    Tokenizer, chat template, generation and configuration files travel with it, and come out again in an export.
+    Tokenizer, chat template, generation and configuration files travel with it, and so do Talker and Code2Wav, which
+    have no model here; all come out again in an export.
     Collective: under a launcher all ranks take part, in the layout that `parallel` says.
 
     Args:
-        format: qwen3_5_moe or qwen3_5 (dense).
+        format: qwen3_5_moe, qwen3_5 (dense), both with or without vision, or qwen3_omni_moe.
         hf: folder with config.json and safetensors files.
         checkpoint: folder to write step_00000000 into.
         parallel: layout to convert in; the checkpoint does not depend on it.
@@ -58,13 +62,12 @@ def import_checkpoint(format: str, hf: Path, checkpoint: Path, parallel: Paralle
     Raises:
         UserError: the folder is not of this format, or has a tensor too many or too few, or of another shape.
     """
-    _check_format(format)
+    family = _family(format)
     if (checkpoint / "latest").exists():
         raise UserError(f"checkpoint={checkpoint}: there is a checkpoint already; choose another folder")
-    folder = Folder(hf)
-    mtp = any(name.startswith("mtp.") for name in folder.names)
-    model = from_hugging_face(format, folder.config, name=hf.resolve().name, mtp=mtp)
-    table = tensor_map(model, folder.names)
+    folder = Folder(hf, carries=family.carries)
+    model = from_hugging_face(format, folder.config, hf.resolve().name, folder.names)
+    table = _table(family, model, folder.names)
     folder.check(table)
     embedding = table["embedding.word_embeddings.weight"][0].name
     precision = Precision.bf16 if folder.dtype(embedding) is torch.bfloat16 else Precision.fp32
@@ -78,8 +81,9 @@ def import_checkpoint(format: str, hf: Path, checkpoint: Path, parallel: Paralle
         chunks = build_chunks(recipe)
         state = _read_state(chunks, table, folder)
         store = CheckpointStore(checkpoint, CheckpointConfig(asynchronous=False), model)
-        with tempfile.TemporaryDirectory() as carried:
+        with tempfile.TemporaryDirectory(dir=checkpoint, suffix=".partial") as carried:
             if platform.rank() == 0:
+                folder.copy_carried(Path(carried))
                 for file in folder.side_files():
                     shutil.copy(file, carried)
                 types = {name: str(folder.dtype(name)).removeprefix("torch.") for name in folder.names}
@@ -98,46 +102,59 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     that never did gives its own types and a config.json made from its model. Under a launcher the ranks share the work.
 
     Args:
-        format: qwen3_5_moe or qwen3_5 (dense).
+        format: qwen3_5_moe, qwen3_5 (dense) or qwen3_omni_moe.
         hf: folder to write; it must not hold a model yet.
         checkpoint: a step_XXXXXXXX folder, or a run's (its latest).
-        max_file_gigabytes: size of one safetensors file. Memory for one file and its largest tensor is needed.
+        max_file_gigabytes: size of one safetensors file; Talker and Code2Wav keep the files that they came in. Memory
+            for one file and its largest tensor is needed.
 
     Raises:
         UserError: the checkpoint is not of this format, or lacks a tensor or has one too many.
     """
     from omni_train.training.checkpoint import read_model_config, resolve
 
-    _check_format(format)
+    family = _family(format)
     platform.setup()
     if any(hf.glob("*.safetensors")):
         raise UserError(f"hf={hf}: there are safetensors files already; choose another folder")
     checkpoint = resolve(checkpoint)
     model = read_model_config(checkpoint)
-    config = to_hugging_face(format, model)
     reader = CheckpointReader(checkpoint)
     carried = checkpoint / "hf"
     dtypes = {}
     if carried.is_dir():
         dtypes = {name: getattr(torch, dtype) for name, dtype in read_json(carried / _TENSORS).items()}
-    table = tensor_map(model, dtypes.keys())
+    config = to_hugging_face(format, model, whole=_whole(family, model, dtypes))
+    table = _table(family, model, dtypes)
     reader.check(table)
     files = plan_files(reader, table, dtypes, int(max_file_gigabytes * 1e9))
+    embedding = next(iter(files[0].values()))
+    files += sorted(carried.glob("*.safetensors"))
     with _process_group():
         torch.distributed.barrier()  # all have seen the folder empty
         hf.mkdir(parents=True, exist_ok=True)
         write_files(reader, files, hf, platform.rank(), platform.world_size())
         torch.distributed.barrier()
         if platform.rank() == 0:
-            write_index(files, hf)
-            embedding = next(iter(files[0].values()))
-            _write_side_files(format, hf, carried, config, str(embedding.dtype).removeprefix("torch."))
-    say(f"exported {sum(map(len, files))} tensors from {checkpoint} to {hf}")
+            tensors = write_index(files, hf)
+            _write_side_files(format, hf, carried, config, dtypes, str(embedding.dtype).removeprefix("torch."))
+            say(f"exported {tensors} tensors from {checkpoint} to {hf}")
 
 
-def _check_format(format: str) -> None:
+def _family(format: str) -> Family:
     if format not in FAMILIES:
         raise UserError(f"format={format}: unknown; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[format]
+
+
+def _whole(family: Family, model: ModelConfig, tensors: Collection[str]) -> bool:
+    return family.whole(tensors, encoders=bool(model.audio or model.vision))
+
+
+def _table(family: Family, model: ModelConfig, tensors: Collection[str]) -> TensorMap:
+    """The tensors of a folder; without any, those of one to write."""
+    names = family.names if _whole(family, model, tensors) else family.text_names
+    return tensor_map(model, names, tensors)
 
 
 def _recipe(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> Recipe:
@@ -156,6 +173,7 @@ def _recipe(model: ModelConfig, parallel: ParallelConfig, precision: Precision) 
             sources=[SourceConfig(path="none")],
             row_tokens=row,
             alignment=row,
+            media=MediaConfig(positions=Positions.contiguous),  # which any encoder can have
         ),
         optimizer=OptimizerConfig(lr=1.0),
         schedule=ScheduleConfig(steps=0, global_batch=platform.world_size() * parallel.pipeline),
@@ -207,11 +225,10 @@ def _read_part(part, table: TensorMap, folder: Folder):
     if not table[part.key]:
         return part
     for rows in table[part.key]:
-        shape, whole = folder.shape(rows.name), rows.stop is None
-        if shape[-1] != part.global_shape[-1] or (whole and row_count(shape) != row_count(part.global_shape)):
-            raise UserError(
-                f"{folder.path}: {rows.name} has shape {shape}, which does not fit {part.key} of {part.global_shape}"
-            )
+        theirs, ours = folder.shape(rows.name), part.global_shape
+        fits = row_size(theirs) == row_size(ours) and (rows.stop is not None or row_count(theirs) == row_count(ours))
+        if not fits:
+            raise UserError(f"{folder.path}: {rows.name} has shape {theirs}, which does not fit {part.key} of {ours}")
     types = {folder.dtype(rows.name) for rows in table[part.key]}
     data = torch.empty_like(part.data, dtype=torch.float32 if len(types) > 1 else types.pop())
     all_spans = spans(part.key, part.global_shape, table[part.key])
@@ -221,16 +238,19 @@ def _read_part(part, table: TensorMap, folder: Folder):
     return dataclasses.replace(part, data=data, dtype=data.dtype)
 
 
-def _write_side_files(format: str, hf: Path, carried: Path, config: dict[str, Any], dtype: str) -> None:
+def _write_side_files(
+    format: str, hf: Path, carried: Path, config: dict[str, Any], tensors: Collection[str], dtype: str
+) -> None:
     """Tokenizer and the like as they came, and a config.json that says what the checkpoint is now."""
-    original: dict[str, Any] = {}
+    original = dict(FAMILIES[format].own)
     if carried.is_dir():
         for file in carried.iterdir():
-            if file.name != _TENSORS:
+            if file.name != _TENSORS and file.suffix != ".safetensors":
                 shutil.copy(file, hf)
         original = read_json(carried / "config.json")
-        came_from = from_hugging_face(format, original, name="", mtp=config["mtp_num_hidden_layers"] > 0)
-        if to_hugging_face(format, came_from) == config:
+        came_from = from_hugging_face(format, original, "", tensors)
+        if to_hugging_face(format, came_from, whole=_whole(FAMILIES[format], came_from, tensors)) == config:
             return
-    text_config(original).update(config, dtype=dtype)
-    (hf / "config.json").write_text(json.dumps(original, indent=2) + "\n")
+        if "text_config" in config and "text_config" not in original:
+            original = {"text_config": original}  # a language model that has learned to see
+    (hf / "config.json").write_text(json.dumps(merged({**config, "dtype": dtype}, original), indent=2) + "\n")

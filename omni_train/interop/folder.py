@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from omni_train.errors import UserError
 from omni_train.interop.rows import TensorMap, row_count
@@ -20,23 +21,29 @@ _SIDE_FILES = {".json", ".jinja", ".txt", ".model"}
 class Folder:
     """The tensors of a folder of safetensors files.
 
+    Args:
+        path: the folder.
+        carries: which tensors are not read, but travel as they are.
+
     Raises:
         UserError: there is no ``config.json`` or no tensor, a file is missing or damaged, or two hold the same tensor.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, carries: Callable[[str], bool] = lambda name: False) -> None:
         self.path = path
         self.config: dict[str, Any] = read_json(path / "config.json")
         self._where: dict[str, Any] = {}  # tensor -> the open file that holds it
+        self._carried: dict[str, Any] = {}
         for file in self._files():
             try:
                 opened = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
             for name in opened.keys():  # noqa: SIM118  not a dict
-                if name in self._where:
+                where = self._carried if carries(name) else self._where
+                if name in where:
                     raise UserError(f"{file}: {name} is in another file of the folder too; keep one")
-                self._where[name] = opened
+                where[name] = opened
         if not self._where:
             raise UserError(f"{path}: no tensors here; give a folder with *.safetensors files")
 
@@ -48,7 +55,7 @@ class Folder:
 
     @property
     def names(self) -> Collection[str]:
-        """Names of all tensors."""
+        """Names of all tensors to read."""
         return self._where.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -72,8 +79,8 @@ class Folder:
         They are rows of one expert, or whole experts.
         """
         tensor, shape = self._where[name].get_slice(name), self.shape(name)
-        if len(shape) == 1:
-            return tensor[start:stop].unsqueeze(1)
+        if len(shape) not in (2, 3):
+            return tensor[start:stop].reshape(stop - start, -1)[:, columns]
         if len(shape) == 2:
             return tensor[start:stop, columns]
         first, start = divmod(start, shape[1])
@@ -102,11 +109,28 @@ class Folder:
                     f"{self.path}: {name} has shape {self.shape(name)}, but config.json makes it {rows} rows"
                 )
 
+    def copy_carried(self, to: Path) -> None:
+        """Write the tensors that travel as they are to safetensors files, one for each that holds some."""
+        files: dict[int, list[str]] = {}
+        for name, opened in self._carried.items():
+            files.setdefault(id(opened), []).append(name)
+        for number, names in enumerate(files.values(), start=1):
+            tensors = {name: self._carried[name].get_tensor(name) for name in names}
+            save_file(tensors, to / f"carried-{number:05d}.safetensors", metadata={"format": "pt"})
+
     def side_files(self) -> Iterator[Path]:
         """Configuration, tokenizer, chat template and generation files."""
         for file in sorted(self.path.iterdir()):
             if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
                 yield file
+
+
+def tensor_bytes(file: Path) -> dict[str, int]:
+    """Tensors of a safetensors file, and the bytes of each."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

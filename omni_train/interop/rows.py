@@ -1,9 +1,9 @@
 """How tensors of two formats correspond: each of ours is rows of theirs, laid one after the other.
 
-A row runs along a tensor's last axis, so a tensor (…, H) has the product of the other axes as rows, and a vector has
-rows of one number. Stacked experts (E, R, H) are E·R rows, expert after expert. Everything that the formats do
-differently, fused projections, interleaved heads, stacked experts, is a choice and an order of rows; one list of them
-serves both directions, and any part of a tensor can be found without the rest of it.
+A row runs along a tensor's last axis: a matrix (R, H) has R rows, a vector has rows of one number, and stacked experts
+(E, R, H) are E·R rows, expert after expert. A convolution of four or more axes has a row for each output channel.
+Everything that the formats do differently, fused projections, interleaved heads, stacked experts, is a choice and an
+order of rows; one list of them serves both directions, and any part of a tensor can be found without the rest of it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ TensorMap = dict[str, list[Rows]]
 
 def row_count(shape: Sequence[int]) -> int:
     """Rows of a tensor of this shape."""
-    return shape[0] if len(shape) == 1 else prod(shape[:-1])
+    return prod(shape[:-1]) if len(shape) in (2, 3) else shape[0]
+
+
+def row_size(shape: Sequence[int]) -> int:
+    """Numbers in a row of a tensor of this shape."""
+    return prod(shape) // row_count(shape)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(…, H) -> (rows, H), sharing memory."""
+    """-> (rows, row size), sharing memory."""
     return tensor.view(row_count(tensor.shape), -1)
 
 
@@ -93,8 +98,8 @@ def boxes(data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> It
     Yields:
         (rows, columns) views of `data`, the first row of each in the whole tensor, and its columns.
     """
-    if data.ndim == 1:
-        yield data.view(-1, 1), offset[0], slice(0, 1)
+    if data.ndim not in (2, 3):
+        yield as_rows(data), offset[0], slice(None)
         return
     columns = slice(offset[-1], offset[-1] + data.shape[-1])
     if data.ndim == 2 or data.shape[1:-1] == tuple(shape[1:-1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from omni_train.errors import UserError
+from omni_train.interop.folder import tensor_bytes
 from omni_train.interop.rows import TensorMap, as_rows, row_count, spans
 
 _NOT_OF_THE_MODEL = ("optimizer.", "progress")
@@ -77,9 +79,13 @@ class CheckpointReader:
         return tensor
 
 
+File = dict[str, Target] | Path
+"""A file to write: its tensors, or the file that it is a copy of."""
+
+
 def plan_files(
     checkpoint: CheckpointReader, table: TensorMap, dtypes: Mapping[str, torch.dtype], max_bytes: int
-) -> list[dict[str, Target]]:
+) -> list[File]:
     """The tensors of each file to write, in the table's order, none larger than `max_bytes` unless one tensor is.
 
     Args:
@@ -100,7 +106,7 @@ def plan_files(
             stop = shape[0] if whole else max(target.shape[0], span.source + count)
             target.shape = (stop, *rest)
             target.rows.append((ours, span.start, span.source, count))
-    files: list[dict[str, Target]] = [{}]
+    files: list[File] = [{}]
     size = 0
     for name, target in targets.items():
         if files[-1] and size + target.num_bytes > max_bytes:
@@ -111,11 +117,14 @@ def plan_files(
     return files
 
 
-def write_files(
-    checkpoint: CheckpointReader, files: list[dict[str, Target]], folder: Path, rank: int, world_size: int
-) -> None:
+def write_files(checkpoint: CheckpointReader, files: list[File], folder: Path, rank: int, world_size: int) -> None:
     """Write this rank's share of the files."""
     for name, targets in list(zip(_file_names(files), files, strict=True))[rank::world_size]:
+        partial = folder / f".{name}.partial"
+        if isinstance(targets, Path):
+            shutil.copy(targets, partial)
+            os.replace(partial, folder / name)
+            continue
         tensors = {key: torch.empty(target.shape, dtype=target.dtype) for key, target in targets.items()}
         places: dict[str, list[tuple[torch.Tensor, int]]] = {}  # where each of our tensors' rows go
         for key, target in targets.items():
@@ -126,23 +135,33 @@ def write_files(
             source = as_rows(checkpoint.read(ours))
             for place, start in mine:
                 place.copy_(source[start : start + len(place)])
-        partial = folder / f".{name}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, folder / name)
         del tensors, places, mine, place, source
 
 
-def write_index(files: list[dict[str, Target]], folder: Path) -> None:
-    """Say which file holds which tensor, where there are several."""
+def write_index(files: list[File], folder: Path) -> int:
+    """Say which file holds which tensor, where there are several.
+
+    Returns:
+        the number of tensors.
+    """
+    sizes = {name: _sizes(file) for name, file in zip(_file_names(files), files, strict=True)}
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(target.num_bytes for file in files for target in file.values())},
-            "weight_map": {key: name for name, file in zip(_file_names(files), files, strict=True) for key in file},
+            "metadata": {"total_size": sum(sum(file.values()) for file in sizes.values())},
+            "weight_map": {key: name for name, file in sizes.items() for key in file},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return sum(map(len, sizes.values()))
 
 
-def _file_names(files: list) -> list[str]:
+def _sizes(file: File) -> dict[str, int]:
+    """Tensors of a file, and their bytes."""
+    return tensor_bytes(file) if isinstance(file, Path) else {key: target.num_bytes for key, target in file.items()}
+
+
+def _file_names(files: list[File]) -> list[str]:
     count = len(files)
     return (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -14,6 +14,19 @@ from omni_train.nn.context_parallel import context_slice_indices
 
 
 @dataclass
+class LocalMedia:
+    """All sound and vision of a row, and where their tokens stand in this rank's part of it."""
+
+    mel: torch.Tensor  # (F, M)
+    mel_cu_seqlens: torch.Tensor  # (clips+1,)
+    audio_places: torch.Tensor  # (S,) int64: which audio token stands at each of this rank's tokens, −1: none
+    patches: torch.Tensor  # (P, D) uint8
+    grid_thw: torch.Tensor  # (images, 3)
+    vision_places: torch.Tensor  # (S,) int64
+    audio_window_frames: int  # that attend to each other, 0 for a whole clip
+
+
+@dataclass
 class LocalRow:
     """The part of a row that this context-parallel rank computes.
 
@@ -30,10 +43,18 @@ class LocalRow:
     next_labels: torch.Tensor  # (T,) int64: the label after each, what that layer predicts
     next_loss_weights: torch.Tensor  # (T,) float32
     packed: PackedSeqParams  # boundaries in the whole row
+    modality: torch.Tensor  # (T,) uint8, index into MODALITIES
+    media: LocalMedia | None = None  # where encoders are: the first pipeline stage
 
     @classmethod
-    def from_batch(cls, batch: PackedBatch) -> LocalRow:
-        """Cut this rank's part out of a whole row."""
+    def from_batch(cls, batch: PackedBatch, *, media: bool = False, audio_window_frames: int = 0) -> LocalRow:
+        """Cut this rank's part out of a whole row.
+
+        Args:
+            batch: the row.
+            media: with what the encoders need.
+            audio_window_frames: frames that attend to each other in the audio encoder, 0 for a whole clip.
+        """
         device = platform.device()
         cu_seqlens = batch.cu_seqlens.to(device)
         whole = {name: getattr(batch, name).to(device, non_blocking=True) for name in PackedBatch.TENSORS}
@@ -50,17 +71,35 @@ class LocalRow:
         else:
             mine = slice(None)
 
-        padding = whole["padding"][mine]
         tensor = parallel_state.get_tensor_model_parallel_world_size()
-        if tensor > 1:
-            padding = padding.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()]
+
+        def sequence_parallel(whole_row: torch.Tensor) -> torch.Tensor:
+            here = whole_row[mine]
+            return here.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()] if tensor > 1 else here
+
+        def places(slots: torch.Tensor) -> torch.Tensor:
+            owner = torch.full_like(whole["tokens"], -1)
+            owner[slots.to(device)] = torch.arange(len(slots), device=device)
+            return sequence_parallel(owner)
+
+        local_media = None
+        if media:
+            local_media = LocalMedia(
+                mel=batch.mel.to(device, non_blocking=True),
+                mel_cu_seqlens=batch.mel_cu_seqlens,
+                audio_places=places(batch.audio_slots),
+                patches=batch.patches.to(device, non_blocking=True),
+                grid_thw=batch.grid_thw,
+                vision_places=places(batch.vision_slots),
+                audio_window_frames=audio_window_frames,
+            )
         longest = batch.max_seqlen
         return cls(
             tokens=whole["tokens"][mine],
             labels=whole["labels"][mine],
             loss_weights=whole["loss_weights"][mine],
             position_ids=whole["position_ids"][:, mine],
-            padding=padding,
+            padding=sequence_parallel(whole["padding"]),
             next_tokens=next_tokens[mine],
             next_labels=next_labels[mine],
             next_loss_weights=next_loss_weights[mine],
@@ -71,4 +110,6 @@ class LocalRow:
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
             ),
+            modality=whole["modality"][mine],
+            media=local_media,
         )

@@ -1,4 +1,4 @@
-"""Causal self-attention over packed rows, with grouped key/value heads, output gate and context parallelism.
+"""Self-attention over packed rows, with grouped key/value heads, output gate and context parallelism.
 
 Axis letters: T tokens, H query heads, K key/value heads, D head dimension, R rotary dimensions.
 """
@@ -14,7 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from omni_train.errors import UserError
 from omni_train.nn.context_parallel import context_key_indices, context_restore_indices
-from omni_train.nn.packed_attention import packed_causal_attention
+from omni_train.nn.decoding import DecodingState
+from omni_train.nn.packed_attention import packed_bidirectional_attention, packed_causal_attention
 from omni_train.nn.rotary import apply_rotary
 
 
@@ -38,7 +39,7 @@ class PackedSelfAttention(SelfAttention):
             hidden_states: (T, 1, hidden), or this rank's part of it under sequence parallelism.
             attention_mask: None, the sequences say it all.
             rotary_pos_emb: (T, 1, R) from :class:`omni_train.nn.rotary.TMRotaryEmbedding`.
-            packed_seq_params: boundaries of the sequences in the whole row.
+            packed_seq_params: boundaries of the sequences in the whole row; a :class:`DecodingState` also remembers.
 
         Returns:
             hidden states of the same shape, and the output projection's bias, which is None without one.
@@ -56,16 +57,22 @@ class PackedSelfAttention(SelfAttention):
         if rotary_pos_emb is not None:
             query, key = apply_rotary(query, rotary_pos_emb), apply_rotary(key, rotary_pos_emb)
 
-        recompute = self.checkpoint_core_attention and self.training
-        attend = self._checkpointed_attention_forward if recompute else self._run_core_attention
-        out = attend(
-            query,
-            key,
-            value,
-            attention_mask,
-            attn_mask_type=self.attn_mask_type,
-            packed_seq_params=packed_seq_params,
-        )
+        decoding = packed_seq_params if isinstance(packed_seq_params, DecodingState) else None
+        if decoding is not None:
+            decoding.remember(self, key, value)
+        if decoding is not None and decoding.single:
+            out = decoding.attend(self, query)
+        else:
+            recompute = self.checkpoint_core_attention and self.training
+            attend = self._checkpointed_attention_forward if recompute else self._run_core_attention
+            out = attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=self.attn_mask_type,
+                packed_seq_params=packed_seq_params,
+            )
         out = out.reshape(out.shape[0], 1, -1)
         if gate:
             out = (out * gate[0].reshape(out.shape).float().sigmoid()).to(out.dtype)
@@ -73,7 +80,8 @@ class PackedSelfAttention(SelfAttention):
 
 
 class PackedAttention(MegatronModule):
-    """Core attention in plain torch: causal within each sequence of the row, any number of key/value heads.
+    """Core attention in plain torch: within each sequence of the row, causal (any number of key/value heads), or in
+    both directions (`AttnMaskType.padding`, for encoders).
 
     Under context parallelism each rank gathers the keys and values of all ranks, which works for any number of
     key/value heads, and attends from its two pieces of each sequence to the keys up to the end of each.
@@ -99,8 +107,13 @@ class PackedAttention(MegatronModule):
         for name, supported in (("attention_dropout", 0.0), ("window_size", None), ("softmax_type", "vanilla")):
             if (value := getattr(config, name)) != supported:
                 raise UserError(f"{name}={value}: packed attention has none; set it to {supported}")
-        if attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
-            raise UserError(f"packed attention is causal self-attention, not {attn_mask_type.name} {attention_type}")
+        if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding):
+            raise UserError(
+                f"packed attention is causal or padding self-attention, not {attn_mask_type.name} {attention_type}"
+            )
+        self.causal = attn_mask_type is AttnMaskType.causal
+        if not self.causal and config.context_parallel_size > 1:
+            raise UserError(f"context_parallel_size={config.context_parallel_size}: only causal attention has it")
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp
 
@@ -118,6 +131,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """(T, H, D) queries, (T, K, D) keys and values of this rank's tokens -> (T, H, D)."""
         boundaries_q = boundaries_k = packed_seq_params.cu_seqlens_q
+        if not self.causal:
+            return packed_bidirectional_attention(query, key, value, boundaries_q, self.softmax_scale)
         if (size := self.context_group.size()) > 1:
             wanted, boundaries_q, boundaries_k = context_key_indices(boundaries_k, self.context_group.rank(), size)
             wanted = context_restore_indices(packed_seq_params.cu_seqlens_q, size)[wanted]

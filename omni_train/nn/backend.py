@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from omni_train import platform
@@ -21,8 +22,8 @@ class Backend:
     name: str
     column_linear: type
     row_linear: type
-    norm: type  # zero-centred RMSNorm
-    plain_norm: type  # RMSNorm
+    norm: Callable  # RMSNorm, zero-centred where the model's are
+    plain_norm: type  # RMSNorm, always plain
     core_attention: type
 
 
@@ -31,9 +32,9 @@ def backend() -> Backend:
     """The backend of this process. Says so loudly, once, where a GPU runs without its kernels."""
     platform.setup()
     from omni_train.nn.attention import PackedAttention
-    from omni_train.nn.norm import RMSNorm, ZeroCentredRMSNorm
+    from omni_train.nn.norm import RMSNorm, model_norm
 
-    norms = {"norm": ZeroCentredRMSNorm, "plain_norm": RMSNorm}
+    norms = {"norm": model_norm, "plain_norm": RMSNorm}
     on_gpu = platform.has_cuda()
     _install_delta_rule(on_gpu)
     if on_gpu and importlib.util.find_spec("transformer_engine"):

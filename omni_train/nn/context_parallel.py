@@ -1,4 +1,4 @@
-"""Which tokens of a packed row each context-parallel rank holds, and which keys its queries see.
+"""Which tokens of a packed row each context-parallel rank holds, which keys its queries see, and who encodes what.
 
 Each sequence is cut into 2·size pieces of equal length; rank r holds, sequence after sequence, piece r and then piece
 2·size − 1 − r, so that all ranks have the same share of the causal attention's work. It is Megatron's own layout of
@@ -9,7 +9,10 @@ Axis letters: T tokens of the row, N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.distributed import ProcessGroup
 
 
 def context_slice_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -72,3 +75,66 @@ def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def share_evenly(costs: Sequence[int], outputs: Sequence[int], group: ProcessGroup) -> tuple[slice, list[int]]:
+    """Which pieces of work are this rank's: consecutive ones, of about the same cost on every rank.
+
+    Args:
+        costs: of each piece.
+        outputs: tokens that each piece becomes.
+        group: the ranks that share them.
+
+    Returns:
+        this rank's pieces, and the tokens that each rank makes.
+    """
+    size, total = group.size(), sum(costs)
+    ends, done = [0] * size, 0
+    for index, cost in enumerate(costs):
+        owner = min(size - 1, int((done + cost / 2) * size / total)) if total else 0
+        ends[owner] = index + 1
+        done += cost
+    for rank in range(1, size):
+        ends[rank] = max(ends[rank], ends[rank - 1])
+    bounds = [0, *ends]
+    counts = [sum(outputs[bounds[rank] : bounds[rank + 1]]) for rank in range(size)]
+    return slice(bounds[group.rank()], bounds[group.rank() + 1]), counts
+
+
+def gather_shares(made: torch.Tensor, counts: Sequence[int], group: ProcessGroup) -> torch.Tensor:
+    """All ranks' tokens, rank after rank; their gradients go back, summed over the ranks, to the rank that made them.
+
+    Args:
+        made: (at least counts[rank], H) this rank's tokens; what is more than its count stays behind, with gradient
+            zero.
+        counts: tokens of each rank.
+        group: the ranks.
+
+    Returns:
+        (sum of counts, H).
+    """
+    return _GatherShares.apply(made, counts, group) if group.size() > 1 else made[: counts[0]]
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, made, counts, group):
+        ctx.counts, ctx.group, ctx.shape = counts, group, made.shape
+        rank, longest = group.rank(), max(counts)
+        padded = made.new_zeros(longest, *made.shape[1:])
+        padded[: counts[rank]] = made[: counts[rank]]
+        gathered = made.new_empty(longest * group.size(), *made.shape[1:])
+        if longest:
+            torch.distributed.all_gather_into_tensor(gathered, padded, group=group)
+        return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        if len(gradient):
+            torch.distributed.all_reduce(gradient, group=ctx.group)
+        rank = ctx.group.rank()
+        start = sum(ctx.counts[:rank])
+        mine = gradient.new_zeros(ctx.shape)
+        mine[: ctx.counts[rank]] = gradient[start : start + ctx.counts[rank]]
+        return mine, None, None

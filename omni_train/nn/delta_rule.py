@@ -108,6 +108,26 @@ def chunk_gated_delta_rule(
     return output, final if output_final_state else None
 
 
+def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The gated delta rule for one more token of each sequence, on any device.
+
+    Args:
+        q, k: (N, H, K).
+        v: (N, H, V).
+        g: (N, H), the log of the decay.
+        beta: (N, H), the strength of the write.
+        state: (N, H, K, V) before the token.
+
+    Returns:
+        The output (N, H, V) in q's type, and the state after the token. Arithmetic is in the state's type.
+    """
+    wide_q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
+    state = state * g.exp()[..., None, None]
+    written = (v - torch.einsum("nhk,nhkv->nhv", k, state)) * beta[..., None]
+    state = state + k[..., None] * written[..., None, :]
+    return (torch.einsum("nhk,nhkv->nhv", wide_q, state) * k.shape[-1] ** -0.5).to(q.dtype), state
+
+
 class _L2Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, eps: float) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from omni_train.nn.attention import PackedSelfAttention
 from omni_train.nn.backend import Backend
+from omni_train.nn.gated_delta_net import DecodingGatedDeltaNet
 from omni_train.nn.moe import moe_spec
 
 A_INIT_RANGE = (0.01, 16.0)
@@ -56,7 +57,7 @@ def attention_layer_spec(*, norm, column_linear, row_linear, core_attention) -> 
 def gdn_layer_spec(*, norm, column_linear, row_linear, out_norm) -> ModuleSpec:
     """Norm, then Gated DeltaNet, then the residual sum. `out_norm` is the gated norm of its output, a plain one."""
     delta_net = ModuleSpec(
-        module=GatedDeltaNet,
+        module=DecodingGatedDeltaNet,
         params={"A_init_range": A_INIT_RANGE},
         submodules=GatedDeltaNetSubmodules(in_proj=column_linear, out_norm=out_norm, out_proj=row_linear),
     )

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019), plain and zero-centred, under sequence parallelism.
+"""Root-mean-square normalisation (Zhang & Sennrich 2019), plain and zero-centred, and LayerNorm, in any layout.
 
 Megatron's own torch norm refuses sequence parallelism. All it takes is to mark the weight: it is replicated over the
 tensor-parallel ranks, each of which sees only some tokens (or, on queries and keys, some heads), so Megatron sums the
@@ -74,3 +74,23 @@ class ZeroCentredRMSNorm(RMSNorm):
     """y = x̂·(1 + w) over the last axis, w starting at 0, so that weight decay pulls towards the identity (Qwen3.5)."""
 
     offset = 1.0
+
+
+def model_norm(config, hidden_size: int, eps: float = 1e-6) -> RMSNorm:
+    """The norm of a model's layers: zero-centred where its configuration says ``layernorm_zero_centered_gamma``."""
+    kind = ZeroCentredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
+    return kind(config, hidden_size, eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """y = (x − mean) / std · w + b over the last axis, for encoders (Ba et al. 2016).
+
+    Args:
+        config: Megatron's ``TransformerConfig``; gives the dtype and whether sequence parallelism is on.
+        hidden_size: length of the last axis.
+        eps: added to the variance.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, device=platform.device(), dtype=config.params_dtype)
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel

@@ -1,11 +1,11 @@
-"""Causal attention over the sequences of a packed row, in memory proportional to the row.
+"""Causal and bidirectional attention over the sequences of a packed row, in memory proportional to the row.
 
 Axis letters: T tokens, H query heads, K key/value heads, D head dimension, N sequences.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,36 @@ def packed_causal_attention(
     if query.device.type == "cpu":
         return _FlashOnCPU.apply(query, key, value, list(zip(queries, keys, strict=True)), scale)
     return _sequence_by_sequence(query, key, value, queries, keys, scale)
+
+
+def packed_bidirectional_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(q·kᵀ·scale)·v within each sequence; every query sees all keys of its sequence.
+
+    Neighbouring sequences of equal length are one batch of one kernel call: a row of many short ones is fast when it is
+    in order of their lengths. None of torch's kernels that this comes to holds a matrix of queries by keys.
+
+    Args:
+        query, key, value: (T, H, D).
+        boundaries: (N+1,) where each sequence begins and ends.
+        scale: D^-½ by default.
+
+    Returns:
+        (T, H, D).
+    """
+    runs = [(length, len(list(run))) for length, run in groupby(boundaries.diff().tolist()) if length]
+    # One split instead of a slice per run: the gradient of a slice is as long as the row.
+    split = [x.split([length * count for length, count in runs]) for x in (query, key, value)]
+    parts = []
+    for (length, count), *inputs in zip(runs, *split, strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in inputs)
+        parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)
 
 
 def _sequence_by_sequence(query, key, value, queries, keys, scale):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from omni_train.data.batch import MODALITIES
 from omni_train.models.row import LocalRow
 from omni_train.nn.cross_entropy import chunked_cross_entropy
 
@@ -25,18 +26,23 @@ class LanguageModelling:
         self.batch_weight = 1.0  # sum of the loss weights of the global batch; set before each step
 
     def __call__(self, model, hidden: torch.Tensor, row: LocalRow):
-        """(loss summed over this rank's part of the row, sums to log), as ``models.thinker.model.Objective`` says."""
-        loss = self._cross_entropy(model, hidden, row.labels, row.loss_weights)
-        sums = {"loss": loss.detach()}
+        """(loss summed over this rank's part of the row, sums to log), as ``models.thinker.model.Objective`` says.
+
+        ``loss_by_modality`` is the sum over the tokens of each modality, not divided by anything.
+        """
+        loss, losses = self._cross_entropy(model, hidden, row.labels, row.loss_weights)
+        by_modality = losses.new_zeros(len(MODALITIES)).index_add_(0, row.modality.long(), losses * row.loss_weights)
+        sums = {"loss": loss.detach(), "loss_by_modality": by_modality}
         if model.mtp_process:
             predicted = model.mtp(model.embed(row.next_tokens), hidden, model.rotary(row.position_ids), row)
-            mtp_loss = self._cross_entropy(model, predicted, row.next_labels, row.next_loss_weights)
+            mtp_loss, _ = self._cross_entropy(model, predicted, row.next_labels, row.next_loss_weights)
             sums["mtp_loss"] = mtp_loss.detach()
             loss = loss + self.mtp_loss_weight * mtp_loss
         return loss, sums
 
-    def _cross_entropy(self, model, hidden, labels, weights) -> torch.Tensor:
-        total, _ = chunked_cross_entropy(
+    def _cross_entropy(self, model, hidden, labels, weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum, and the loss of every position in nats."""
+        return chunked_cross_entropy(
             hidden[:, 0],
             model.head_weight(),
             labels,
@@ -45,4 +51,3 @@ class LanguageModelling:
             tp_group=model.tp_group,
             sequence_parallel=model.config.sequence_parallel,
         )
-        return total

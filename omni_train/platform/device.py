@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from omni_train.platform.quiet import quiet
 
 _ready = False
+_store: torch.distributed.Store | None = None  # where the ranks find each other, for the life of the process
+_joined = 0
 
 
 def has_cuda() -> bool:
@@ -31,6 +34,10 @@ def setup() -> None:
         from omni_train.platform import cpu
 
         cpu.install()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from omni_train.platform.launch import die_with_launcher
+
+        die_with_launcher()
     _ready = True
 
 
@@ -57,16 +64,33 @@ def world_size() -> int:
 def init_distributed(timeout_seconds: int = 1800) -> None:
     """Join the other processes: NCCL between GPUs, gloo otherwise. A lone process needs no launcher.
 
-    `timeout_seconds` bounds every collective, so that a lost rank ends the run instead of hanging it.
+    `timeout_seconds` bounds every collective, so that a lost rank ends the run instead of hanging it. After
+    :func:`leave_distributed` the same processes may join again.
     """
+    global _store, _joined
     setup()
     if torch.distributed.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    else:
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+    if _store is None:
+        launched = "RANK" in os.environ
+        _store = next(torch.distributed.rendezvous("env://"))[0] if launched else torch.distributed.HashStore()
+    _joined += 1
+    # The ranks find each other by what they write there, which must not be what they wrote the time before.
+    store = torch.distributed.PrefixStore(f"joined_{_joined}", _store)
+    store.set_timeout(timeout)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_cuda() else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+    )
+
+
+def leave_distributed() -> None:
+    """Part from the other processes, and give back the memory that nothing refers to any more."""
+    torch.distributed.destroy_process_group()
+    gc.collect()  # Megatron's modules and their hooks refer to each other
+    if has_cuda():
+        torch.cuda.empty_cache()

@@ -78,6 +78,15 @@ def model_group() -> torch.distributed.ProcessGroup:
     return _model_group
 
 
+def first_stage_group() -> torch.distributed.ProcessGroup | None:
+    """The tensor and context parallel ranks of the first pipeline stage, its members' own; None on other stages."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_rank() > 0:
+        return None
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
 def gather_over_data_ranks(value) -> list:
     """`value` of every data rank, in their order. Collective."""
     from megatron.core import parallel_state

@@ -16,8 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _remember(self, number, _frame) -> None:
         self.name = signal.Signals(number).name
@@ -27,6 +26,11 @@ class StopRequest:
         flag = torch.tensor([1.0 if self.name else 0.0], device=device())
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
+
+    def close(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Watchdog:

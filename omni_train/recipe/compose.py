@@ -18,7 +18,9 @@ from omni_train.recipe.schema import Recipe
 CONFIG_NAME = "config"
 PACKAGE = Path(__file__).resolve().parent.parent
 
-ConfigStore.instance().store(name="recipe_schema", node=Recipe)
+_SCHEMA = OmegaConf.structured(Recipe)
+OmegaConf.set_struct(_SCHEMA.init_parts, False)  # its keys are patterns, the user's own
+ConfigStore.instance().store(name="recipe_schema", node=_SCHEMA)
 
 
 def recipes_dir() -> Path:

@@ -60,9 +60,54 @@ class LossOn(StrEnum):
     all = "all"
 
 
+class Positions(StrEnum):
+    """Rotary ids (TM-RoPE) of media; text always counts on by one."""
+
+    absolute = "absolute"  # video's time ids lie on the 160 ms grid of the audio tokens (Qwen3.5-Omni)
+    contiguous = "contiguous"  # every temporal patch counts on, time is in the text timestamps (Qwen3.5)
+    qwen3_omni = "qwen3_omni"  # as released: float times, 13 ids a second, sound interleaved with video, no timestamps
+
+
+@dataclass
+class AudioEncoderConfig:
+    """AuT, the audio encoder: 2-D convolutions over log-mel frames of 10 ms, then bidirectional self-attention.
+
+    The defaults are Qwen3.5-Omni's rate, 6.25 tokens a second. Qwen3-Omni as released has three convolutions and chunks
+    of 100 frames.
+    """
+
+    hidden_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    intermediate_size: int = MISSING
+    num_mel_bins: int = 128
+    conv_channels: int = 480
+    num_convolutions: int = 4  # each halves time and mel bins
+    chunk_frames: int = 800  # convolved by themselves; positions restart in each
+    # Frames that attend to each other, 0 for the whole clip: one is drawn for each batch in training.
+    train_window_frames: list[int] = field(default_factory=lambda: [100, 200, 400, 800, 0])
+    eval_window_frames: int = 800
+
+
+@dataclass
+class VisionEncoderConfig:
+    """The SigLIP2-like vision encoder of Qwen3-VL and Qwen3.5, attending within each frame."""
+
+    hidden_size: int = MISSING
+    depth: int = MISSING  # layers
+    num_heads: int = MISSING
+    intermediate_size: int = MISSING
+    patch_size: int = 16  # pixels
+    temporal_patch_size: int = 2  # frames
+    spatial_merge_size: int = 2  # patches that become one token, each way
+    num_position_embeddings: int = 2304  # a square table, interpolated to each image's grid
+    # DeepStack (Qwen3-Omni): layers whose features are added to the first layers of the language model, in this order.
+    deepstack_visual_indexes: list[int] = field(default_factory=list)
+
+
 @dataclass
 class ModelConfig:
-    """A Thinker's language model (Qwen3.5 hybrid MoE, or its dense sibling)."""
+    """A Thinker: its language model (Qwen3.5 hybrid MoE, its dense sibling, or Qwen3-Omni), and its encoders."""
 
     name: str = MISSING
     vocab_size: int = MISSING  # rows of the embedding; a multiple of parallel.tensor
@@ -78,8 +123,8 @@ class ModelConfig:
     partial_rotary_factor: float = 0.25
     rope_theta: float = 1.0e7
     mrope_section: list[int] = field(default_factory=lambda: [11, 11, 10])  # T, H, W; sums to half the rotary dims
-    linear_num_key_heads: int = MISSING
-    linear_num_value_heads: int = MISSING
+    linear_num_key_heads: int = 0  # of Gated DeltaNet (`G`); 0 where the pattern has none
+    linear_num_value_heads: int = 0
     linear_key_head_dim: int = 128
     linear_value_head_dim: int = 128
     linear_conv_kernel_dim: int = 4
@@ -96,6 +141,10 @@ class ModelConfig:
     mtp_num_hidden_layers: int = 0  # 0 or 1 multi-token-prediction layer
     mtp_loss_weight: float = 0.1
     max_position_embeddings: int = 262144
+    attention_output_gate: bool = True  # Qwen3-Omni has none
+    zero_centered_norm: bool = True  # y = x̂·(1+w); Qwen3-Omni's norms are plain
+    audio: AudioEncoderConfig | None = None  # null: does not hear
+    vision: VisionEncoderConfig | None = None  # null: does not see
 
 
 @dataclass
@@ -115,7 +164,27 @@ class SourceConfig:
     """One folder of energon-indexed WebDataset shards in the blend."""
 
     path: str = MISSING  # local, or an object-store URL that energon understands (msc://, s3://…)
-    weight: float = 1.0  # share of samples drawn
+    weight: float = 1.0  # share of the tokens drawn
+
+
+@dataclass
+class MediaConfig:
+    """How sound, images and video become tokens. Sizes of patches and rates of tokens are the model's."""
+
+    positions: Positions = Positions.absolute
+    video_timestamps: bool = True  # `<1.2 seconds>` in text before every temporal patch; never with qwen3_omni
+    # Bounds in seconds of the random interval between timestamps inside a sound; empty: none.
+    audio_timestamp_seconds: list[float] = field(default_factory=lambda: [10.0, 30.0])
+    image_min_pixels: int = 65536  # an image is resized to lie between the two, its shape kept
+    image_max_pixels: int = 16777216
+    video_fps: float = 2.0  # frames read per second; fewer where the token budget would be passed
+    video_min_frames: int = 4
+    video_max_frames: int = 768
+    video_min_pixels: int = 4096  # of all frames of a video together
+    video_max_pixels: int = 25165824
+    video_pixels_per_frame: bool = False  # the two bound each frame by itself (Qwen3-Omni) instead
+    max_source_pixels: int = 178956970  # of an image or frame as encoded; larger is refused before it is decoded
+    max_audio_seconds: float = 36000.0
 
 
 @dataclass
@@ -129,6 +198,7 @@ class DataConfig:
     # rows; a multiple of 2·parallel.context.
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
+    media: MediaConfig = field(default_factory=MediaConfig)
     # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the
     # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
     streams: int = 8
@@ -176,6 +246,18 @@ class ScheduleConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Greedy answers to held-out samples while the run goes on, scored by what was asked (``meta.task``)."""
+
+    every: int = 0  # steps; 0 never
+    samples: int = 32  # of each source that has chats, shared among the data ranks
+    max_new_tokens: int = 64
+    print_samples: int = 4  # answers shown, and kept by wandb beside their media
+    # Also the loss of the answers with their own media and with those of another sample: what hearing and seeing gain.
+    swap_media: bool = False
+
+
+@dataclass
 class CheckpointConfig:
     save_every: int = 1000  # steps; the last step is always saved
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
@@ -210,6 +292,8 @@ class Recipe:
     precision: Precision = Precision.bf16
     engine: EngineName = EngineName.megatron
     init_from: str | None = None  # a checkpoint directory, or a run directory (its latest)
+    # fnmatch pattern over parameter names -> another checkpoint, or `random`; the first match wins over init_from.
+    init_parts: dict[str, str] = field(default_factory=dict)
     trainable: list[str] = field(default_factory=lambda: ["*"])  # fnmatch patterns; all else is frozen
     recompute: Recompute = Recompute.none
     loss_chunk_tokens: int = 1024  # positions whose logits exist at once
@@ -218,6 +302,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)

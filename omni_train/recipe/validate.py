@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from math import lcm
 
 from omni_train.errors import UserError
+from omni_train.recipe.refusals import bounds, divides, refuse, value
 from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
+from omni_train.recipe.validate_media import check_media
 
 # The least value of each number, `None` values passing.
 _AT_LEAST = {
@@ -21,8 +23,8 @@ _AT_LEAST = {
     "model.num_attention_heads": 1,
     "model.num_key_value_heads": 1,
     "model.head_dim": 1,
-    "model.linear_num_key_heads": 1,
-    "model.linear_num_value_heads": 1,
+    "model.linear_num_key_heads": 0,
+    "model.linear_num_value_heads": 0,
     "model.linear_key_head_dim": 1,
     "model.linear_value_head_dim": 1,
     "model.linear_conv_kernel_dim": 1,
@@ -60,6 +62,10 @@ _AT_LEAST = {
     "schedule.eval_every": 0,
     "schedule.eval_rows": 1,
     "schedule.stop_after": 1,
+    "evaluation.every": 0,
+    "evaluation.samples": 1,
+    "evaluation.max_new_tokens": 1,
+    "evaluation.print_samples": 0,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 0,
     "tracking.expert_load_every": 0,
@@ -98,6 +104,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
     _values(recipe)
     _model(recipe)
     _layout(recipe)
+    check_media(recipe)
     _rows(recipe)
     _optimization(recipe)
     if world_size is not None:
@@ -110,69 +117,44 @@ def processes(parallel: ParallelConfig) -> int:
     return parallel.pipeline * lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
 
 
-def _refuse(recipe: Recipe, key: str, why: str) -> None:
-    raise UserError(f"{key}={_value(recipe, key)}: {why}")
-
-
-def _value(recipe: Recipe, key: str):
-    value = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _divides(recipe: Recipe, divisor: int, name: str, *keys: str) -> None:
-    """Refuse the first of ``keys`` that is not a multiple of ``divisor``, which is called ``name``."""
-    for key in keys:
-        if _value(recipe, key) % divisor:
-            _refuse(recipe, key, f"not a multiple of {name}={divisor}; change one of the two")
-
-
 def _values(recipe: Recipe) -> None:
-    for key, least in _AT_LEAST.items():
-        value = _value(recipe, key)
-        if value is not None and value < least:
-            _refuse(recipe, key, f"must be at least {least}")
-    for key in _ABOVE_ZERO:
-        if _value(recipe, key) <= 0:
-            _refuse(recipe, key, "must be above 0")
-    for key, most in _AT_MOST.items():
-        if _value(recipe, key) > most:
-            _refuse(recipe, key, f"must be at most {most}")
+    bounds(recipe, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO, at_most=_AT_MOST)
     for key in _NOT_EMPTY:
-        if not _value(recipe, key):
-            _refuse(recipe, key, "must not be empty")
+        if not value(recipe, key):
+            refuse(recipe, key, "must not be empty")
 
 
 def _model(recipe: Recipe) -> None:
     model = recipe.model
     if foreign := set(model.pattern) - set("G*E-|"):
-        _refuse(recipe, "model.pattern", f"{min(foreign)!r} is no layer; use G, *, E, - and | between stages")
+        refuse(recipe, "model.pattern", f"{min(foreign)!r} is no layer; use G, *, E, - and | between stages")
     if "|" in model.pattern and model.repeats != 1:
-        _refuse(recipe, "model.repeats", "a pattern with | is the whole model; write the layers out and repeats=1")
+        refuse(recipe, "model.repeats", "a pattern with | is the whole model; write the layers out and repeats=1")
     if "E" in model.pattern:
         for key in ("model.num_experts", "model.num_experts_per_tok", "model.moe_intermediate_size"):
-            if not _value(recipe, key):
-                _refuse(recipe, key, f"model.pattern={model.pattern} has MoE layers (E); give {key}")
+            if not value(recipe, key):
+                refuse(recipe, key, f"model.pattern={model.pattern} has MoE layers (E); give {key}")
         if model.num_experts_per_tok > model.num_experts:
-            _refuse(recipe, "model.num_experts_per_tok", f"more than model.num_experts={model.num_experts}")
+            refuse(recipe, "model.num_experts_per_tok", f"more than model.num_experts={model.num_experts}")
     elif model.num_experts:
-        _refuse(recipe, "model.num_experts", f"model.pattern={model.pattern} has no MoE layer (E); set 0")
+        refuse(recipe, "model.num_experts", f"model.pattern={model.pattern} has no MoE layer (E); set 0")
     if "-" in model.pattern and not model.intermediate_size:
-        _refuse(
-            recipe, "model.intermediate_size", f"model.pattern={model.pattern} has dense MLPs (-); give their width"
-        )
-    _divides(recipe, model.num_key_value_heads, "model.num_key_value_heads", "model.num_attention_heads")
-    _divides(recipe, model.linear_num_key_heads, "model.linear_num_key_heads", "model.linear_num_value_heads")
+        refuse(recipe, "model.intermediate_size", f"model.pattern={model.pattern} has dense MLPs (-); give their width")
+    divides(recipe, model.num_key_value_heads, "model.num_key_value_heads", "model.num_attention_heads")
+    if "G" in model.pattern:
+        for key in ("model.linear_num_key_heads", "model.linear_num_value_heads"):
+            if not value(recipe, key):
+                refuse(recipe, key, f"model.pattern={model.pattern} has Gated DeltaNet layers (G); give {key}")
+        divides(recipe, model.linear_num_key_heads, "model.linear_num_key_heads", "model.linear_num_value_heads")
     rotary = model.head_dim * model.partial_rotary_factor
     if rotary % 2:
-        _refuse(
+        refuse(
             recipe,
             "model.partial_rotary_factor",
             f"rotates {rotary:g} of model.head_dim={model.head_dim}; must be even",
         )
     if len(model.mrope_section) != 3 or min(model.mrope_section) < 0 or sum(model.mrope_section) != rotary // 2:
-        _refuse(
+        refuse(
             recipe,
             "model.mrope_section",
             f"must be 3 numbers (T, H, W) that sum to half the rotary dims, {rotary / 2:g}",
@@ -182,63 +164,68 @@ def _model(recipe: Recipe) -> None:
 def _layout(recipe: Recipe) -> None:
     """What of the model each axis of the layout must divide."""
     model, parallel = recipe.model, recipe.parallel
-    _divides(recipe, parallel.tensor, "parallel.tensor", "model.vocab_size", "model.num_attention_heads")
+    divides(recipe, parallel.tensor, "parallel.tensor", "model.vocab_size", "model.num_attention_heads")
     # Megatron gives several tensor ranks one key-value head each where there are fewer heads than ranks.
     if max(parallel.tensor, model.num_key_value_heads) % min(parallel.tensor, model.num_key_value_heads):
-        _refuse(
+        refuse(
             recipe,
             "parallel.tensor",
             f"neither divides nor is a multiple of model.num_key_value_heads={model.num_key_value_heads}",
         )
     widths = ("model.intermediate_size", "model.shared_expert_intermediate_size")
-    _divides(recipe, parallel.tensor, "parallel.tensor", *widths)
+    divides(recipe, parallel.tensor, "parallel.tensor", *widths)
     # Gated DeltaNet turns context ranks into head ranks by an all-to-all, so its heads are split over both.
     heads = ("model.linear_num_key_heads", "model.linear_num_value_heads")
     if "G" in model.pattern:
-        _divides(recipe, parallel.tensor * parallel.context, "parallel.tensor·parallel.context", *heads)
+        divides(recipe, parallel.tensor * parallel.context, "parallel.tensor·parallel.context", *heads)
     if model.num_experts:
-        _divides(recipe, parallel.expert, "parallel.expert", "model.num_experts")
-        _divides(recipe, parallel.expert_tensor, "parallel.expert_tensor", "model.moe_intermediate_size")
+        divides(recipe, parallel.expert, "parallel.expert", "model.num_experts")
+        divides(recipe, parallel.expert_tensor, "parallel.expert_tensor", "model.moe_intermediate_size")
         # The experts' grouped product reads rows of whole 16-byte words.
         word = 8 if recipe.precision is Precision.bf16 else 4
-        _divides(recipe, word, f"what precision={recipe.precision} needs", "model.hidden_size")
-        _divides(
+        divides(recipe, word, f"what precision={recipe.precision} needs", "model.hidden_size")
+        divides(
             recipe,
             word * parallel.expert_tensor,
             f"parallel.expert_tensor times what precision={recipe.precision} needs",
             "model.moe_intermediate_size",
         )
     for key in ("parallel.expert", "parallel.expert_tensor"):
-        if _value(recipe, key) > 1 and not model.num_experts:
-            _refuse(recipe, key, f"model={model.name} has no experts; set {key}=1")
+        if value(recipe, key) > 1 and not model.num_experts:
+            refuse(recipe, key, f"model={model.name} has no experts; set {key}=1")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        _refuse(recipe, "parallel.virtual_pipeline", "needs parallel.pipeline of at least 2; set it to 1 or add stages")
+        refuse(recipe, "parallel.virtual_pipeline", "needs parallel.pipeline of at least 2; set it to 1 or add stages")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if "|" in model.pattern:
         if (marked := model.pattern.count("|") + 1) != stages:
-            _refuse(recipe, "model.pattern", f"marks {marked} stages but parallel.pipeline·virtual_pipeline={stages}")
+            refuse(recipe, "model.pattern", f"marks {marked} stages but parallel.pipeline·virtual_pipeline={stages}")
         if "" in model.pattern.split("|"):
-            _refuse(recipe, "model.pattern", "has a stage without layers; move the |")
+            refuse(recipe, "model.pattern", "has a stage without layers; move the |")
     elif (layers := len(model.pattern) * model.repeats) % stages:
-        _refuse(
+        refuse(
             recipe,
             "parallel.pipeline",
             f"{layers} layers (model.pattern×repeats) are not a multiple of pipeline·virtual_pipeline={stages}; "
             "choose a divisor or mark the stages with | in model.pattern",
         )
+    for key in ("parallel.pipeline", "parallel.context"):
+        if recipe.evaluation.every and value(recipe, key) > 1:
+            refuse(
+                recipe, key, f"evaluation.every={recipe.evaluation.every} generates, which needs 1; set one of the two"
+            )
 
 
 def _rows(recipe: Recipe) -> None:
     """The length of a row, its alignment and the blend it is made from."""
     data, parallel = recipe.data, recipe.parallel
     if parallel.context > 1:
-        _divides(recipe, 2 * parallel.context, "2·parallel.context", "data.alignment")
+        divides(recipe, 2 * parallel.context, "2·parallel.context", "data.alignment")
         pieces = 2 * parallel.context * parallel.tensor
-        _divides(recipe, pieces, "2·parallel.context·parallel.tensor", "data.row_tokens")
-    _divides(recipe, data.alignment, "data.alignment", "data.row_tokens")
-    _divides(recipe, parallel.tensor, "parallel.tensor", "data.row_tokens")
+        divides(recipe, pieces, "2·parallel.context·parallel.tensor", "data.row_tokens")
+    divides(recipe, data.alignment, "data.alignment", "data.row_tokens")
+    divides(recipe, parallel.tensor, "parallel.tensor", "data.row_tokens")
     if data.row_tokens > (most := recipe.model.max_position_embeddings):
-        _refuse(recipe, "data.row_tokens", f"longer than model.max_position_embeddings={most}; shorten the rows")
+        refuse(recipe, "data.row_tokens", f"longer than model.max_position_embeddings={most}; shorten the rows")
     for i, source in enumerate(data.sources):
         if source.weight <= 0:
             raise UserError(f"data.sources[{i}].weight={source.weight}: must be above 0; leave the source out instead")
@@ -247,15 +234,15 @@ def _rows(recipe: Recipe) -> None:
 def _optimization(recipe: Recipe) -> None:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     if optimizer.min_lr > optimizer.lr:
-        _refuse(recipe, "optimizer.min_lr", f"above optimizer.lr={optimizer.lr}; lower one or raise the other")
+        refuse(recipe, "optimizer.min_lr", f"above optimizer.lr={optimizer.lr}; lower one or raise the other")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        _refuse(recipe, "optimizer.betas", "must be two numbers from 0 to below 1")
+        refuse(recipe, "optimizer.betas", "must be two numbers from 0 to below 1")
     for i, group in enumerate(optimizer.groups):
         for name in ("lr_factor", "weight_decay_factor"):
             if getattr(group, name) < 0:
                 raise UserError(f"optimizer.groups[{i}].{name}={getattr(group, name)}: must be at least 0")
     if schedule.decay is Decay.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:
-        _refuse(
+        refuse(
             recipe,
             "schedule.decay_fraction",
             f"with schedule.warmup_fraction={schedule.warmup_fraction} more than the whole run; lower one",
@@ -277,32 +264,32 @@ def _world(recipe: Recipe, world_size: int) -> None:
         verb = "process runs" if world_size == 1 else "processes run"
         raise UserError(
             f"{layout}: needs {needed} processes or a multiple, but {world_size} {verb}; "
-            f"launch with: launchers/local.sh {needed} train …"
+            f"launch with: launchers/local.sh {needed} …"
         )
     data_ranks = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     keys = ["schedule.global_batch"] + (["schedule.eval_rows"] if schedule.eval_every else [])
-    _divides(recipe, data_ranks, "data-parallel ranks", *keys)
+    divides(recipe, data_ranks, "data-parallel ranks", *keys)
     if parallel.virtual_pipeline > 1:
         for key in keys:
-            rows = _value(recipe, key) // data_ranks
+            rows = value(recipe, key) // data_ranks
             if rows % parallel.pipeline:
-                _refuse(
+                refuse(
                     recipe,
                     key,
                     f"gives {rows} rows to each data rank, which with parallel.virtual_pipeline="
                     f"{parallel.virtual_pipeline} must be a multiple of parallel.pipeline={parallel.pipeline}",
                 )
     loaders = data_ranks * max(recipe.data.workers, 1)
-    _divides(recipe, loaders, "data-parallel ranks·data.workers", "data.streams")
+    divides(recipe, loaders, "data-parallel ranks·data.workers", "data.streams")
 
 
 def _packages(recipe: Recipe) -> None:
     """Optional packages that the recipe's choices need on this machine."""
     if recipe.optimizer.name is OptimizerName.muon and find_spec("emerging_optimizers") is None:
-        _refuse(
+        refuse(
             recipe,
             "optimizer.name",
             "needs the package emerging-optimizers; install the extra [muon] or use optimizer=adamw",
         )
     if recipe.tracking.mode is not WandbMode.disabled and find_spec("wandb") is None:
-        _refuse(recipe, "tracking.mode", "needs the package wandb; pip install it or use tracking=none")
+        refuse(recipe, "tracking.mode", "needs the package wandb; pip install it or use tracking=none")

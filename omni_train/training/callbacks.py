@@ -8,23 +8,27 @@ import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
+from omni_train.data.sample import MEDIA, Medium
 from omni_train.errors import UserError
 from omni_train.recipe.schema import Recipe, WandbMode
+from omni_train.training.evaluation import Prediction
 
 
-class Callback(Protocol):
+class Callback:
     """Sees every logged step and evaluation."""
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
         """A step was logged; `metrics` has ``step`` and the figures of that step."""
 
+    def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
+        """Some of the answers to held-out questions after `step`; the metrics of the same step come later."""
+
     def close(self) -> None:
         """The run ends."""
 
 
-class MetricsFile:
+class MetricsFile(Callback):
     """One JSON object per logged step. What came after the checkpoint a run resumes from is dropped."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -50,13 +54,15 @@ class MetricsFile:
         self._file.close()
 
 
-class Wandb:
+class Wandb(Callback):
     """A wandb run, resumed under the same id when the run is."""
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables with media, until they are sent
         import wandb
 
+        self._wandb, self._media = wandb, directory / "questions"
         identity = directory / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -79,6 +85,24 @@ class Wandb:
     def on_metrics(self, metrics: dict[str, float]) -> None:
         self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
 
+    def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
+        """A table of questions beside the first of each kind of their media, which are kept as files of the run."""
+        columns = ["name", "task", *MEDIA, "question", "expected", "answer"]
+        table = self._wandb.Table(columns=columns, allow_mixed_types=True)
+        for prediction in predictions:
+            asked = prediction.question
+            media = {medium.kind: self._medium(asked.name, medium, data) for medium, data in reversed(asked.media)}
+            shown = [media.get(kind) for kind in MEDIA]
+            table.add_data(asked.name, asked.meta.get("task"), *shown, asked.text, asked.answer, prediction.answer)
+        self._run.log({"predictions": table}, step=step)
+
+    def _medium(self, name: str, medium: Medium, data: bytes):
+        path = self._media / name / Path(medium.file).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        kind = {"audio": self._wandb.Audio, "image": self._wandb.Image, "video": self._wandb.Video}[medium.kind]
+        return kind(str(path)) if medium.kind != "video" or path.suffix in (".mp4", ".webm") else None
+
     def close(self) -> None:
         self._run.finish()
 
@@ -94,7 +118,7 @@ _FIGURES = {
 """What of a step's metrics the progress shows, in order, and how."""
 
 
-class Progress:
+class Progress(Callback):
     """A bar with loss, tokens/s, TFLOP/s, utilisation and the time left; plain lines where there is no terminal."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -126,6 +150,13 @@ class Progress:
             left = metrics.get("eta_seconds")
             end = f"  {left / 60:.0f} min left" if left is not None else ""
             self._console.print(f"step {step}/{self._total}  " + "  ".join(shown) + end, highlight=False)
+
+    def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
+        for prediction in predictions:
+            asked = prediction.question
+            media = " ".join(f"<{medium.kind}>" for medium, _ in asked.media)
+            line = f"  {asked.name}  {media} {asked.text!r} -> {prediction.answer!r} (expected {asked.answer!r})"
+            self._console.print(line, highlight=False, markup=False)
 
     def close(self) -> None:
         if self._live:

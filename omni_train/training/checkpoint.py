@@ -17,7 +17,7 @@ import torch
 
 from omni_train import platform
 from omni_train.errors import UserError
-from omni_train.recipe.schema import CheckpointConfig, ModelConfig
+from omni_train.recipe.schema import AudioEncoderConfig, CheckpointConfig, ModelConfig, VisionEncoderConfig
 
 _PARTIAL = ".partial"
 # Model keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
@@ -48,6 +48,13 @@ def resolve(path: str | Path) -> Path:
 def step_of(checkpoint: Path) -> int:
     """The optimizer steps that a checkpoint has behind it."""
     return int(checkpoint.name.removeprefix("step_")) if checkpoint.name.startswith("step_") else 0
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """What :meth:`CheckpointStore.save` was given as `progress`, without process groups."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    return load_common_state_dict(checkpoint)["progress"]
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -81,16 +88,22 @@ def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConf
         UserError: the checkpoint is of another architecture, or incomplete.
     """
     check_architecture(checkpoint, model)
-    state = _load(model_state(chunks), checkpoint)
-    _apply_model_state(chunks, state)
+    state = load_sharded(model_state(chunks), checkpoint)
+    apply_model_state(chunks, state)
 
 
-def _apply_model_state(chunks, state) -> None:
+def apply_model_state(chunks: list[torch.nn.Module], state: dict, strict: bool = True) -> None:
+    """Give the model chunks what :func:`load_sharded` read, with `strict` nothing missing."""
     for key, chunk in _keyed(chunks).items():
-        chunk.load_state_dict(state[key], strict=True)
+        chunk.load_state_dict(state.get(key, {}), strict=strict)
 
 
-def _load(sharded: dict, checkpoint: Path) -> dict:
+def load_sharded(sharded: dict, checkpoint: Path) -> dict:
+    """Read what a sharded state asks for, or a part of it, from a checkpoint of any layout. Collective.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
@@ -108,23 +121,39 @@ def _load(sharded: dict, checkpoint: Path) -> dict:
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """The model that a checkpoint holds."""
     written = torch.load(checkpoint / "model.pt", weights_only=True)
-    return ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
+    config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
+    config.audio = config.audio and AudioEncoderConfig(**config.audio)
+    config.vision = config.vision and VisionEncoderConfig(**config.vision)
+    return config
 
 
-def check_architecture(checkpoint: Path, model: ModelConfig) -> None:
+def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] | None = None) -> None:
     """Refuse a checkpoint whose model is not the recipe's.
+
+    Args:
+        modules: those that are taken from it; None for the whole model.
 
     Raises:
         UserError: naming the first key that differs.
     """
-    written = torch.load(checkpoint / "model.pt", weights_only=True)
-    wanted = _described(model)
-    for key in sorted(set(wanted) - _FREE_MODEL_KEYS):
-        if written.get(key) != wanted[key]:
+    written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
+    keys = set(wanted)
+    if modules is not None:  # of the other modules, the shapes of their tensors say enough
+        language = keys - {"audio", "vision", "mtp_num_hidden_layers"} if "decoder" in modules else set()
+        keys = language | {name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name]}
+    for key in sorted(keys):
+        if written[key] != wanted[key]:
             raise UserError(
-                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written.get(key)}, the "
+                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written[key]}, the "
                 f"recipe's is {wanted[key]}; choose the model it was trained with"
             )
+
+
+def _comparable(model: ModelConfig) -> dict:
+    kept = {key: value for key, value in _described(model).items() if key not in _FREE_MODEL_KEYS}
+    if kept["audio"]:
+        kept["audio"] = {key: value for key, value in kept["audio"].items() if not key.endswith("_window_frames")}
+    return kept
 
 
 def _described(model: ModelConfig) -> dict:
@@ -237,8 +266,8 @@ class CheckpointStore:
         stepped = step_of(checkpoint) > 0
         if stepped:
             state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=state_metadata())
-        state = _load(state, checkpoint)
-        _apply_model_state(chunks, state)
+        state = load_sharded(state, checkpoint)
+        apply_model_state(chunks, state)
         if stepped:
             optimizer.load_state_dict(state["optimizer"])
         else:

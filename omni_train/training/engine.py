@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from omni_train import platform
-from omni_train.data.batch import PackedBatch
+from omni_train.data.batch import MODALITIES, PackedBatch
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import build_chunks
 from omni_train.nn import balance
@@ -28,6 +30,17 @@ class StepResult:
     samples: int = 0  # that begin in the global batch
     skipped: int = 0  # refused by the loaders while they made it
     updated: bool = True  # False where a non-finite loss or gradient made the step be skipped
+    tokens_by_modality: list[float] = field(default_factory=list)  # in the order of MODALITIES
+
+
+@dataclass
+class GlobalSums:
+    """What is known of a global batch before the step."""
+
+    tokens: list[float]  # by modality, padding excluded
+    weights: list[float]  # of the loss, by modality
+    samples: int  # that begin in it
+    skipped: int  # refused while it was made
 
 
 class MegatronEngine:
@@ -56,29 +69,34 @@ class MegatronEngine:
         )
         self.optimizer = build_optimizer(recipe, self.chunks)
         self._run = get_forward_backward_func()
+        self._audio_window_frames = 0
 
-    def _global_sums(self, rows: list[PackedBatch]) -> list[float]:
-        """Loss weight, real tokens, samples and refused samples of the global batch.
-
-        Summed over the data ranks alone: the other ranks of a model group hold the same rows.
-        """
-        mine = [
-            (row.num_loss_tokens, float((~row.padding).sum()), row.samples, sum(row.skipped.values())) for row in rows
-        ]
-        sums = torch.tensor(mine, dtype=torch.float64, device=platform.device()).sum(0)
+    def _global_sums(self, rows: list[PackedBatch]) -> GlobalSums:
+        """Summed over the data ranks alone: the other ranks of a model group hold the same rows."""
+        tokens, weights, counts = torch.zeros(len(MODALITIES)), torch.zeros(len(MODALITIES)), torch.zeros(2)
+        for row in rows:
+            modality = row.modality.long()
+            tokens.index_add_(0, modality, (~row.padding).float())
+            weights.index_add_(0, modality, row.loss_weights)
+            counts += torch.tensor([row.samples, sum(row.skipped.values())])
+        sums = torch.cat([tokens, weights, counts]).to(platform.device(), torch.float64)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        return sums.tolist()
+        tokens, weights, counts = sums.cpu().split([len(MODALITIES), len(MODALITIES), 2])
+        return GlobalSums(tokens.tolist(), weights.tolist(), *(int(count) for count in counts))
 
     def _forward_step(self, rows, chunk):
-        row = LocalRow.from_batch(next(rows))
+        row = LocalRow.from_batch(
+            next(rows), media=get_attr_wrapped_model(chunk, "senses"), audio_window_frames=self._audio_window_frames
+        )
         out = chunk(row, self.objective)
         if isinstance(out, tuple):
             loss, sums = out
             return loss, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), sums)
         return out, None
 
-    def _schedule(self, rows: list[PackedBatch], forward_only: bool) -> dict[str, float]:
-        """Run the micro-batches; sums of the objective over the global batch, equal on every rank."""
+    def _schedule(self, rows: list[PackedBatch], sums: GlobalSums, forward_only: bool) -> dict[str, float]:
+        """Run the micro-batches; the objective over the global batch, equal on every rank."""
+        self.objective.batch_weight = max(sum(sums.weights), 1.0)
         iterators = [iter(rows) for _ in self.chunks]
         stored = self._run(
             forward_step_func=self._forward_step,
@@ -90,9 +108,9 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         names = ["loss"] + (["mtp_loss"] if self.recipe.model.mtp_num_hidden_layers else [])
-        totals = torch.zeros(len(names), device=platform.device())
-        for sums in stored:
-            totals += torch.stack([sums[name].float() for name in names])
+        totals = torch.zeros(len(names) + len(MODALITIES), device=platform.device())
+        for one in stored:
+            totals += torch.cat([*(one[name].float().view(1) for name in names), one["loss_by_modality"]])
         torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.recipe.parallel.pipeline > 1:
             torch.distributed.broadcast(
@@ -100,23 +118,32 @@ class MegatronEngine:
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        return dict(zip(names, totals.tolist(), strict=True))
+        values = totals.tolist()
+        metrics = dict(zip(names, values, strict=False))
+        if self.recipe.model.audio or self.recipe.model.vision:
+            for name, weight, total in zip(MODALITIES, sums.weights, values[len(names) :], strict=True):
+                if weight > 0:
+                    metrics[f"loss_{name}"] = total / weight
+        return metrics
 
-    def train_step(self, rows: list[PackedBatch], learning_rate: float) -> StepResult:
+    def train_step(self, rows: list[PackedBatch], learning_rate: float, step: int = 0) -> StepResult:
         """One optimizer step.
 
         Args:
             rows: this data rank's rows of the global batch; equal on the ranks of one model group.
             learning_rate: of this step.
+            step: number of steps done, which with the recipe's seed decides what is drawn at random.
         """
-        weight, tokens, samples, skipped = self._global_sums(rows)
-        self.objective.batch_weight = max(weight, 1.0)
+        sums = self._global_sums(rows)
+        if self.recipe.model.audio:
+            draw = random.Random(f"audio window {self.recipe.seed} {step}")
+            self._audio_window_frames = draw.choice(self.recipe.model.audio.train_window_frames)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, tokens)
-        metrics = self._schedule(rows, forward_only=False)
+        balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, sum(sums.tokens))
+        metrics = self._schedule(rows, sums, forward_only=False)
         metrics |= balance.end_step(
             self.chunks,
             group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
@@ -124,7 +151,7 @@ class MegatronEngine:
         )
         set_learning_rate(self.optimizer, learning_rate, self.recipe.optimizer.weight_decay)
         metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
-        return StepResult(metrics, tokens, int(samples), int(skipped), updated)
+        return StepResult(metrics, sum(sums.tokens), sums.samples, sums.skipped, updated, sums.tokens)
 
     def expert_loads(self) -> dict[int, list[float]]:
         """See :func:`omni_train.nn.balance.loads`. Collective."""
@@ -133,11 +160,11 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, rows: list[PackedBatch]) -> dict[str, float]:
         """Objective of held-out rows, mean per token over all data ranks."""
-        weight, *_ = self._global_sums(rows)
-        self.objective.batch_weight = max(weight, 1.0)
+        if self.recipe.model.audio:
+            self._audio_window_frames = self.recipe.model.audio.eval_window_frames
         for chunk in self.chunks:
             chunk.eval()
-        metrics = self._schedule(rows, forward_only=True)
+        metrics = self._schedule(rows, self._global_sums(rows), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         return metrics

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from omni_train import platform
 from omni_train.data.batch import PackedBatch
+from omni_train.data.evaluation import Question, answer_rows, held_out_questions
 from omni_train.data.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
@@ -28,6 +30,7 @@ class Feed:
         self.group = platform.parallel.model_group()
         self.source = torch.distributed.get_global_rank(self.group, 0)
         self.reads = platform.rank() == self.source
+        self.media_group = platform.parallel.first_stage_group()  # whose first rank reads
         self.wait_seconds = 0.0  # that the last call of `rows` took
         self.loader = None
         self._share(self._open)
@@ -37,7 +40,7 @@ class Feed:
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
             raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
-        self.loader = build_loader(data, split="train", seed=self.recipe.seed, **_my_part())
+        self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 
     def _share(self, read: Callable):
@@ -54,16 +57,58 @@ class Feed:
             raise problem or message[0]
         return message[0]
 
+    def _share_rows(self, read: Callable[[], list[PackedBatch]]) -> list[PackedBatch]:
+        """Rows as `_share`, but their media as tensors, and only to the ranks of the first pipeline stage."""
+        read_rows: list[PackedBatch] = []
+
+        def without_media() -> list[tuple[PackedBatch, dict]]:
+            read_rows[:] = read()
+            empty = PackedBatch.no_media()
+            return [
+                (replace(row, **empty), {name: _described(getattr(row, name)) for name in PackedBatch.MEDIA})
+                for row in read_rows
+            ]
+
+        shared = self._share(without_media)
+        if self.media_group is None:
+            return [row for row, _ in shared]
+        rows = []
+        for index, (row, media) in enumerate(shared):
+            source = read_rows[index] if self.reads else None
+            rows.append(replace(row, **{name: self._share_tensor(source, name, *media[name]) for name in media}))
+        return rows
+
+    def _share_tensor(self, row: PackedBatch | None, name: str, shape: tuple[int, ...], dtype: torch.dtype):
+        if self.media_group.size() == 1:
+            return getattr(row, name)
+        tensor = torch.empty(shape, dtype=dtype) if row is None else getattr(row, name)
+        if tensor.numel():
+            tensor = tensor.to(platform.device())
+            torch.distributed.broadcast(tensor, src=self.source, group=self.media_group)
+        return tensor.cpu()  # the rows of all micro-batches wait there
+
     def rows(self, count: int) -> list[PackedBatch]:
         """The next `count` rows."""
         start = time.perf_counter()
-        rows = self._share(lambda: [next(self._iterator) for _ in range(count)])
+        rows = self._share_rows(lambda: [next(self._iterator) for _ in range(count)])
         self.wait_seconds = time.perf_counter() - start
         return rows
 
     def held_out(self, count: int) -> list[PackedBatch]:
         """This data rank's part of `count` held-out rows, the same ones at every call."""
-        return self._share(lambda: evaluation_rows(self.recipe.data, rows=count, **_my_part()))
+        return self._share_rows(lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part()))
+
+    def questions(self) -> list[Question]:
+        """This data rank's part of the held-out questions, the same ones at every call."""
+        recipe = self.recipe
+        return self._share(lambda: held_out_questions(recipe.data, recipe.model, recipe.evaluation, **_my_part()))
+
+    def answers(self, swapped: bool) -> list[PackedBatch]:
+        """This data rank's rows of the held-out chats with media, with their own or with those of others."""
+        recipe = self.recipe
+        return self._share_rows(
+            lambda: answer_rows(recipe.data, recipe.model, recipe.evaluation, swapped=swapped, **_my_part())
+        )
 
     def state(self):
         """State of the loader on the reading rank, None elsewhere."""
@@ -84,6 +129,10 @@ class Feed:
         """End the loader's workers."""
         if self.loader is not None:
             self.loader.close()
+
+
+def _described(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _my_part() -> dict[str, int]:

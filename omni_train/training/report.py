@@ -1,14 +1,21 @@
-"""How a run went, as a table: ``python -m omni_train.training.report runs/smoke``."""
+"""How a run, or a pipeline of runs, went: ``python -m omni_train.training.report runs/smoke``.
+
+A run is a table of its steps. A pipeline is a table of its stages and one of its evaluations, which are written with
+curves into its ``report/`` too.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from omni_train.data.batch import MODALITIES
 from omni_train.errors import UserError
 
 COLUMNS = {
@@ -19,7 +26,10 @@ COLUMNS = {
     "lr": "{:.2e}",
     "tokens_per_second": "{:,.0f}",
 }
-"""Keys of ``metrics.jsonl`` that are shown, in order, and how."""
+"""Keys of ``metrics.jsonl`` that are shown of a run, in order, and how."""
+
+Stages = Mapping[str, Sequence[Mapping[str, float]]]
+"""The logged steps of each stage of a pipeline."""
 
 
 def read_steps(run: Path) -> list[dict]:
@@ -30,37 +40,118 @@ def read_steps(run: Path) -> list[dict]:
     """
     path = run / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines()
+        steps = _steps(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected the directory of a run") from error
-    steps = [row for row in map(json.loads, lines) if "loss" in row]
     if not steps:
         raise UserError(f"{path} has no training step yet")
     return steps
 
 
-def table(steps: list[dict], rows: int = 12) -> Table:
+def read_stages(pipeline: Path) -> Stages:
+    """The logged training steps of the stages that have any, in the pipeline's order.
+
+    Raises:
+        UserError: none has.
+    """
+    names = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
+    paths = {name: pipeline / name / "metrics.jsonl" for name in names}
+    stages = {name: steps for name, path in paths.items() if path.exists() and (steps := _steps(path))}
+    if not stages:
+        raise UserError(f"{pipeline}: no stage has a training step yet")
+    return stages
+
+
+def _steps(path: Path) -> list[dict]:
+    return [row for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
+
+
+def steps_table(steps: list[dict], rows: int = 12) -> Table:
     """At most ``rows`` steps, evenly spaced, the first and the last among them."""
     last = len(steps) - 1
     shown = sorted({round(i * last / max(1, rows - 1)) for i in range(rows)})
-    result = Table(title=f"loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f} in {steps[-1]['step']:,} steps")
-    for name in COLUMNS:
-        result.add_column(name.replace("_per_", "/").replace("_", " "), justify="right")
-    for step in (steps[i] for i in shown):
-        result.add_row(*(form.format(step[name]) if name in step else "–" for name, form in COLUMNS.items()))
+    title = f"loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f} in {steps[-1]['step']:,} steps"
+    header = [name.replace("_per_", "/").replace("_", " ") for name in COLUMNS]
+    return _table(title, header, [[_shown(steps[i], name, form) for name, form in COLUMNS.items()] for i in shown])
+
+
+def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a stage each, its length and its losses, those by modality as they were last logged."""
+    last = {name: _last_values(steps) for name, steps in stages.items()}
+    modalities = [name for name in MODALITIES if any(f"loss_{name}" in values for values in last.values())]
+    header = ["stage", "steps", "tokens", "first loss", "last loss", "held-out loss", *modalities]
+    rows = []
+    losses = ["loss", "eval_loss", *(f"loss_{modality}" for modality in modalities)]
+    for name, steps in stages.items():
+        cells = [f"{steps[-1]['step']:,}", _shown(last[name], "tokens", "{:,.0f}"), f"{steps[0]['loss']:.3f}"]
+        rows.append([name, *cells, *(_shown(last[name], key, "{:.3f}") for key in losses)])
+    return header, rows
+
+
+def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a figure of the evaluations each, as every stage logged it last."""
+    last = {name: _last_values(steps) for name, steps in stages.items()}
+    keys = sorted({key for values in last.values() for key in values if key.startswith("eval_") and key != "eval_loss"})
+    shown = [name for name, values in last.items() if any(key in values for key in keys)]
+    rows = [
+        [key.removeprefix("eval_").replace("_", " ")] + [_shown(last[name], key, "{:.3f}") for name in shown]
+        for key in keys
+    ]
+    return ["held-out", *shown], rows
+
+
+def report(directory: Path, console: Console | None = None) -> None:
+    """Print how a run or a pipeline went; of a pipeline, also write ``report/report.md`` and its curves.
+
+    Raises:
+        UserError: nothing was logged there.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    if not (directory / "pipeline.yaml").exists():
+        console.print(steps_table(read_steps(directory)))
+        return
+    from omni_train.training.curves import draw_losses
+
+    stages = read_stages(directory)
+    folder = directory / "report"
+    folder.mkdir(exist_ok=True)
+    draw_losses(stages, folder / "losses.png")
+    text = [f"# {directory.name}", "![losses](losses.png)"]
+    for title, (header, rows) in (("Stages", stages_cells(stages)), ("Evaluation", figures_cells(stages))):
+        if rows:
+            console.print(_table(title, header, rows))
+            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+            text += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+
+
+def _last_values(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure as it was last logged; a step logs only what it has."""
+    return {key: value for step in steps for key, value in step.items() if value is not None}
+
+
+def _shown(values: Mapping[str, float], key: str, form: str) -> str:
+    return form.format(values[key]) if key in values else "–"
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    result = Table(title=title)
+    for name in header:
+        result.add_column(name, justify="left" if name in ("stage", "held-out") else "right")
+    for row in rows:
+        result.add_row(*row)
     return result
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python -m omni_train.training.report RUN_DIRECTORY", file=sys.stderr)
+        print("usage: python -m omni_train.training.report RUN_OR_PIPELINE_DIRECTORY", file=sys.stderr)
         return 2
     try:
-        steps = read_steps(Path(arguments[0]))
+        report(Path(arguments[0]))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    Console().print(table(steps))
     return 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from omni_train import platform
 from omni_train.errors import UserError, announce
 from omni_train.recipe.compose import write_recipe
@@ -22,6 +20,12 @@ def run(recipe: Recipe) -> int:
     Raises:
         UserError: the recipe, the data or a checkpoint cannot work.
     """
+    train(recipe)
+    return 0
+
+
+def train(recipe: Recipe) -> bool:
+    """As :func:`run`; False where a signal asked to stop."""
     validate(recipe, platform.world_size())
     platform.init_distributed(timeout_seconds=recipe.safety.hang_seconds)
     try:
@@ -31,11 +35,12 @@ def run(recipe: Recipe) -> int:
         trainer = Trainer(recipe)
         if platform.rank() == 0:
             write_recipe(recipe, Path(recipe.runs_dir) / recipe.run / "recipe.yaml")
-        trainer.fit()
+        finished = trainer.fit()
+        del trainer  # its memory is given back below
+        return finished
     except UserError as error:
         announce(error)  # while the ranks can still agree on who prints it
         raise
     finally:
         platform.parallel.destroy()
-        torch.distributed.destroy_process_group()
-    return 0
+        platform.leave_distributed()

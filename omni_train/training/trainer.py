@@ -6,16 +6,19 @@ import time
 from pathlib import Path
 
 from omni_train import platform
-from omni_train.data.streams import describe
+from omni_train.data.batch import MODALITIES
+from omni_train.data.blend import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
 from omni_train.recipe.schema import Recipe
 from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
-from omni_train.training.checkpoint import CheckpointStore, load_model, resolve, step_of
+from omni_train.training.checkpoint import CheckpointStore, step_of
 from omni_train.training.engine import MegatronEngine
+from omni_train.training.evaluation import Evaluation
 from omni_train.training.feed import Feed
 from omni_train.training.flops import step_flops
+from omni_train.training.initial import initialize
 from omni_train.training.schedule import Schedule
 
 
@@ -29,29 +32,39 @@ class Trainer:
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
         self.store = CheckpointStore(self.directory / "checkpoints", recipe.checkpoint, recipe.model)
         self.step = 0
-        self.progress = {"tokens": 0.0, "samples": 0, "skipped_steps": 0, "skipped_samples": {}}
+        self.progress = {
+            "tokens": 0.0,
+            "samples": 0,
+            "skipped_steps": 0,
+            "skipped_samples": {},
+            "tokens_by_modality": {},
+        }
         self.nonfinite_in_a_row = 0
         self.feed: Feed | None = None
         self._held_out = None
+        self._evaluation: Evaluation | None = None
 
         resume_from = self.store.latest()
         if resume_from is not None:
             self.progress |= self.store.load(resume_from, self.engine.chunks, self.engine.optimizer)
             self.step = step_of(resume_from)
             say(f"resuming from {resume_from} at step {self.step}")
-        elif recipe.init_from:
-            start = resolve(recipe.init_from)
-            load_model(self.engine.chunks, start, recipe.model)
-            self.store.carry_from(start)
+        elif recipe.init_from or recipe.init_parts:
+            start = initialize(self.engine.chunks, recipe)
+            if start is not None:
+                self.store.carry_from(start)
             self.engine.optimizer.reload_model_params()
-            say(f"starting from the parameters of {start}")
         if recipe.schedule.steps > 0:
             self.feed = Feed(recipe)
             if resume_from is not None and self.step > 0:
                 self.feed.restore(self.store.loader_states(resume_from))
 
-    def fit(self) -> None:
-        """Train to the end of the recipe, or to a signal; the last step is always saved."""
+    def fit(self) -> bool:
+        """Train to the end of the recipe, or to a signal; the last step is always saved.
+
+        Returns:
+            False where a signal asked to stop.
+        """
         config, world = self.recipe.schedule, platform.parallel.data_world_size()
         stop, watchdog = StopRequest(), Watchdog(self.recipe.safety.hang_seconds)
         callbacks: list[Callback] = []
@@ -60,18 +73,20 @@ class Trainer:
             callbacks = build_callbacks(self.recipe, self.directory, self.step)
             expert_load = MetricsFile(self.directory / "expert_load.jsonl", self.step)
         try:
-            stopped = None
             while not self.schedule.done(self.step, self.progress["tokens"]):
                 watchdog.alive()
                 metrics = self._train_step(config.global_batch // world)
                 if config.eval_every and self.step % config.eval_every == 0:
                     metrics |= self._evaluate()
-                if self.step % config.log_every == 0 or "eval_loss" in metrics:
+                answer_every = self.recipe.evaluation.every
+                if answer_every and self.step % answer_every == 0:
+                    watchdog.alive()
+                    metrics |= self._answer(callbacks)
+                if self.step % config.log_every == 0 or any(name.startswith("eval_") for name in metrics):
                     for callback in callbacks:
                         callback.on_metrics(metrics)
                 self._log_expert_load(expert_load)
                 if stop.agreed():
-                    stopped = stop.name or "a signal to another rank"
                     break
                 if config.stop_after and self.step >= config.stop_after:
                     break
@@ -81,10 +96,14 @@ class Trainer:
             watchdog.alive()
             self._save()
             self.store.close()
+            stopped = stop.agreed()  # also a signal that came while saving
             if stopped:
-                say(f"stopped by {stopped} after step {self.step}, saved; the same command goes on from here")
+                by = stop.name or "a signal to another rank"
+                say(f"stopped by {by} after step {self.step}, saved; the same command goes on from here")
+            return not stopped
         finally:
             watchdog.stop()
+            stop.close()
             if self.feed is not None:
                 self.feed.close()
             for open_file in [*callbacks, *([expert_load] if expert_load else [])]:
@@ -103,7 +122,7 @@ class Trainer:
         assert self.feed is not None
         learning_rate = self.schedule.learning_rate(self.step, self.progress["tokens"])
         rows = self.feed.rows(count)
-        result = self.engine.train_step(rows, learning_rate)
+        result = self.engine.train_step(rows, learning_rate, self.step)
         seconds = time.perf_counter() - start
         self.step += 1
         self.progress["tokens"] += result.tokens
@@ -118,6 +137,7 @@ class Trainer:
             **result.metrics,
             "lr": learning_rate,
             "tokens": self.progress["tokens"],
+            **self._fractions(result.tokens_by_modality),
             "tokens_per_second": result.tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
             "step_seconds": seconds,
@@ -130,6 +150,15 @@ class Trainer:
         if peak:
             metrics["mfu"] = rate / (peak * platform.world_size())
         return metrics
+
+    def _fractions(self, tokens: list[float]) -> dict[str, float]:
+        """Each modality's share of the tokens since the run began, of an omni-modal model."""
+        if not (self.recipe.model.audio or self.recipe.model.vision):
+            return {}
+        counts = self.progress["tokens_by_modality"]
+        for name, number in zip(MODALITIES, tokens, strict=True):
+            counts[name] = counts.get(name, 0.0) + number
+        return {f"fraction_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
 
     def _count_skipped(self, rows) -> None:
         """Add what the loaders of all data ranks refused, by reason, and say so. Collective."""
@@ -159,6 +188,19 @@ class Trainer:
         if self._held_out is None:
             self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
+
+    def _answer(self, callbacks: list[Callback]) -> dict[str, float]:
+        """Answer held-out questions, show some and score all. Collective."""
+        if self._evaluation is None:
+            self._evaluation = Evaluation(self.recipe, self.feed)
+        figures, predictions = self._evaluation(self.engine.chunks[0])
+        if self.recipe.evaluation.swap_media:
+            for name, swapped in (("own", False), ("swapped", True)):
+                losses = self.engine.evaluate(self.feed.answers(swapped))
+                figures |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
+        for callback in callbacks:
+            callback.on_predictions(self.step, predictions)
+        return figures
 
     def _save(self) -> None:
         state = self.feed.state() if self.feed else None

@@ -11,9 +11,14 @@ import pytest
 from data_pipelines.rehearsal.tokenizer import train
 from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.tokenizer import Tokenizer
-from omni_train.recipe.schema import DataConfig, SourceConfig
+from omni_train.recipe.schema import AudioEncoderConfig, DataConfig, ModelConfig, SourceConfig, VisionEncoderConfig
 
 ROW = 192
+MODEL = ModelConfig(
+    name="hears and sees",
+    audio=AudioEncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8),
+    vision=VisionEncoderConfig(hidden_size=8, depth=1, num_heads=1, intermediate_size=8),
+)
 WORDS = [a + b for a in ("ka", "mo", "ri", "te", "zu") for b in ("lan", "per", "sto", "vin", "qua", "del")]
 
 

@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from omni_train.data.batch import IGNORE
-from omni_train.data.chat import chat_tokens, tokenize
+from omni_train.data.chat import prompt, render
+from omni_train.data.chat import tokenize as tokenize_with
 from omni_train.data.sample import Chat, Document, SampleError, Turn
 from omni_train.data.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import LossOn
+from omni_train.recipe.schema import LossOn, MediaConfig, ModelConfig
+
+DEAF = dict(media=MediaConfig(), model=ModelConfig(), parts={})
+tokenize = functools.partial(tokenize_with, **DEAF)
 
 CHAT = Chat(
     (
-        Turn("system", "short, please"),
-        Turn("user", "\n  kalan moper?"),
-        Turn("assistant", "\n\nristo.\n"),
-        Turn("user", ""),
-        Turn("assistant", "tevin 12 é"),
+        Turn("system", ("short, please",)),
+        Turn("user", ("\n  kalan moper?",)),
+        Turn("assistant", ("\n\nristo.\n",)),
+        Turn("user", ("",)),
+        Turn("assistant", ("tevin 12 é",)),
     )
 )
 
@@ -28,11 +33,11 @@ def test_ids_are_those_of_the_chat_template(tokenizer, tokenizer_folder):
     reference = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     messages = [{"role": turn.role, "content": turn.text} for turn in CHAT.turns]
     expected = reference.apply_chat_template(messages, return_dict=False)
-    assert chat_tokens(CHAT, tokenizer, LossOn.assistant)[0] == expected
+    assert render(CHAT.turns, tokenizer).tokens == expected
 
 
 def test_rendering_is_chatml(tokenizer):
-    tokens, _ = chat_tokens(CHAT, tokenizer, LossOn.assistant)
+    tokens = render(CHAT.turns, tokenizer).tokens
     assert tokenizer.decode(tokens) == "".join(f"<|im_start|>{t.role}\n{t.text}<|im_end|>\n" for t in CHAT.turns)
 
 
@@ -80,7 +85,7 @@ def test_pieces_of_a_long_document_lose_no_token_and_no_label(tokenizer, row_tok
 
 
 def test_a_chat_longer_than_a_row_is_refused(tokenizer):
-    length = len(chat_tokens(CHAT, tokenizer, LossOn.assistant)[0])
+    length = len(render(CHAT.turns, tokenizer).tokens)
     assert len(tokenize(CHAT, tokenizer, row_tokens=length, loss_on=LossOn.assistant)[0]) == length
     with pytest.raises(SampleError, match="too_long"):
         tokenize(CHAT, tokenizer, row_tokens=length - 1, loss_on=LossOn.assistant)
@@ -88,7 +93,19 @@ def test_a_chat_longer_than_a_row_is_refused(tokenizer):
 
 def test_a_chat_with_nothing_to_learn_is_refused(tokenizer):
     with pytest.raises(SampleError, match="no_loss"):
-        tokenize(Chat((Turn("user", "kalan"),)), tokenizer, row_tokens=99, loss_on=LossOn.assistant)
+        tokenize(Chat((Turn("user", ("kalan",)),)), tokenizer, row_tokens=99, loss_on=LossOn.assistant)
+
+
+def test_a_prompt_ends_where_the_last_answer_begins(tokenizer):
+    sequence, answer = prompt(CHAT, tokenizer, max_tokens=500, **DEAF)
+    turns = "".join(f"<|im_start|>{t.role}\n{t.text}<|im_end|>\n" for t in CHAT.turns[:-1])
+    assert tokenizer.decode(sequence.tokens.tolist()) == turns + "<|im_start|>assistant\n"
+    assert answer == "tevin 12 é"
+    assert (sequence.labels == IGNORE).all()
+    with pytest.raises(SampleError, match="too_long"):
+        prompt(CHAT, tokenizer, max_tokens=len(sequence) - 1, **DEAF)
+    with pytest.raises(SampleError, match="no_answer"):
+        prompt(Chat(CHAT.turns[:2]), tokenizer, max_tokens=500, **DEAF)
 
 
 def test_control_tokens_spelled_in_a_sample_stay_text(tokenizer):
@@ -96,7 +113,7 @@ def test_control_tokens_spelled_in_a_sample_stay_text(tokenizer):
     control = {tokenizer.token_id(name) for name in CONTROL_TOKENS}
     assert not control & set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    tokens, _ = chat_tokens(Chat((Turn("assistant", text),)), tokenizer, LossOn.assistant)
+    tokens = render([Turn("assistant", (text,))], tokenizer).tokens
     assert [token for token in tokens if token in control] == [tokenizer.im_start, tokenizer.im_end]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from omni_train.data.batch import IGNORE, PackedBatch
 from omni_train.data.loader import Loader, build_loader, evaluation_rows, redistribute
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.recipe.schema import DataConfig, SourceConfig
-from tests.data.conftest import documents
+from tests.data.conftest import MODEL, documents
 
 SEED = 37
 
@@ -28,7 +29,7 @@ def take(loader: Loader, count: int) -> list[PackedBatch]:
 def assert_same(rows: list[PackedBatch], others: list[PackedBatch]) -> None:
     assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
-        for name in PackedBatch.TENSORS:
+        for name in PackedBatch.TENSORS + PackedBatch.MEDIA:
             assert torch.equal(getattr(row, name), getattr(other, name)), name
         assert (row.samples, row.skipped) == (other.samples, other.skipped)
 
@@ -53,7 +54,7 @@ def texts(rows: list[PackedBatch], folder: str) -> collections.Counter:
 
 
 def test_rows_are_well_formed_and_nearly_full(config):
-    rows = take(build_loader(config, seed=SEED), 80)
+    rows = take(build_loader(config, MODEL, seed=SEED), 80)
     for row in rows:
         assert row.tokens.shape == (config.row_tokens,)
         assert row.position_ids.shape == (3, config.row_tokens)
@@ -73,7 +74,7 @@ def test_an_epoch_reads_every_sample(config, sources, tokenizer_folder):
     config.shuffle_buffer = 1
     expected = {fields["text"].split(":")[0] for _, fields in documents(390, seed=7)[40:]}
     rows = []
-    for row in build_loader(config, seed=SEED):
+    for row in build_loader(config, MODEL, seed=SEED):
         rows.append(row)
         if sum(row.samples for row in rows) > 350 + config.packing_buffer:
             break
@@ -81,15 +82,8 @@ def test_an_epoch_reads_every_sample(config, sources, tokenizer_folder):
     assert expected <= set(begun)
 
 
-def test_sources_are_blended_by_weight(config, tokenizer_folder):
-    found = texts(take(build_loader(config, seed=SEED), 400), str(tokenizer_folder))
-    chats = sum(count for text, count in found.items() if text.startswith("<|im_start|>"))
-    begun = sum(count for text, count in found.items() if text.split(":")[0].isdecimal())
-    assert 0.15 < chats / (chats + begun) < 0.25
-
-
 def test_seeds_give_other_rows(config):
-    one, other = (take(build_loader(config, seed=seed), 8) for seed in (SEED, SEED + 1))
+    one, other = (take(build_loader(config, MODEL, seed=seed), 8) for seed in (SEED, SEED + 1))
     assert not any(torch.equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
@@ -97,23 +91,27 @@ def test_loading_leaves_the_training_process_its_random_numbers(config):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    take(build_loader(dataclasses.replace(config, workers=1), seed=SEED), 3)
+    take(build_loader(dataclasses.replace(config, workers=1), MODEL, seed=SEED), 3)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_rows_do_not_depend_on_the_number_of_workers(config, workers):
-    expected = take(build_loader(config, seed=SEED), 30)
-    assert_same(take(build_loader(dataclasses.replace(config, workers=workers), seed=SEED), 30), expected)
+    expected = take(build_loader(config, MODEL, seed=SEED), 30)
+    assert_same(take(build_loader(dataclasses.replace(config, workers=workers), MODEL, seed=SEED), 30), expected)
 
 
 def test_rows_do_not_depend_on_the_number_of_data_ranks(config):
-    expected = take(build_loader(config, seed=SEED), 36)
+    expected = take(build_loader(config, MODEL, seed=SEED), 36)
     for world_size, workers in ((2, 0), (4, 1), (2, 2)):
         per_rank = [
             take(
                 build_loader(
-                    dataclasses.replace(config, workers=workers), seed=SEED, data_rank=rank, data_world_size=world_size
+                    dataclasses.replace(config, workers=workers),
+                    MODEL,
+                    seed=SEED,
+                    data_rank=rank,
+                    data_world_size=world_size,
                 ),
                 36 // world_size,
             )
@@ -126,21 +124,21 @@ def test_rows_do_not_depend_on_the_number_of_data_ranks(config):
 @pytest.mark.parametrize("taken", [0, 1, 7, 64, 91])
 def test_a_restored_loader_goes_on_with_the_same_rows(config, workers, taken):
     config.workers = workers
-    loader = build_loader(config, seed=SEED)
+    loader = build_loader(config, MODEL, seed=SEED)
     take(loader, taken)
     state = through_a_file(loader.state_dict())
     expected = take(loader, 75)
-    restored = build_loader(config, seed=SEED)
+    restored = build_loader(config, MODEL, seed=SEED)
     restored.load_state_dict(state)
     assert_same(take(restored, 75), expected)
 
 
 def test_a_stream_restored_again_and_again_does_not_drift(config):
     config.workers = 2
-    expected = take(build_loader(config, seed=SEED), 60)
+    expected = take(build_loader(config, MODEL, seed=SEED), 60)
     rows, state = [], None
     for count in (1, 2, 30, 1, 26):
-        loader = build_loader(config, seed=SEED)
+        loader = build_loader(config, MODEL, seed=SEED)
         if state is not None:
             loader.load_state_dict(state)
         rows += take(loader, count)
@@ -149,23 +147,23 @@ def test_a_stream_restored_again_and_again_does_not_drift(config):
 
 
 def test_a_state_restores_under_another_number_of_workers(config):
-    loader = build_loader(config, seed=SEED)
+    loader = build_loader(config, MODEL, seed=SEED)
     take(loader, 21)
-    restored = build_loader(dataclasses.replace(config, workers=2), seed=SEED)
+    restored = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
     restored.load_state_dict(loader.state_dict())
     assert_same(take(restored, 20), take(loader, 20))
 
 
 def _restore_elsewhere(file: str) -> None:
     saved = torch.load(file, weights_only=False)
-    loader = build_loader(saved["config"], seed=SEED)
+    loader = build_loader(saved["config"], MODEL, seed=SEED)
     loader.load_state_dict(saved["state"])
     torch.save(take(loader, 20), file)
 
 
 def test_a_new_process_goes_on_with_the_same_rows_and_says_nothing(config, tmp_path):
     config.workers = 2
-    loader = build_loader(config, seed=SEED)
+    loader = build_loader(config, MODEL, seed=SEED)
     take(loader, 43)
     torch.save({"config": config, "state": loader.state_dict()}, tmp_path / "state.pt")
     program = f"from tests.data.test_loader import _restore_elsewhere as go\ngo({str(tmp_path / 'state.pt')!r})"
@@ -176,10 +174,10 @@ def test_a_new_process_goes_on_with_the_same_rows_and_says_nothing(config, tmp_p
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
 def test_redistribution_over_data_ranks_loses_and_repeats_nothing(config, before, after):
-    expected = take(build_loader(config, seed=SEED), 60)
+    expected = take(build_loader(config, MODEL, seed=SEED), 60)
 
     def rank_loaders(count: int) -> list[Loader]:
-        return [build_loader(config, seed=SEED, data_rank=rank, data_world_size=count) for rank in range(count)]
+        return [build_loader(config, MODEL, seed=SEED, data_rank=rank, data_world_size=count) for rank in range(count)]
 
     loaders = rank_loaders(before)
     for loader in loaders:
@@ -193,26 +191,26 @@ def test_redistribution_over_data_ranks_loses_and_repeats_nothing(config, before
 
 
 def _first_rows(rank: int, world_size: int, config: DataConfig) -> list[PackedBatch]:
-    return take(build_loader(config, seed=SEED, data_rank=rank, data_world_size=world_size), 10)
+    return take(build_loader(config, MODEL, seed=SEED, data_rank=rank, data_world_size=world_size), 10)
 
 
 def test_workers_fork_safely_beside_process_groups(config, distributed):
-    expected = take(build_loader(config, seed=SEED), 20)
+    expected = take(build_loader(config, MODEL, seed=SEED), 20)
     one, other = distributed(2, _first_rows, dataclasses.replace(config, workers=2))
     assert_same([row for step in zip(one, other, strict=True) for row in step], expected)
 
 
 def test_evaluation_rows_are_the_same_every_time_and_shared_among_ranks(config):
-    rows = evaluation_rows(config, rows=7)
+    rows = evaluation_rows(config, MODEL, rows=7)
     assert len(rows) == 7
-    assert_same(evaluation_rows(config, rows=7), rows)
-    halves = [evaluation_rows(config, rows=7, data_rank=rank, data_world_size=2) for rank in range(2)]
+    assert_same(evaluation_rows(config, MODEL, rows=7), rows)
+    halves = [evaluation_rows(config, MODEL, rows=7, data_rank=rank, data_world_size=2) for rank in range(2)]
     assert_same([row for step in zip(*halves, strict=True) for row in step], rows[:6])
 
 
 def test_evaluation_ends_with_the_split(config, tokenizer_folder):
     config.sources = config.sources[:1]
-    rows = evaluation_rows(config, rows=10_000)
+    rows = evaluation_rows(config, MODEL, rows=10_000)
     begun = {text.split(":")[0] for text in texts(rows, str(tokenizer_folder))}
     assert {fields["text"].split(":")[0] for _, fields in documents(390, seed=7)[:40]} <= begun
     assert sum(row.samples for row in rows) == 40
@@ -225,8 +223,8 @@ def children(process: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by Linux's /proc")
 def test_workers_outlive_signals_to_the_job_and_end_with_the_loader(config):
     before = set(children(os.getpid()))
-    loader = build_loader(dataclasses.replace(config, workers=2), seed=SEED)
-    expected = take(build_loader(config, seed=SEED), 40)
+    loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
+    expected = take(build_loader(config, MODEL, seed=SEED), 40)
     rows = take(loader, 5)
     workers = set(children(os.getpid())) - before
     assert len(workers) == 2
@@ -242,8 +240,20 @@ def test_a_process_that_ends_with_a_live_loader_does_not_hang(config, tmp_path):
     torch.save(dataclasses.replace(config, workers=2), tmp_path / "config.pt")
     program = (
         "import torch\nfrom omni_train.data.loader import build_loader\n"
-        f"loader = build_loader(torch.load({str(tmp_path / 'config.pt')!r}, weights_only=False), seed=1)\n"
+        "from omni_train.recipe.schema import ModelConfig\n"
+        f"config = torch.load({str(tmp_path / 'config.pt')!r}, weights_only=False)\n"
+        "loader = build_loader(config, ModelConfig(), seed=1)\n"
         "keep = [loader]; keep.append(keep)\nprint(next(loader).samples > 0)"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "True\n", "")
+
+
+def test_workers_may_open_more_files_than_a_shell_allows(config):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))  # more than a process with other tests behind it has open
+    try:
+        next(build_loader(config, MODEL, seed=SEED))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(hard, 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

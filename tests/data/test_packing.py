@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.batch import IGNORE, MODALITIES, PackedBatch
 from omni_train.data.chat import TokenSequence
 from omni_train.data.packing import aligned, best_fit, pack
 
@@ -59,3 +59,67 @@ def test_every_boundary_is_aligned():
     sequences = [sequence(length, 0) for length in (3, 17, 31)]
     row = pack(sequences, row_tokens=160, alignment=16, padding_token=9)
     assert row.cu_seqlens.tolist() == [0, *itertools.accumulate(aligned(len(s), 16) for s in sequences), 160]
+
+
+def heard_and_seen(length: int, first: int, clips: list[int], grids: list[tuple[int, int, int]]) -> TokenSequence:
+    """A sequence with sound at its odd positions and patches at its even ones, all of recognisable values."""
+    generator = np.random.default_rng(first)
+    made = sequence(length, first)
+    made.modality = MODALITIES.index("image" if grids else "audio")
+    made.positions = np.stack([np.arange(length) + axis * 100 + first for axis in range(3)])
+    made.mel = [generator.random((frames, 5), dtype=np.float32) for frames in clips]
+    made.patches = [generator.integers(0, 256, (t * h * w, 7), dtype=np.uint8) for t, h, w in grids]
+    made.grids = grids
+    made.audio_slots = np.arange(1, length, 2) if clips else made.audio_slots
+    made.vision_slots = np.arange(0, length, 2) if grids else made.vision_slots
+    return made
+
+
+def test_a_row_holds_the_media_of_its_sequences_in_order():
+    sequences = [
+        sequence(5, 100),
+        heard_and_seen(7, 200, clips=[3, 9], grids=[]),
+        heard_and_seen(9, 300, clips=[4], grids=[(1, 2, 4), (3, 2, 2)]),
+        sequence(3, 400),
+    ]
+    row = pack(sequences, row_tokens=48, alignment=8, padding_token=9)
+    starts = [0, 8, 16, 32]
+    assert row.cu_seqlens.tolist() == [*starts, 40, 48]
+    names = [MODALITIES[index] for index in row.modality.tolist()]
+    assert (names[8:15], names[16:25]) == (["audio"] * 7, ["image"] * 9)
+    assert {*names[:8], *names[15:16], *names[25:]} == {"text"}
+    clips = [clip for made in sequences for clip in made.mel]
+    assert torch.equal(row.mel, torch.from_numpy(np.concatenate(clips)))
+    assert (row.mel_cu_seqlens.tolist(), row.mel_cu_seqlens.dtype) == ([0, 3, 12, 16], torch.int32)
+    patches = [image for made in sequences for image in made.patches]
+    assert torch.equal(row.patches, torch.from_numpy(np.concatenate(patches)))
+    assert (row.grid_thw.tolist(), row.grid_thw.dtype) == ([[1, 2, 4], [3, 2, 2]], torch.int64)
+    assert row.tokens[row.audio_slots].tolist() == [201, 203, 205, 301, 303, 305, 307]
+    assert row.tokens[row.vision_slots].tolist() == [300, 302, 304, 306, 308]
+    for start, made in zip(starts, sequences, strict=True):
+        ids = row.position_ids[:, start : start + len(made)]
+        expected = np.stack([np.arange(len(made))] * 3) if made.positions is None else made.positions
+        assert torch.equal(ids, torch.from_numpy(expected))
+
+
+def test_a_row_of_text_has_the_empty_media_of_a_packed_batch():
+    row = pack([sequence(5, 100)], row_tokens=8, alignment=8, padding_token=9)
+    empty = PackedBatch(row.tokens, row.labels, row.loss_weights, row.position_ids, row.cu_seqlens, row.padding)
+    for name in PackedBatch.MEDIA:
+        assert torch.equal(getattr(row, name), getattr(empty, name)), name
+
+
+def test_rotary_ids_are_floats_where_a_sequence_or_the_recipe_has_floats():
+    def ids(sequences: list[TokenSequence], **options) -> torch.Tensor:
+        return pack(sequences, row_tokens=16, alignment=8, padding_token=9, **options).position_ids
+
+    timed = sequence(6, 200)
+    timed.positions = np.linspace(0, 2.5, 18, dtype=np.float32).reshape(3, 6)
+    mixed = ids([sequence(5, 100), timed])
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed[:, 8:14], torch.from_numpy(timed.positions))
+    whole = ids([sequence(5, 100)])
+    assert whole.dtype == torch.int64
+    forced = ids([sequence(5, 100)], float_positions=True)
+    assert forced.dtype == torch.float32
+    assert torch.equal(forced, whole.float())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from omni_train.data.sample import Chat, Document, SampleError, Turn, parse_sample
+from omni_train.data.sample import Chat, Document, Medium, SampleError, Turn, parse_sample
 
 
 def test_a_document_keeps_its_text_and_meta():
@@ -19,8 +19,26 @@ def test_content_may_be_a_string_or_text_parts():
             {"role": "assistant", "content": ""},
         ]
     }
-    turns = (Turn("system", "be brief"), Turn("user", "one two"), Turn("assistant", ""))
+    turns = (Turn("system", ("be brief",)), Turn("user", ("one ", "two")), Turn("assistant", ("",)))
     assert parse_sample(json.dumps(data).encode()) == Chat(turns)
+
+
+def test_media_name_their_files_and_may_be_cut():
+    content = [
+        {"type": "text", "text": "when?"},
+        {"type": "video", "video": "0.mp4", "sound": True, "end": 2},
+        {"type": "audio", "audio": "1.flac", "start": 0.5},
+        {"type": "image", "image": "2.png"},
+    ]
+    chat = parse_sample(
+        json.dumps({"messages": [{"role": "user", "content": content}], "meta": {"twin": "a"}}).encode()
+    )
+    video, audio, image = chat.media
+    assert chat.turns[0].parts == ("when?", video, audio, image)
+    assert video == Medium("video", "0.mp4", sound=True, end=2)
+    assert audio == Medium("audio", "1.flac", start=0.5)
+    assert image == Medium("image", "2.png")
+    assert chat.meta["twin"] == "a"
 
 
 def user(content: object) -> dict:
@@ -46,8 +64,20 @@ def user(content: object) -> dict:
         ({"messages": [{"role": ["user"], "content": "a"}]}, "unknown_role"),
         (user([{"type": "smell", "smell": "rose"}]), "unknown_part"),
         (user(["a"]), "unknown_part"),
-        (user([{"type": "text", "text": "see"}, {"type": "image", "image": "0.png"}]), "media_unsupported"),
-        (user([{"type": "audio", "audio": "0.flac"}]), "media_unsupported"),
+        (user([{"type": "image", "image": 7}]), "unknown_schema"),
+        (user([{"type": "audio"}]), "unknown_schema"),
+        (user([{"type": "audio", "audio": "0.flac", "sound": True}]), "unknown_schema"),
+        (user([{"type": "video", "video": "0.mp4", "sound": "yes"}]), "unknown_schema"),
+        (user([{"type": "video", "video": "0.mp4", "start": -1}]), "unknown_schema"),
+        (user([{"type": "video", "video": "0.mp4", "start": True}]), "unknown_schema"),
+        (user([{"type": "video", "video": "0.mp4", "start": 10**400}]), "unknown_schema"),
+        (user([{"type": "audio", "audio": "0.flac", "start": 3, "end": 3.0}]), "unknown_schema"),
+        (user([{"type": "audio", "audio": "0.flac", "end": float("nan")}]), "unknown_schema"),
+        (user([{"type": "image", "image": "0.png", "end": 1}]), "unknown_schema"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "0.png"}]}]},
+            "media_in_assistant",
+        ),
         ({"text": " \n"}, "empty"),
         ({"messages": []}, "empty"),
         (user(""), "empty"),

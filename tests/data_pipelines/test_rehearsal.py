@@ -1,99 +1,280 @@
 from __future__ import annotations
 
 import filecmp
+import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from data_pipelines import rehearsal
-from omni_train.data.chat import chat_tokens
-from omni_train.data.loader import build_loader, evaluation_rows
+from data_pipelines.rehearsal import listening, phrases, seeing, watching
+from data_pipelines.rehearsal.kinds import KINDS
+from data_pipelines.rehearsal.pictures import COLORS
+from data_pipelines.rehearsal.speech import RATE
+from data_pipelines.rehearsal.world import World
 from omni_train.data.sample import Chat, Document, parse_sample
 from omni_train.data.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, LossOn, SourceConfig
+
+SHARE = 0.04  # of the media
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rehearsal") / "set"
-    assert rehearsal.build(out)
+    assert rehearsal.build(out, samples=SHARE)
     return out
 
 
-def samples(folder: Path, split: str) -> dict:
-    found = {}
+def read(folder: Path, split: str) -> dict[str, tuple[dict, dict[str, bytes]]]:
+    """Fields and media of every sample of a split."""
+    found: dict[str, dict[str, bytes]] = {}
     for shard in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(shard) as tar:
             for member in tar:
-                assert member.name not in found
-                found[member.name] = parse_sample(tar.extractfile(member).read())
-    return found
+                key, _, name = member.name.partition(".")
+                assert name not in found.setdefault(key, {})
+                found[key][name] = tar.extractfile(member).read()
+    return {key: (json.loads(files.pop("json")), files) for key, files in found.items()}
 
 
-def config(built: Path, **changes) -> DataConfig:
-    sources = [SourceConfig(str(built / "text"), 0.8), SourceConfig(str(built / "chat"), 0.2)]
-    fields = dict(name="rehearsal", path=str(built), sources=sources, tokenizer=str(built / "tokenizer"), workers=0)
-    return DataConfig(**fields | dict(row_tokens=2048, shuffle_buffer=50, packing_buffer=64, streams=1) | changes)
+def both(folder: Path) -> list[tuple[dict, dict[str, bytes]]]:
+    return [*read(folder, "train").values(), *read(folder, "val").values()]
 
 
-def test_every_sample_is_of_the_schema_under_an_ascii_key(built):
-    for kind, type_ in (("text", Document), ("chat", Chat)):
-        train, held_out = samples(built / kind, "train"), samples(built / kind, "val")
-        assert len(held_out) > 200
-        assert 7 * len(held_out) < len(train)
+def parts(fields: dict) -> list[dict]:
+    return [part for message in fields["messages"] if message["role"] == "user" for part in message["content"]]
+
+
+def wave_of(data: bytes) -> np.ndarray:
+    wave, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+    assert (rate, wave.ndim) == (RATE, 1)
+    return wave
+
+
+def frames_of(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Times in seconds (t,) and frames (t, height, width, 3) of a video."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = list(container.decode(video=0))
+    return np.array([frame.time for frame in frames]), np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+
+def track_of(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.audio[0].codec_context.sample_rate == RATE
+        return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+
+
+def nearest_color(pixels: np.ndarray) -> str:
+    """The color most pixels (..., 3) are of, among those near to one."""
+    distance = np.abs(pixels.reshape(-1, 1, 3).astype(int) - np.array(list(COLORS.values()))).sum(-1)
+    return list(COLORS)[np.bincount(distance.argmin(1)[distance.min(1) < 75], minlength=len(COLORS)).argmax()]
+
+
+def test_every_sample_is_of_the_schema_under_a_key_of_its_own(built):
+    for kind in ("text", "chat", *KINDS):
+        train, held_out = read(built / kind, "train"), read(built / kind, "val")
+        assert len(held_out) >= 2
+        assert 5 * len(held_out) < len(train) < 9 * len(held_out)
         assert not set(train) & set(held_out)
-        assert all(isinstance(sample, type_) and sample.meta["source"] for sample in (train | held_out).values())
-        assert all(key.isascii() for key in train | held_out)
+        for key, (fields, media) in (train | held_out).items():
+            assert key.isascii()
+            sample = parse_sample(json.dumps(fields).encode())
+            assert isinstance(sample, Document if kind == "text" else Chat)
+            assert {"language", "task", "source"} <= set(sample.meta), key
+            if kind in KINDS:
+                assert [medium.file for medium in sample.media] == list(media)
+                assert sample.turns[-1].text == sample.meta["answer"]
 
 
-def test_the_tokenizer_has_exactly_the_ids_asked_for_and_loads_in_transformers(built):
+def test_the_tokenizer_has_exactly_the_ids_asked_for_and_writes_all_languages(built):
     ours = Tokenizer(built / "tokenizer")
     assert ours.size == 4096
     assert [ours.token_id(name) for name in CONTROL_TOKENS] == list(range(4096 - len(CONTROL_TOKENS), 4096))
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(built / "tokenizer")
-    assert len(theirs) == 4096
-    assert theirs.eos_token == "<|im_end|>"
-    for name, sample in list(samples(built / "chat", "val").items())[:40]:
-        messages = [{"role": turn.role, "content": [{"type": "text", "text": turn.text}]} for turn in sample.turns]
-        expected = theirs.apply_chat_template(messages, return_dict=False)
-        assert chat_tokens(sample, ours, LossOn.assistant)[0] == expected, name
-    for sample in list(samples(built / "text", "val").values())[:40]:
-        assert ours.decode(ours.encode(sample.text)) == sample.text
-        assert theirs(sample.text)["input_ids"] == ours.encode(sample.text)
+    assert (len(theirs), theirs.eos_token) == (4096, "<|im_end|>")
+    for fields, _ in list(read(built / "text", "val").values())[:40]:
+        assert ours.decode(ours.encode(fields["text"])) == fields["text"]
+        assert theirs(fields["text"])["input_ids"] == ours.encode(fields["text"])
+    for language in phrases.LANGUAGES.values():
+        assert all(ours.decode(ours.encode(text)) == text for text in (*language.digits, language.write_down))
 
 
-def test_documents_fill_their_rows(built):
-    loader = build_loader(config(built, sources=[SourceConfig(str(built / "text"))]), seed=3)
-    rows = [next(loader) for _ in range(60)]
-    assert sum(int(row.padding.sum()) for row in rows) / (60 * 2048) < 0.03
+def test_the_chat_template_writes_chatml_and_the_slots_of_media(built):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(built / "tokenizer")
+    given = [{"type": "audio"}, {"type": "image"}, {"type": "video"}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": given}, {"role": "assistant", "content": "red"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == (
+        "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|vision_start|><|image_pad|><|vision_end|>"
+        "<|vision_start|><|video_pad|><|vision_end|>What is this?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    )
 
 
-def test_documents_longer_than_a_row_are_among_them(built):
-    loader = build_loader(config(built, sources=[SourceConfig(str(built / "text"))], row_tokens=512), seed=3)
-    assert any(next(loader).samples == 0 for _ in range(100))  # the inside of one
+def test_every_medium_decodes_to_the_length_that_its_meta_says(built):
+    formats = Counter()
+    for kind in KINDS:
+        for fields, media in both(built / kind):
+            for part in parts(fields):
+                if part["type"] == "text":
+                    continue
+                data = media[part[part["type"]]]
+                if part["type"] == "image":
+                    with Image.open(io.BytesIO(data)) as image:
+                        assert image.convert("RGB").getextrema() != ((0, 0),) * 3
+                        assert all(60 <= side <= 108 for side in image.size)
+                        formats[image.format] += 1
+                    continue
+                seconds = fields["meta"].get("duration")
+                if part["type"] == "audio":
+                    wave = wave_of(data)
+                    assert np.abs(wave).max() > 0.02
+                    formats["FLAC"] += 1
+                    assert seconds is None or len(wave) / RATE == seconds
+                    assert part.get("end", 0) <= len(wave) / RATE
+                    continue
+                times, frames = frames_of(data)
+                assert all(side % 2 == 0 and 56 <= side < 80 for side in frames.shape[1:3])
+                with av.open(io.BytesIO(data)) as container:
+                    formats[container.streams.video[0].codec.name, bool(container.streams.audio)] += 1
+                    end = len(times) / container.streams.video[0].average_rate
+                assert seconds is None or end == pytest.approx(seconds)
+                if part["sound"]:
+                    assert len(track_of(data)) / RATE == pytest.approx(end, abs=0.1)
+    assert set(formats) >= {"FLAC", "JPEG", "PNG", "WEBP"}
+    assert set(formats) >= {(codec, sound) for codec in ("h264", "mpeg4") for sound in (True, False)}
 
 
-def test_both_sources_load_without_a_refusal_and_hold_rows_out(built):
-    loader = build_loader(config(built), seed=3)
-    assert not any(next(loader).skipped for _ in range(60))
-    assert len(evaluation_rows(config(built), rows=16)) == 16
+def _vocabulary(language: phrases.Language) -> Iterator[str]:
+    yield from (*language.digits, *language.commands, *language.directions, language.moves)
+    for forms in language.colors:
+        yield from forms
+    for article, noun, _ in language.shapes:
+        yield article + noun
+
+
+def test_speech_is_in_six_languages_and_every_transcript_in_its_own(built):
+    words = {code: " ".join(_vocabulary(language)) for code, language in phrases.LANGUAGES.items()}
+    languages = Counter()
+    for fields, _ in both(built / "speech"):
+        meta = fields["meta"]
+        languages[meta["language"]] += 1
+        tokens = meta["answer"] if meta["language"] == "zh" else meta["answer"].split(" ")
+        assert all(token in words[meta["language"]] + "的" for token in tokens)
+        assert parts(fields)[-1]["text"] == phrases.LANGUAGES[meta["language"]].write_down
+    assert set(languages) == {"en", "de", "fr", "es", "it", "zh"}
+
+
+def test_longer_transcripts_take_longer_to_say(built):
+    spoken = [fields["meta"] for fields, _ in both(built / "speech") if fields["meta"]["language"] != "zh"]
+    lengths, durations = zip(*((len(meta["answer"]), meta["duration"]) for meta in spoken), strict=True)
+    assert np.corrcoef(lengths, durations)[0, 1] > 0.8
+
+
+def test_what_is_held_out_is_not_in_training():
+    """Drawn without rendering: sentences, voices, scenes, texts and events."""
+    seen = {}
+    for split in ("train", "val"):
+        world = World("draws", split)
+        utterances = {listening.draw_utterance(world) for _ in range(8000)}
+        seen[split] = {
+            "voice": {listening.draw_voice(world) for _ in range(500)},
+            "sentence": {(code, words) for code, words in utterances if len(words.split()) > 5},
+            "question": {q.name for q in (listening.draw_question(world) for _ in range(3000)) if "larger" in q.name},
+            "scene": {seeing.draw_scene(world, "large") for _ in range(3000)},
+            "event": {watching.draw_event(world, phrases.DIRECTIONS) for _ in range(1000)},
+        }
+    for what, train in seen["train"].items():
+        held_out = seen["val"][what]
+        assert held_out and len(held_out) < len(train) / 4, what
+        assert not held_out & train, what
+
+
+def test_spoken_questions_have_their_text_twin_in_the_same_split(built):
+    for split in ("train", "val"):
+        twins = {}
+        for fields, _ in read(built / "chat", split).values():
+            if "twin" in fields["meta"]:
+                twins[fields["meta"]["twin"]] = fields["messages"]
+        for fields, _ in read(built / "audio_questions", split).values():
+            question, answer = twins[fields["meta"]["twin"]]
+            assert question["content"][0]["text"] == fields["meta"]["transcript"]
+            assert answer == fields["messages"][1]
+
+
+def test_colors_asked_for_are_those_of_the_pixels(built):
+    asked = 0
+    for kind in ("images", "image_questions"):
+        for fields, media in both(built / kind):
+            if fields["meta"]["task"] == "color":
+                asked += 1
+                picture = np.asarray(Image.open(io.BytesIO(*media.values())).convert("RGB"))
+                assert nearest_color(picture) == fields["meta"]["answer"]
+    assert asked > 5
+
+
+def test_answers_about_videos_are_what_their_frames_show(built):
+    """A change at the time that is told, the direction of a motion, the color at a sound."""
+    asked = Counter()
+    for fields, media in [*both(built / "video"), *both(built / "video_audio")]:
+        meta, question = fields["meta"], parts(fields)[-1]["text"]
+        times, frames = frames_of(media["0.mp4"])
+        if question in ("When does the color change?", "When does the second shape appear?"):
+            change = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3)).argmax() + 1
+            assert f"{times[change]:.1f} seconds" == meta["answer"]
+            asked["change"] += 1
+        elif "direction" in meta:
+            y, x = (
+                np.argwhere(np.abs(frame.astype(int) - frame[0, 0]).sum(-1) > 90).mean(0) for frame in frames[[0, -1]]
+            )
+            moved = x - y  # rows down, columns right, from the first frame to the last
+            way = ("up", "down") if abs(moved[0]) > abs(moved[1]) else ("left", "right")
+            assert way[int(moved[np.abs(moved).argmax()] > 0)] == meta["direction"]
+            asked["direction"] += 1
+        elif meta["task"] == "color" and parts(fields)[0]["sound"]:
+            assert nearest_color(frames[np.searchsorted(times, meta["seconds"] + 0.1)]) == meta["answer"]
+            asked["color"] += 1
+    assert min(asked[what] for what in ("change", "direction", "color")) > 3
+
+
+def test_sounds_are_heard_when_the_answer_says(built):
+    asked = Counter()
+    for fields, media in both(built / "video_audio"):
+        if parts(fields)[0]["sound"]:
+            start = np.argmax(np.abs(track_of(media["0.mp4"])) > 0.003) / RATE
+            assert start == pytest.approx(fields["meta"]["seconds"], abs=0.12)
+            asked["video"] += 1
+    for fields, media in both(built / "long_audio"):
+        if fields["meta"]["task"] == "when":
+            wave = wave_of(media["0.flac"])
+            tone = wave * np.exp(-2j * np.pi * 1000 * np.arange(len(wave)) / RATE)
+            power = np.abs(np.diff(np.cumsum(tone)[:: RATE // 50], n=1))  # of each 20 ms
+            heard = np.convolve(power, np.ones(13), "valid").argmax() / 50
+            assert heard == pytest.approx(fields["meta"]["seconds"], abs=0.1)
+            asked["long_audio"] += 1
+    assert min(asked[what] for what in ("video", "long_audio")) > 1
 
 
 def test_another_build_gives_the_same_bytes(built, tmp_path):
-    program = f"from data_pipelines import rehearsal; rehearsal.build({str(tmp_path / 'again')!r})"
+    again = tmp_path / "again"
+    program = f"from data_pipelines import rehearsal; rehearsal.build({str(again)!r}, samples={SHARE})"
     environment = os.environ | {"PYTHONHASHSEED": "101"}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, env=environment)
     assert (ran.returncode, ran.stderr) == (0, "")
     files = sorted(str(file.relative_to(built)) for file in built.rglob("*") if file.is_file())
-    again = sorted(str(file.relative_to(tmp_path / "again")) for file in (tmp_path / "again").rglob("*.*"))
-    assert set(files) >= {"tokenizer/tokenizer.json", "text/train-00000.tar", "chat/.nv-meta/split.yaml"}
-    assert filecmp.cmpfiles(built, tmp_path / "again", files, shallow=False) == (files, [], [])
-    assert len(again) >= len(files)
+    assert set(files) >= {"tokenizer/tokenizer.json", "text/train-00000.tar", "video/val-00000.tar"}
+    assert filecmp.cmpfiles(built, again, files, shallow=False) == (files, [], [])
 
 
 def test_a_complete_set_is_left_as_it_is(built, capsys):
@@ -109,16 +290,20 @@ def test_something_else_in_the_way_is_left_as_it_is(tmp_path):
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(rehearsal, "write_shards", fail)
-    monkeypatch.setattr(rehearsal.text, "read", lambda: ([{"text": "kalan " * 90}], []))
-    with pytest.raises(OSError, match="no space"):
-        rehearsal.build(tmp_path / "set", vocab_size=300)
+    monkeypatch.setattr(rehearsal.kinds, "KINDS", {"smells": ()})  # which the processes that write do not know
+    with pytest.raises(RuntimeError, match=r"smells/train-0000\d.tar was not made"):
+        rehearsal.build(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path):
-    with pytest.raises(UserError, match="vocab_size=200"):
-        rehearsal.build(tmp_path / "set", vocab_size=200)
+@pytest.mark.parametrize("arguments", [{"vocab_size": 200}, {"samples": 0.0}, {"samples": 2.0}])
+def test_what_cannot_be_made_is_refused(tmp_path, arguments):
+    (name, value), *_ = arguments.items()
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        rehearsal.build(tmp_path / "set", **arguments)
+
+
+def test_without_the_package_that_speaks_the_answer_is_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"omni_train\[rehearsal\]"):
+        rehearsal.build(tmp_path / "set")

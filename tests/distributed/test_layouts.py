@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Recompute
-from tests.support.thinker import global_batches, small_recipe
+from tests.support.thinker import encoders, global_batches, media_batches, small_recipe
 
 LAYOUTS = {
     "TP2": (2, ParallelConfig(tensor=2)),
@@ -42,9 +42,10 @@ def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
         store.close()
     world, mine = platform.parallel.data_world_size(), platform.parallel.data_rank()
     history = []
-    for rows in global_batches(steps):
+    batches = media_batches(steps) if recipe.model.audio else global_batches(steps)
+    for step, rows in enumerate(batches):
         share = len(rows) // world
-        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-4)
+        result = engine.train_step(rows[mine * share : (mine + 1) * share], learning_rate=3e-4, step=step)
         assert result.updated
         history.append(result.metrics)
     platform.parallel.destroy()
@@ -79,6 +80,66 @@ def test_every_layout_trains_like_one_rank(distributed, initial, name):
     world_size, parallel = LAYOUTS[name]
     for history in distributed(world_size, train, parallel, folder, start, None, {}):
         assert_same(expected, history)
+
+
+@pytest.fixture(scope="module")
+def initial_omni(distributed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("omni")
+    plain = distributed(1, train, ParallelConfig(), folder, None, "initial", encoders())[0]
+    return folder, folder / "initial" / "step_00000000", plain
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "CP2", "EP2", "TP2-PP2-EP2"])
+def test_sound_and_vision_train_alike_in_every_layout(distributed, initial_omni, name):
+    """With two data ranks one of them has no sound and the other no images."""
+    folder, start, expected = initial_omni
+    world_size, parallel = LAYOUTS[name]
+    for history in distributed(world_size, train, parallel, folder, start, None, encoders()):
+        assert_same(expected, history)
+        assert any("loss_video" in metrics for metrics in history)
+
+
+DEEPSTACK = encoders(vision_deepstack_visual_indexes=[0, 1])
+
+
+def test_deepstack_trains_alike_when_everything_is_recomputed(distributed, tmp_path):
+    """Its features are used again in the backward pass of the layers that add them."""
+    expected = distributed(1, train, ParallelConfig(), tmp_path, None, "deep", DEEPSTACK, 2)[0]
+    start = tmp_path / "deep" / "step_00000000"
+    again = DEEPSTACK | {"recompute": Recompute.full}
+    for parallel in (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(context=2)):
+        ranks = parallel.tensor * parallel.context
+        for history in distributed(ranks, train, parallel, tmp_path, start, None, again, 2):
+            assert_same(expected, history)
+    alone = {"trainable": ["vision_*"]}
+    expected = distributed(1, train, ParallelConfig(), tmp_path, start, None, DEEPSTACK | alone, 2)[0]
+    for history in distributed(2, train, ParallelConfig(pipeline=2), tmp_path, start, None, again | alone, 2):
+        assert_same(expected, history)
+
+
+def train_parts(rank, world_size, parallel, folder, start):
+    """Two steps of each part by itself, all else locked: the gradient norms are then its own."""
+    return {
+        part: train(rank, world_size, parallel, folder, start, None, encoders() | {"trainable": [f"{part}.*"]}, 2)
+        for part in ("audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter")
+    }
+
+
+@pytest.fixture(scope="module")
+def parts_alone(distributed, initial_omni):
+    folder, start, _ = initial_omni
+    return distributed(1, train_parts, ParallelConfig(), folder, start)[0]
+
+
+@pytest.mark.parametrize("name", ["TP2", "CP2", "DP2", "TP2-PP2-EP2"])
+def test_each_encoder_and_adapter_alone_trains_alike_in_every_layout(distributed, initial_omni, parts_alone, name):
+    """Later pipeline stages then train nothing, and must pass the gradients on all the same."""
+    folder, start, _ = initial_omni
+    world_size, parallel = LAYOUTS[name]
+    for histories in distributed(world_size, train_parts, parallel, folder, start):
+        for part, history in histories.items():
+            assert_same(parts_alone[part], history)
+            assert all(metrics["grad_norm"] > 1e-4 for metrics in history)
 
 
 @pytest.mark.parametrize("recompute", [Recompute.full, Recompute.selective])

@@ -42,6 +42,7 @@ class Runs:
 
     world: Path
     folder: Path
+    senses: bool = False  # a model that hears and sees takes longer to start and to train
 
     def command(self, *overrides: str, ranks: int = 1) -> list[str]:
         words = [
@@ -51,6 +52,7 @@ class Runs:
             "model.vocab_size=320",
             "model.repeats=1",
             "model.hidden_size=64",
+            *([] if self.senses else ["model.audio=null", "model.vision=null"]),
             "data=shards",
             f"data.path={self.world}/text",
             f"data.tokenizer={self.world}/tokenizer",

@@ -55,4 +55,4 @@ def test_a_tokenizer_larger_than_the_vocabulary(trained):
 
 
 def test_a_layout_larger_than_the_world_says_how_to_launch_it(trained):
-    assert "launchers/local.sh 2 train" in refusal(trained, "run=layout", "parallel.tensor=2")
+    assert "launchers/local.sh 2 …" in refusal(trained, "run=layout", "parallel.tensor=2")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm
 
-from omni_train.nn.norm import RMSNorm, ZeroCentredRMSNorm
+from omni_train.nn.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 
 
 def config(dtype=torch.float32, sequence_parallel=False):
@@ -79,3 +79,16 @@ def test_a_row_of_zeros_stays_finite():
 def test_the_weight_is_marked_for_summing_over_tensor_parallel_ranks(sequence_parallel):
     norm = RMSNorm(config=config(sequence_parallel=sequence_parallel), hidden_size=5)
     assert norm.weight.sequence_parallel is sequence_parallel
+
+
+def test_layer_norm_is_torchs_and_marked_like_the_others():
+    torch.manual_seed(34)
+    ours, reference = LayerNorm(config=config(), hidden_size=21, eps=1e-3), torch.nn.LayerNorm(21, eps=1e-3)
+    for parameter, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        other.data.copy_(parameter.data.add_(torch.randn(21)))
+    x, grad = torch.randn(9, 21), torch.randn(9, 21)
+    torch.testing.assert_close(run(ours, x, grad), run(reference, x, grad))
+    torch.testing.assert_close(ours.bias.grad, reference.bias.grad)
+    for sequence_parallel in (False, True):
+        marked = LayerNorm(config=config(sequence_parallel=sequence_parallel), hidden_size=5)
+        assert marked.weight.sequence_parallel is marked.bias.sequence_parallel is sequence_parallel

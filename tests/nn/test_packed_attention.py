@@ -6,7 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from omni_train.nn.packed_attention import _sequence_by_sequence, packed_causal_attention
+from omni_train.nn.packed_attention import (
+    _sequence_by_sequence,
+    packed_bidirectional_attention,
+    packed_causal_attention,
+)
 
 BOUNDARIES_Q = torch.tensor([0, 5, 5, 70, 71], dtype=torch.int32)
 BOUNDARIES_K = torch.tensor([0, 5, 5, 130, 190], dtype=torch.int32)
@@ -80,6 +84,39 @@ def test_views_of_a_wider_projection_and_an_expanded_gradient_are_read_right():
     torch.testing.assert_close(ours, mixed.grad, rtol=1e-4, atol=1e-5)
 
 
+def both_ways(query, key, value, boundaries):
+    """Softmax over all keys of each sequence, one at a time."""
+    outs = []
+    for start, end in pairwise(boundaries.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * query.shape[-1] ** -0.5
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[start:end]))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("lengths", [[71], [4] * 5 + [0, 4, 9, 9, 1, 28], [1] * 71])
+def test_bidirectional_attention_stays_within_each_sequence(lengths):
+    inputs = problem(6, 71, 71)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+
+    def result(attention):
+        query, key, value = (x.clone().requires_grad_() for x in inputs[:3])
+        out = attention(query, key, value, boundaries)
+        out.backward(inputs[3])
+        return out.detach(), query.grad, key.grad, value.grad
+
+    torch.testing.assert_close(result(packed_bidirectional_attention), result(both_ways), rtol=1e-4, atol=1e-5)
+
+
+def test_neighbours_of_equal_length_are_one_kernel_call(monkeypatch):
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    counted = lambda *args, **options: calls.append(args[0].shape) or kernel(*args, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    boundaries = torch.tensor([0] + [4] * 3000 + [50] * 200).cumsum(0)
+    query, key, value, _ = problem(2, 22_000, 22_000, heads=2, head_dim=8)
+    packed_bidirectional_attention(query, key, value, boundaries)
+    assert calls == [(3000, 2, 4, 8), (200, 2, 50, 8)]
+
+
 def memory_growth(rank, world_size, tokens, head_dim):
     """Bytes that one long sequence, and one half of it as context parallelism cuts it, add to this process's peak."""
     inputs = problem(1, tokens, tokens, heads=1, head_dim=head_dim)
@@ -89,6 +126,8 @@ def memory_growth(rank, world_size, tokens, head_dim):
     query, key, value, grad = inputs
     half = torch.tensor([0, tokens // 2])
     run(packed_causal_attention, query[: tokens // 2], key, value, grad[: tokens // 2], half, whole)
+    both = [x.clone().requires_grad_() for x in (query, key, value)]
+    packed_bidirectional_attention(*both, whole).backward(grad)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.recipe.schema import CheckpointConfig, ParallelConfig
+from omni_train.recipe.schema import ParallelConfig
 from tests.support.hugging_face import SIZES, rewrite, small_model, tensors_of, with_mtp
-from tests.support.thinker import random_row, small_recipe
+from tests.support.imported import export, gradients_of, import_and_run
+from tests.support.thinker import random_row
 
 FORMATS = ["qwen3_5_moe", "qwen3_5"]
 LAYOUTS = {
@@ -44,58 +45,6 @@ def reference(model, row: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         logits.append(out)
         loss = loss + F.cross_entropy(out, row.labels[mine], ignore_index=IGNORE, reduction="sum")
     return torch.cat(logits), loss / row.num_loss_tokens
-
-
-def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
-    """Import; the first row's loss, and its gradients as a checkpoint; the rows' logits of real tokens (last stage)."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from omni_train import platform
-    from omni_train.interop.convert import import_checkpoint
-    from omni_train.models.row import LocalRow
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config, resolve
-    from omni_train.training.engine import MegatronEngine
-
-    import_checkpoint(format, Path(hf), folder / "imported", parallel)
-    checkpoint = resolve(folder / "imported")
-    recipe = small_recipe(parallel, row_tokens=ROW_TOKENS)
-    recipe.model = dataclasses.replace(read_model_config(checkpoint), router_aux_loss_coef=0.0)
-    platform.parallel.initialize(parallel, 1)
-    engine = MegatronEngine(recipe)
-    load_model(engine.chunks, checkpoint, recipe.model)
-
-    def forward(iterator, chunk):
-        row = LocalRow.from_batch(next(iterator))
-        return chunk(row), lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
-
-    with torch.no_grad():
-        logits = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(rows),
-            model=engine.chunks[0],
-            num_microbatches=len(rows),
-            seq_length=ROW_TOKENS,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    engine.objective.batch_weight = rows[0].num_loss_tokens
-    engine.chunks[0].zero_grad_buffer()
-    metrics = engine._schedule(rows[:1], forward_only=False)
-    with torch.no_grad():
-        for parameter in engine.chunks[0].parameters():
-            parameter.copy_(parameter.main_grad)
-    store = CheckpointStore(folder / "gradients", CheckpointConfig(asynchronous=False), recipe.model)
-    store.save(0, engine.chunks, None, {}, None)
-    store.close()
-    platform.parallel.destroy()
-    return metrics, [part[~row.padding] for part, row in zip(logits, rows, strict=True)] if logits else None
-
-
-def export(rank, world_size, format, hf, checkpoint):
-    from omni_train.interop.convert import export_checkpoint
-
-    export_checkpoint(format, Path(hf), Path(checkpoint))
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -137,29 +86,12 @@ def test_gradients_are_the_reference_s(original, imported, distributed, tmp_path
     loss.backward()
     for metrics, _ in results:
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    distributed(1, export, format, tmp_path, folder / "gradients")
-    gradients = tensors_of(tmp_path)
-    expected = expected_gradients(model)
+    distributed(1, export, format, tmp_path / "ours", folder / "gradients")
+    gradients, expected = tensors_of(tmp_path / "ours"), gradients_of(model, tmp_path / "theirs")
     assert gradients.keys() == expected.keys()
     for name, want in expected.items():
         assert want.norm() > 0, f"{name}: the test shows nothing"
         assert (gradients[name] - want).norm() <= 1e-3 * want.norm(), name
-
-
-def expected_gradients(model) -> dict[str, torch.Tensor]:
-    """Gradients by the names of the saved tensors, where each expert has its own."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        stem, stacked = name.rsplit(".", 1)
-        if stacked == "gate_up_proj":
-            for i, pair in enumerate(parameter.grad):
-                gate, up = pair.chunk(2)
-                gradients |= {f"{stem}.{i}.gate_proj.weight": gate, f"{stem}.{i}.up_proj.weight": up}
-        elif stacked == "down_proj":
-            gradients |= {f"{stem}.{i}.down_proj.weight": down for i, down in enumerate(parameter.grad)}
-        else:
-            gradients[name] = parameter.grad
-    return gradients
 
 
 def test_exported_again_everything_is_bit_identical(original, imported, distributed, tmp_path):

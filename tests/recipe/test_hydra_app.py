@@ -48,7 +48,7 @@ def test_an_error_of_the_job_arrives_as_it_was_raised(capsys):
 
 
 def test_the_world_of_the_launcher_is_checked_before_the_job(monkeypatch):
-    with pytest.raises(UserError, match=r"launchers/local.sh 2 train"):
+    with pytest.raises(UserError, match=r"launchers/local.sh 2 …"):
         run("parallel.tensor=2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("parallel.tensor=2")[1][0].parallel.tensor == 2

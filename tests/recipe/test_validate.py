@@ -5,6 +5,7 @@ import pytest
 from omni_train.errors import UserError
 from omni_train.recipe import validate as module
 from omni_train.recipe.compose import load_recipe
+from omni_train.recipe.refusals import value
 from omni_train.recipe.validate import processes, validate
 
 VPP = "parallel.pipeline=2 parallel.virtual_pipeline=2"
@@ -45,6 +46,12 @@ REFUSED = [
         "model.pattern=G-*E",
         None,
         "model.intermediate_size=0: model.pattern=G-*E has dense MLPs (-); give their width",
+    ),
+    (
+        "model.linear_num_key_heads=0",
+        None,
+        "model.linear_num_key_heads=0: model.pattern=GEGEGE*E has Gated DeltaNet layers (G); "
+        "give model.linear_num_key_heads",
     ),
     (
         "model.num_attention_heads=5",
@@ -152,6 +159,17 @@ REFUSED = [
         None,
         "model.pattern=GE*E|: has a stage without layers; move the |",
     ),
+    (
+        "evaluation.every=5 parallel.pipeline=2",
+        None,
+        "parallel.pipeline=2: evaluation.every=5 generates, which needs 1; set one of the two",
+    ),
+    (
+        "evaluation.every=5 parallel.context=2",
+        None,
+        "parallel.context=2: evaluation.every=5 generates, which needs 1; set one of the two",
+    ),
+    ("evaluation.samples=0", None, "evaluation.samples=0: must be at least 1"),
     # rows
     (
         "parallel.context=4 data.alignment=4 data.row_tokens=64",
@@ -198,13 +216,13 @@ REFUSED = [
         "parallel.tensor=2 parallel.pipeline=2",
         1,
         "parallel.tensor=2 parallel.pipeline=2: needs 4 processes or a multiple, but 1 process runs; "
-        "launch with: launchers/local.sh 4 train …",
+        "launch with: launchers/local.sh 4 …",
     ),
     (
         "parallel.expert=2 parallel.expert_tensor=2",
         6,
         "parallel.expert=2 parallel.expert_tensor=2: needs 4 processes or a multiple, but 6 processes run; "
-        "launch with: launchers/local.sh 4 train …",
+        "launch with: launchers/local.sh 4 …",
     ),
     (
         "schedule.global_batch=5",
@@ -252,7 +270,7 @@ def test_packages_that_a_choice_needs_are_named_where_the_run_would_start(monkey
 def test_without_a_world_a_layout_of_any_size_is_accepted():
     recipe = load_recipe(["stage=s2_general", "model=plus_397b_a17b", "parallel=tp4_pp4_ep32"])
     validate(recipe, world_size=None)
-    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 128 train"):
+    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 128 …"):
         validate(recipe, world_size=8)
 
 
@@ -278,4 +296,4 @@ def test_expert_and_dense_layouts_share_the_world():
 def test_every_bound_is_of_a_key_of_the_recipe():
     recipe = load_recipe()
     for key in (*module._AT_LEAST, *module._ABOVE_ZERO, *module._AT_MOST, *module._NOT_EMPTY):
-        module._value(recipe, key)
+        value(recipe, key)

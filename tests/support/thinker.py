@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from omni_train.data.batch import IGNORE, PackedBatch
+from omni_train.data.lengths import audio_tokens, vision_tokens
 from omni_train.recipe.schema import (
+    AudioEncoderConfig,
     DataConfig,
     Decay,
     ModelConfig,
@@ -14,6 +16,7 @@ from omni_train.recipe.schema import (
     Precision,
     Recipe,
     ScheduleConfig,
+    VisionEncoderConfig,
 )
 
 VOCAB = 112
@@ -90,6 +93,66 @@ def random_row(lengths: list[int], row_tokens: int, seed: int, alignment: int = 
         padding=padding,
         samples=len(lengths),
     )
+
+
+def encoders(**changes) -> dict:
+    """Fields of the model for :func:`small_recipe` that let it hear and see."""
+    audio = dict(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        num_mel_bins=32,
+        conv_channels=6,
+        chunk_frames=48,
+        train_window_frames=[32, 0, 96],
+        eval_window_frames=48,
+    )
+    vision = dict(
+        hidden_size=32,
+        depth=2,
+        num_heads=2,
+        intermediate_size=44,
+        patch_size=4,
+        num_position_embeddings=25,
+    )
+    audio |= {key.removeprefix("audio_"): changes[key] for key in changes if key.startswith("audio_")}
+    vision |= {key.removeprefix("vision_"): changes[key] for key in changes if key.startswith("vision_")}
+    return {"audio": AudioEncoderConfig(**audio), "vision": VisionEncoderConfig(**vision)}
+
+
+def add_media(row: PackedBatch, clips: list[int], grids: list[tuple[int, int, int]], seed: int) -> PackedBatch:
+    """Put sound (frames of each clip) and vision (patches of each image or video) for :func:`encoders` into a row.
+
+    Their tokens stand anywhere in the row's sequences, in order; nothing is learned on them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = encoders()
+    sizes = [sum(audio_tokens(clip, model["audio"]) for clip in clips)]
+    sizes.append(sum(vision_tokens(grid, model["vision"]) for grid in grids))
+    real = (~row.padding).nonzero().squeeze(1)
+    taken = real[torch.randperm(len(real), generator=generator)[: sum(sizes)]]
+    row.audio_slots, row.vision_slots = (slots.sort().values for slots in taken.split(sizes))
+    row.labels[taken], row.loss_weights[taken] = IGNORE, 0.0
+    row.position_ids = row.position_ids + torch.randint(5, row.position_ids.shape, generator=generator)
+    row.modality = torch.randint(5, row.tokens.shape, generator=generator).to(torch.uint8)
+    row.mel = torch.randn(sum(clips), 32, generator=generator)
+    row.mel_cu_seqlens = torch.tensor([0, *clips]).cumsum(0).to(torch.int32)
+    patches = sum(t * h * w for t, h, w in grids)
+    row.patches = torch.randint(256, (patches, 3 * 2 * 4 * 4), generator=generator, dtype=torch.uint8)
+    row.grid_thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    return row
+
+
+def media_batches(steps: int) -> list[list[PackedBatch]]:
+    """`steps` global batches of two rows: the first has no images and the second no sound, in every other batch."""
+    sound = [[130, 49, 16], [], [97], [50, 33]]
+    vision = [[], [(1, 4, 6), (3, 2, 4)], [(2, 4, 4)], [(1, 2, 2), (1, 8, 2)]]
+    batches = global_batches(steps)
+    for i, batch in enumerate(batches):
+        for j, row in enumerate(batch):
+            add_media(row, sound[(2 * i + j) % 4], vision[(2 * i + j) % 4], seed=100 * i + j)
+    return batches
 
 
 def global_batches(steps: int, row_tokens: int = 96) -> list[list[PackedBatch]]:

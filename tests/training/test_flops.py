@@ -28,8 +28,11 @@ def count_matrix_products(rank, world_size, changes):
     return sum(value for op, value in counter.get_flop_counts()["Global"].items() if op in products)
 
 
-def test_dense_layers_and_head_count_what_torch_counts(distributed):
-    changes = DENSE | {"moe_intermediate_size": 0, "shared_expert_intermediate_size": 0}
+@pytest.mark.parametrize("gate", [True, False])
+def test_dense_layers_and_head_count_what_torch_counts(distributed, gate):
+    changes = (
+        DENSE | {"attention_output_gate": gate} | {"moe_intermediate_size": 0, "shared_expert_intermediate_size": 0}
+    )
     counted = distributed(1, count_matrix_products, changes)[0]
     expected = 3 * 96 * flops_per_token(small_recipe(**changes).model)
     assert counted == pytest.approx(expected, rel=1e-9)

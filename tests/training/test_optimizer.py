@@ -136,10 +136,9 @@ def clipped_update(rank, world_size, parallel):
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    weight, tokens, *_ = engine._global_sums(rows)
-    engine.objective.batch_weight = weight
-    balance.begin_step(engine.chunks, 0.0, tokens)
-    engine._schedule(rows, forward_only=False)
+    sums = engine._global_sums(rows)
+    balance.begin_step(engine.chunks, 0.0, sum(sums.tokens))
+    engine._schedule(rows, sums, forward_only=False)
     engine.optimizer.prepare_grads()
     norm = float(engine.optimizer.get_grad_norm())
     optimizer._scale_gradients(engine.optimizer, 0.25)

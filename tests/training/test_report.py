@@ -44,3 +44,46 @@ def test_a_run_without_steps_is_one_line_and_exit_2(tmp_path, capsys, content):
         (tmp_path / "metrics.jsonl").write_text(content)
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """Text alone, then with audio and held-out figures; a stage that logged nothing, one that has not begun."""
+    (tmp_path / "pipeline.yaml").write_text("first: {}\nsecond: {}\nthird: {}\nfourth: {}\n")
+    steps = {
+        "second": [
+            {"step": 1, "tokens": 1500.0, "loss": 4.0, "loss_audio": 4.5},
+            {"step": 2, "tokens": 3000.0, "loss": 3.0, "loss_text": 2.5, "eval_loss": 3.5, "eval_wer_de": 0.25},
+            {"step": 3, "tokens": 4500.0, "loss": 2.75, "loss_text": 2.125, "grad_norm": None, "loss_image": None},
+        ],
+        "third": [],
+        "first": [{"step": 7, "tokens": 70.0, "loss": 6.0, "loss_text": 6.0}],
+    }
+    for name, rows in steps.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_pipeline_is_a_table_of_its_stages_with_the_losses_last_logged(pipeline, capsys):
+    assert main([str(pipeline)]) == 0
+    body = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert body[0] == ["first", "7", "70", "6.000", "6.000", "–", "6.000", "–"]
+    assert body[1] == ["second", "3", "4,500", "4.000", "2.750", "3.500", "2.125", "4.500"]
+    assert body[2] == ["wer", "de", "0.250"]
+    assert len(body) == 3
+
+
+def test_a_pipelines_report_is_written_beside_its_stages_with_curves(pipeline):
+    assert main([str(pipeline)]) == 0
+    text = (pipeline / "report" / "report.md").read_text()
+    assert "| stage | steps | tokens | first loss | last loss | held-out loss | text | audio |" in text
+    assert "| wer de | 0.250 |" in text
+    assert "](losses.png)" in text
+    assert (pipeline / "report" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pipeline_without_steps_is_one_line_and_exit_2(tmp_path, capsys):
+    (tmp_path / "pipeline.yaml").write_text("first: {}\n")
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,8 +1,9 @@
-"""The Thinker's language model: embedding, hybrid stack, head, and an optional multi-token-prediction layer."""
+"""The Thinker: encoders, embedding, hybrid stack, head, and an optional multi-token-prediction layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -12,9 +13,12 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 
+from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder
 from omni_train.models.row import LocalRow
+from omni_train.models.thinker import media
 from omni_train.models.thinker.config import split_pattern, transformer_config
 from omni_train.models.thinker.mtp import MultiTokenPrediction
+from omni_train.models.vision_encoder import VisionAdapter, VisionEncoder
 from omni_train.nn.backend import backend
 from omni_train.nn.layers import stack_submodules
 from omni_train.nn.rotary import TMRotaryEmbedding
@@ -53,6 +57,13 @@ class Thinker(LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
+        self.senses = self.pre_process and bool(recipe.model.audio or recipe.model.vision)  # needs a row's media
+        if self.pre_process and recipe.model.audio:
+            self.audio_encoder = AudioEncoder(recipe.model.audio, config)
+            self.audio_adapter = AudioAdapter(recipe.model.audio, config)
+        if self.pre_process and recipe.model.vision:
+            self.vision_encoder = VisionEncoder(recipe.model.vision, config)
+            self.vision_adapter = VisionAdapter(recipe.model.vision, config)
         self.rotary = TMRotaryEmbedding(
             rotary_dim=int(recipe.model.head_dim * recipe.model.partial_rotary_factor),
             base=recipe.model.rope_theta,
@@ -68,6 +79,10 @@ class Thinker(LanguageModule):
             post_process=self.post_process,
             pg_collection=groups,
         )
+        if self.pre_process and recipe.model.vision:
+            for level in range(len(recipe.model.vision.deepstack_visual_indexes)):
+                block_end = self.decoder.layers[2 * level + 1]  # a block is a mixer and a feed-forward
+                block_end.register_forward_hook(partial(self._add_deepstack, level), with_kwargs=True)
         if self.post_process:
             self.final_norm = backend().norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
@@ -107,7 +122,7 @@ class Thinker(LanguageModule):
             hidden states (S, 1, H) to the next stage; on the last stage what `objective` returns, or without one the
             hidden states after the final norm.
         """
-        hidden = self.embed(row.tokens) if self.pre_process else None
+        hidden = self._embed_row(row) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -119,6 +134,38 @@ class Thinker(LanguageModule):
             return hidden
         hidden = self.final_norm(hidden)
         return hidden if objective is None else objective(self, hidden, row)
+
+    def _embed_row(self, row: LocalRow) -> torch.Tensor:
+        """(S, 1, H) embeddings of text and media. DeepStack's features go into the row's boundaries, for the layers."""
+        hidden, group = self.embed(row.tokens), self.pg_collection.cp
+        row.packed.deepstack = []  # a decoding state serves many rows, and still has those of the prompts
+        if row.media is None:  # the tokens of an answer that is being generated
+            return hidden
+        if hasattr(self, "audio_encoder"):
+            heard = media.hear(self.audio_encoder, self.audio_adapter, row.media, group)
+            hidden = self._place(hidden, heard, row.media.audio_places)
+        if hasattr(self, "vision_encoder"):
+            seen, *deepstack = media.see(self.vision_encoder, self.vision_adapter, row.media, group)
+            hidden = self._place(hidden, seen, row.media.vision_places)
+            if deepstack:
+                hidden, row.packed.deepstack = media.lend(hidden, deepstack)
+                row.packed.vision_places = row.media.vision_places
+        return hidden
+
+    def _place(self, hidden, features, places, add: bool = False) -> torch.Tensor:
+        return media.place(hidden, features, places, add=add, sequence_parallel=self.config.sequence_parallel)
+
+    def _add_deepstack(self, level: int, _layer, _arguments, keywords: dict, out):
+        """Hook behind a block of the language model, which adds what came with the call.
+
+        So a layer that is recomputed adds it again, whichever row went through the model meanwhile.
+        """
+        packed = keywords["packed_seq_params"]
+        if not (features := getattr(packed, "deepstack", None)):
+            return out
+        hidden, *rest = out if isinstance(out, tuple) else (out,)
+        hidden = self._place(hidden, features[level], packed.vision_places, add=True)
+        return (hidden, *rest) if isinstance(out, tuple) else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(S, 1, H) final hidden states -> (T, V) logits, gathered over the tensor-parallel ranks. For evaluation."""

@@ -1,37 +1,39 @@
-"""Which tensor of ours is which of Qwen3.5's text models, MoE and dense.
+"""Which tensor of ours is which of Qwen3.5's, MoE and dense, and of Qwen3-Omni's Thinker.
 
-Layer i of theirs is two of ours: 2i, attention or Gated DeltaNet, and 2i + 1, MoE or dense MLP. Norms are zero-centred
-in both formats, except Gated DeltaNet's output norm, which is plain in both. Nothing is added, scaled or transposed:
-import and export read this one table in opposite directions.
+Layer i of their language models is two of ours: 2i, attention or Gated DeltaNet, and 2i + 1, MoE or dense MLP. Norms
+are zero-centred in both formats, or plain in both. Nothing is added, scaled or transposed: import and export read this
+one table in opposite directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from omni_train.interop.encoder_tensors import audio_map, vision_map
+from omni_train.interop.families import Names
 from omni_train.interop.rows import Rows, TensorMap
 from omni_train.recipe.schema import ModelConfig
 
 
-def tensor_map(model: ModelConfig, names: Collection[str] = ()) -> TensorMap:
+def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) -> TensorMap:
     """Every tensor of our checkpoints, and the rows of Hugging Face tensors that it is laid together from.
 
     Args:
         model: sizes and layers.
-        names: tensors of the folder at hand. They decide what folders do differently: experts stacked or one by one,
-            and ``model.language_model.`` for ``model.``. Without them it is what ``save_pretrained`` writes.
+        names: how the folder names its parts.
+        tensors: of the folder at hand. They decide whether experts are stacked or one by one; without them it is what
+            ``save_pretrained`` writes.
     """
-    root = "model.language_model." if any(name.startswith("model.language_model.") for name in names) else "model."
     table: TensorMap = {
-        "embedding.word_embeddings.weight": [Rows(f"{root}embed_tokens.weight")],
-        "final_norm.weight": [Rows(f"{root}norm.weight")],
+        "embedding.word_embeddings.weight": [Rows(f"{names.text}embed_tokens.weight")],
+        "final_norm.weight": [Rows(f"{names.text}norm.weight")],
     }
     if not model.tie_word_embeddings:
-        table["output_layer.weight"] = [Rows("lm_head.weight")]
+        table["output_layer.weight"] = [Rows(f"{names.head}weight")]
     pattern = model.pattern.replace("|", "") * model.repeats
     for i, symbol in enumerate(pattern):
-        theirs = f"{root}layers.{i // 2}."
-        table |= _layer(model, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, names))
+        theirs = f"{names.text}layers.{i // 2}."
+        table |= _layer(model, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
     if model.mtp_num_hidden_layers:
         theirs = "mtp.layers.0."
         table |= {
@@ -41,19 +43,23 @@ def tensor_map(model: ModelConfig, names: Collection[str] = ()) -> TensorMap:
             "mtp.final_norm.weight": [Rows("mtp.norm.weight")],
         }
         for i, symbol in enumerate("*" + pattern[1]):
-            table |= _layer(model, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, names))
+            table |= _layer(model, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
+    if model.audio:
+        table |= audio_map(model.audio, names.audio)
+    if model.vision:
+        table |= vision_map(model.vision, names)
     return table
 
 
-def _stacked(layer: str, names: Collection[str]) -> bool:
-    return f"{layer}mlp.experts.gate_up_proj" in names
+def _stacked(layer: str, tensors: Collection[str]) -> bool:
+    return f"{layer}mlp.experts.gate_up_proj" in tensors
 
 
 def _layer(model: ModelConfig, symbol: str, ours: str, theirs: str, stacked: bool) -> TensorMap:
     if symbol == "G":
         table = _gated_delta_net(model)
     elif symbol == "*":
-        table = _gated_attention(model)
+        table = _attention(model)
     elif symbol == "E":
         table = _mixture_of_experts(model, stacked)
     else:
@@ -61,8 +67,11 @@ def _layer(model: ModelConfig, symbol: str, ours: str, theirs: str, stacked: boo
     return {ours + key: [Rows(theirs + r.name, r.start, r.stop) for r in rows] for key, rows in table.items()}
 
 
-def _gated_attention(model: ModelConfig) -> TensorMap:
-    """Theirs: q_proj holds each head's query and gate. Ours: for each key/value head its queries, gates, key, value."""
+def _attention(model: ModelConfig) -> TensorMap:
+    """Ours: for each key/value head its queries, gates, key, value. Theirs: q_proj holds each head's query and gate.
+
+    Without an output gate there are no gates in either.
+    """
     heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
 
     def head(name: str, index: int) -> Rows:
@@ -71,8 +80,10 @@ def _gated_attention(model: ModelConfig) -> TensorMap:
     qkv = []
     for group in range(groups):
         mine = range(group * heads // groups, (group + 1) * heads // groups)
-        qkv += [head("q", 2 * i) for i in mine]  # queries
-        qkv += [head("q", 2 * i + 1) for i in mine]  # gates
+        each = 2 if model.attention_output_gate else 1
+        qkv += [head("q", each * i) for i in mine]  # queries
+        if model.attention_output_gate:
+            qkv += [head("q", each * i + 1) for i in mine]
         qkv += [head("k", group), head("v", group)]
     return {
         "input_layernorm.weight": [Rows("input_layernorm.weight")],

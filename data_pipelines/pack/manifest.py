@@ -1,0 +1,119 @@
+"""A line of the manifest: its media read from their files, tokenised once as training will, or refused."""
+
+from __future__ import annotations
+
+import array
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+
+from omni_train.data.chat import TokenSequence, tokenize
+from omni_train.data.sample import MEDIA, SampleError, parse_sample
+from omni_train.data.tokenizer import Tokenizer
+from omni_train.recipe.schema import LossOn
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A line that is left out."""
+
+    line: int  # from 1
+    reason: str
+    files: list[str]
+
+
+@dataclass
+class Line:
+    """A sample for a shard, and what it is made of."""
+
+    key: str
+    fields: dict[str, Any]
+    sequences: list[TokenSequence]
+    media: dict[str, bytes] = field(default_factory=dict)
+    video_seconds: float = 0.0
+
+
+def line_offsets(manifest: Path) -> array.array:
+    """Where each line that is not blank begins, in bytes."""
+    offsets, position = array.array("Q"), 0
+    with manifest.open("rb") as file:
+        for line in file:
+            if line.strip():
+                offsets.append(position)
+            position += len(line)
+    return offsets
+
+
+def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Refused:
+    """Read one line and all that it names.
+
+    Args:
+        number: of the line, from 0; it becomes the sample's key.
+        data: its bytes.
+        tokenizer: counts its tokens.
+        job: :class:`data_pipelines.pack.Job`.
+    """
+    paths: list[str] = []
+    try:
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            raise SampleError("broken_json") from None
+        media: dict[str, bytes] = {}
+        for part in _media_parts(fields):
+            path = part.get(part["type"])
+            if not isinstance(path, str):
+                raise SampleError("unknown_schema")
+            if path not in paths:
+                paths.append(path)
+            name = f"{paths.index(path)}{_suffix(path)}"
+            media[name] = media.get(name) or _read(job.manifest.parent / path)
+            part[part["type"]] = name
+        sample = parse_sample(json.dumps(fields).encode())
+        sequences = tokenize(
+            sample,
+            tokenizer,
+            row_tokens=job.row_tokens,
+            loss_on=LossOn.assistant,
+            media=job.media,
+            model=job.model,
+            parts=media,
+        )
+        videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
+        seconds = sum(_duration(media[name]) for name in videos)
+    except SampleError as error:
+        return Refused(number + 1, error.reason, paths)
+    return Line(f"{number:09d}", fields, sequences, media, seconds)
+
+
+def _media_parts(fields: Any) -> list[dict]:
+    """The parts of all messages that name a file; what is not as it should be is left to ``parse_sample``."""
+    messages = fields.get("messages") if isinstance(fields, dict) else None
+    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    return [part for part in parts if isinstance(part, dict) and part.get("type") in MEDIA]
+
+
+def _suffix(path: str) -> str:
+    suffix = Path(path).suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ".bin"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise SampleError("media_missing") from None
+    except (OSError, ValueError):  # a directory, no permission, a name with a zero byte
+        raise SampleError("media_unreadable") from None
+
+
+def _duration(video: bytes) -> float:
+    """Seconds, as the file's header says."""
+    with av.open(io.BytesIO(video)) as container:
+        return (container.duration or 0) / av.time_base

@@ -1,0 +1,47 @@
+"""The kinds of samples, and the writing of their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from data_pipelines.rehearsal import conversations, lasting, listening, seeing, text, watching
+from data_pipelines.rehearsal.world import HELD_OUT, SHARDS, Sample, World
+from data_pipelines.shards import write_shard, write_shards
+
+# Folder of samples with media -> what makes a sample, and how many there are in all.
+KINDS: dict[str, tuple[Callable[[World], Sample], int]] = {
+    "long_audio": (lasting.long_audio, 18),
+    "long_video": (lasting.long_video, 45),
+    "video_audio": (watching.video_audio, 1800),
+    "video": (watching.video, 2700),
+    "multi_turn": (conversations.multi_turn, 540),
+    "speech": (listening.speech, 3150),
+    "audio_questions": (listening.audio_question, 720),
+    "images": (seeing.image, 2250),
+    "image_questions": (seeing.image_question, 4500),
+}
+
+
+def write(folder: Path, kind: str, split: str, shard: int, share: float) -> None:
+    """Write ``folder/kind/split-<shard>.tar`` with a ``share`` of its samples.
+
+    Always the same one in a process that has not spoken before (``speech.say``).
+    """
+    make, samples = KINDS[kind]
+    world = World(f"{kind} {shard}", split)
+    count = max(2, round(share * samples / sum(SHARDS.values())))
+    keys = (f"{kind}-{split}-{shard:02d}-{number:05d}" for number in range(count))
+    write_shard(folder / kind / f"{split}-{shard:05d}.tar", ((key, *make(world)) for key in keys))
+
+
+def write_text(folder: Path, share: float) -> None:
+    """Write ``folder/text`` and ``folder/chat``: the standard library, and what the ``share`` of the media asks."""
+    documents, chats = text.read()
+    for kind, read in (("text", text.usable(documents)), ("chat", chats)):
+        held_out = len(read) // HELD_OUT
+        for split, samples in (("train", read[held_out:]), ("val", read[:held_out])):
+            if kind == "chat":
+                samples = samples + conversations.without_media(split, round(2 * share * len(samples)))
+            named = [(f"{kind}-{split}-{number:06d}", sample) for number, sample in enumerate(samples)]
+            write_shards(folder / kind, split, named, SHARDS[split])

@@ -1,0 +1,181 @@
+"""Held-out chats as questions: what a model is given, and the answer it should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePath
+from typing import Any
+
+from omni_train.data.batch import PackedBatch
+from omni_train.data.chat import TokenSequence, prompt, tokenize
+from omni_train.data.packing import aligned, best_fit, pack
+from omni_train.data.sample import Chat, Medium, SampleError, parse_sample
+from omni_train.data.sources import ShardFolder, open_source
+from omni_train.data.tokenizer import Tokenizer
+from omni_train.errors import UserError
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, LossOn, ModelConfig, Positions
+
+
+@dataclass
+class Question:
+    """A chat up to its last assistant turn."""
+
+    name: str  # of the source and the number of the sample in it
+    prompt: TokenSequence
+    answer: str  # that turn
+    meta: dict[str, Any]
+    text: str  # the turn before it
+    media: list[tuple[Medium, bytes]]  # its files, of the questions that are shown
+
+
+def held_out_questions(
+    data: DataConfig,
+    model: ModelConfig,
+    evaluation: EvaluationConfig,
+    *,
+    split: str = "val",
+    data_rank: int = 0,
+    data_world_size: int = 1,
+) -> list[Question]:
+    """This rank's share of the chats among the first ``evaluation.samples`` samples of each source.
+
+    The first of each source come first, so that a few show every source. The same at every call, and all ranks' shares
+    together are the same for any number of ranks; what cannot be read is left out.
+
+    Raises:
+        UserError: no source has a chat with an answer there, or the split is missing.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    sources = [open_source(source, split, training=False) for source in data.sources]
+    chats = [list(_chats(source, evaluation.samples)) for source in sources]
+    if not any(chats):
+        raise UserError(
+            f"evaluation.every={evaluation.every}: the first {evaluation.samples} samples of the {split} split of each "
+            "source hold no chat to answer; set it to 0, or add a source of chats"
+        )
+    found: list[Question] = []
+    for place in range(data_rank, max(map(len, chats)), data_world_size):
+        for source, of_source in zip(data.sources, chats, strict=True):
+            if place >= len(of_source):
+                continue
+            index, chat, read = of_source[place]
+            try:
+                parts = read()
+                given, answer = prompt(
+                    chat, tokenizer, max_tokens=data.row_tokens, media=data.media, model=model, parts=parts
+                )
+            except SampleError:
+                continue
+            shown = data_rank == 0 and len(found) < evaluation.print_samples
+            found.append(
+                Question(
+                    name=f"{PurePath(source.path).name}/{index}",
+                    prompt=given,
+                    answer=answer,
+                    meta=chat.meta,
+                    text=([turn.text for turn, reply in pairwise(chat.turns) if reply.role == "assistant"] or [""])[-1],
+                    media=[(medium, parts[medium.file]) for medium in chat.media if shown],
+                )
+            )
+    return found
+
+
+def answer_rows(
+    data: DataConfig,
+    model: ModelConfig,
+    evaluation: EvaluationConfig,
+    *,
+    swapped: bool,
+    split: str = "val",
+    data_rank: int = 0,
+    data_world_size: int = 1,
+) -> list[PackedBatch]:
+    """This rank's rows of the chats with media among the first ``evaluation.samples`` samples of each source.
+
+    A model that uses what it hears and sees loses by the exchange; one that guesses from the text does not notice.
+
+    Args:
+        swapped: every chat has the files of another one of its source, of the same kinds and another last answer;
+            chats for which there is none are left out of both.
+
+    Returns:
+        rows whose loss is on the assistant's turns; as many on every rank, the last ones perhaps of padding alone.
+    """
+    tokenizer = Tokenizer(data.tokenizer)
+    sequences: list[TokenSequence] = []
+    for source in data.sources:
+        chats = [
+            (chat, read) for _, chat, read in _chats(open_source(source, split, training=False), evaluation.samples)
+        ]
+        for place, (chat, read) in enumerate(chats):
+            other = _partner(chats, place)
+            if other is None:
+                continue
+            try:
+                parts = read()
+                if swapped:
+                    theirs = other[1]()
+                    files = zip(chat.media, other[0].media, strict=True)
+                    parts = {mine.file: theirs[another.file] for mine, another in files}
+                sequences += tokenize(
+                    chat,
+                    tokenizer,
+                    row_tokens=data.row_tokens,
+                    loss_on=LossOn.assistant,
+                    media=data.media,
+                    model=model,
+                    parts=parts,
+                )
+            except SampleError:
+                continue
+    rows = _pack_all(sequences, data, tokenizer.end_of_text)
+    rows += [_pack_all([], data, tokenizer.end_of_text)[0] for _ in range(-len(rows) % data_world_size)]
+    return rows[data_rank::data_world_size]
+
+
+def _partner(chats: list[tuple[Chat, Callable]], place: int) -> tuple[Chat, Callable] | None:
+    """The next chat with media of the same kinds, and another answer."""
+
+    def kinds(chat: Chat) -> list[tuple[str, bool]]:
+        return [(medium.kind, medium.sound) for medium in chat.media]
+
+    mine = chats[place][0]
+    for chat, read in chats[place + 1 :] + chats[:place]:
+        if chat.media and kinds(chat) == kinds(mine) and chat.turns[-1].text != mine.turns[-1].text:
+            return chat, read
+    return None
+
+
+def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: int) -> list[PackedBatch]:
+    """All sequences in rows; one row of padding where there is none."""
+    rows: list[PackedBatch] = []
+    while sequences or not rows:
+        chosen = (
+            best_fit([aligned(len(one), data.alignment) for one in sequences], data.row_tokens) if sequences else []
+        )
+        rows.append(
+            pack(
+                [sequences[index] for index in chosen],
+                row_tokens=data.row_tokens,
+                alignment=data.alignment,
+                padding_token=padding_token,
+                float_positions=data.media.positions is Positions.qwen3_omni,
+            )
+        )
+        sequences = [one for index, one in enumerate(sequences) if index not in chosen]
+    return rows
+
+
+def _chats(source: ShardFolder, samples: int) -> Iterator[tuple[int, Chat, Callable[[], dict[str, bytes]]]]:
+    """(number, chat, what reads its files) of those among the first samples that have an answer."""
+    (reader,) = source.build().dataset.join_readers
+    for index in range(min(samples, len(source))):
+        read = reader[index]["open"]
+        try:
+            chat = parse_sample((read() or {})["json"])
+        except (SampleError, KeyError):
+            continue
+        if isinstance(chat, Chat) and any(turn.role == "assistant" for turn in chat.turns):
+            yield index, chat, read

@@ -1,0 +1,44 @@
+"""How many tokens a medium becomes: the encoders' arithmetic, which data and models must agree on."""
+
+from __future__ import annotations
+
+from omni_train.recipe.schema import AudioEncoderConfig, VisionEncoderConfig
+
+FRAMES_PER_SECOND = 100  # mel frames: a hop of 10 ms
+
+
+def convolved(frames: int, convolutions: int) -> int:
+    """Length after convolutions of stride 2, kernel 3 and padding 1."""
+    for _ in range(convolutions):
+        frames = (frames + 1) // 2
+    return frames
+
+
+def audio_tokens(frames: int, audio: AudioEncoderConfig) -> int:
+    """Tokens of a clip of mel frames; each chunk is convolved by itself."""
+    whole, rest = divmod(frames, audio.chunk_frames)
+    convolutions = audio.num_convolutions
+    return whole * convolved(audio.chunk_frames, convolutions) + convolved(rest, convolutions)
+
+
+def window_tokens(window_frames: int, audio: AudioEncoderConfig) -> int:
+    """Audio tokens that attend to each other, at least one; 0 for the whole clip."""
+    per_chunk = convolved(audio.chunk_frames, audio.num_convolutions)
+    return max(1, round(window_frames * per_chunk / audio.chunk_frames)) if window_frames else 0
+
+
+def vision_tokens(grid: tuple[int, int, int], vision: VisionEncoderConfig) -> int:
+    """Tokens of an image or video of a grid of (t, h, w) patches."""
+    t, h, w = grid
+    return t * (h // vision.spatial_merge_size) * (w // vision.spatial_merge_size)
+
+
+def audio_tokens_per_second(audio: AudioEncoderConfig) -> float:
+    """6.25 in Qwen3.5-Omni, 13 in Qwen3-Omni."""
+    return convolved(audio.chunk_frames, audio.num_convolutions) * FRAMES_PER_SECOND / audio.chunk_frames
+
+
+def audio_token_start(index: int, audio: AudioEncoderConfig) -> float:
+    """Seconds at which audio token ``index`` of a clip begins."""
+    chunk, within = divmod(index, convolved(audio.chunk_frames, audio.num_convolutions))
+    return (chunk * audio.chunk_frames + within * 2**audio.num_convolutions) / FRAMES_PER_SECOND

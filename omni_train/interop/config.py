@@ -1,0 +1,203 @@
+"""Which key of a ``config.json`` is which of ours, in both directions.
+
+A key keeps its name wherever it can. Different are the list of layers, the rotary embedding's keys, and the coefficient
+of the balancing loss: at perfect balance transformers' loss equals num_experts_per_tok and ours 1, so our coefficient
+is theirs times num_experts_per_tok.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from omni_train.errors import UserError
+from omni_train.interop.encoder_config import (
+    audio_from_hugging_face,
+    audio_to_hugging_face,
+    need,
+    only,
+    vision_from_hugging_face,
+    vision_to_hugging_face,
+)
+from omni_train.interop.families import FAMILIES, Family
+from omni_train.recipe.schema import ModelConfig
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "initializer_range",
+    "max_position_embeddings",
+)
+_LAYER_TYPES = {"linear_attention": "G", "full_attention": "*"}
+# Keys that change the numbers, and the only value that this model computes. A key that is left out has it.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "norm_topk_prob": True,
+    "use_qk_norm": True,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "use_sliding_window": False,
+    "mtp_use_dedicated_embeddings": False,
+    "quantization_config": None,
+    "rope_type": "default",
+    "type": "default",
+    "mrope_interleaved": True,
+}
+
+
+def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: Collection[str]) -> ModelConfig:
+    """Our configuration of the model that a ``config.json`` describes.
+
+    Args:
+        format: a key of ``FAMILIES``.
+        config: the file's content.
+        name: of the model.
+        tensors: names of the folder's tensors. They say whether there is a vision encoder and a multi-token-prediction
+            layer; the file says so even where ``save_pretrained`` has dropped them.
+
+    Raises:
+        UserError: it is another family, a key is missing, or a key has a value that this model does not compute.
+    """
+    family = FAMILIES[format]
+    thinker = config.get(family.thinker, {}) if family.thinker else config
+    text = thinker.get("text_config", thinker)
+    if text.get("model_type") != family.text_type:
+        given = text.get("model_type", config.get("model_type"))
+        raise UserError(f"config.json: model_type={given}; format={format} reads {family.text_type}")
+    only(config, {"quantization_config": None})
+    text = {**family.left_out, **text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    only(text, {**_FIXED, "attn_output_gate": family.fixed["attention_output_gate"], **family.fixed})
+    hidden = need(text, "hidden_size")
+    if family.thinker:
+        text.setdefault("head_dim", hidden // need(text, "num_attention_heads"))
+    values = {key: need(text, key) for key in (*_SAME, *family.sizes)}
+    if family.feed_forward == "E":
+        values["router_aux_loss_coef"] = need(text, "router_aux_loss_coef") * values["num_experts_per_tok"]
+    values["pattern"], values["repeats"] = _shortest(_layers(text, family))
+    values["mtp_num_hidden_layers"] = int(any(tensor.startswith("mtp.") for tensor in tensors))
+    if family.names.audio:
+        values["audio"] = audio_from_hugging_face(need(thinker, "audio_config"), hidden)
+    if family.names.audio or any(tensor.startswith(family.names.vision) for tensor in tensors):
+        deepstack = family.names.deepstack is not None
+        values["vision"] = vision_from_hugging_face(need(thinker, "vision_config"), hidden, deepstack)
+    return ModelConfig(
+        **values
+        | dict(
+            name=name,
+            tie_word_embeddings=thinker.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+            rope_theta=float(need(text, "rope_theta")),
+            partial_rotary_factor=text["partial_rotary_factor"],
+            mrope_section=list(text["mrope_section"]),
+        )
+        | family.fixed
+    )
+
+
+def to_hugging_face(format: str, model: ModelConfig, whole: bool) -> dict[str, Any]:
+    """What a ``config.json`` says of our model, without the type of its parameters.
+
+    Args:
+        format: a key of ``FAMILIES``.
+        model: our model.
+        whole: whether the language model is a part of it, or all there is.
+
+    Raises:
+        UserError: the family has no such model.
+    """
+    family = FAMILIES[format]
+    _check(format, family, model)
+    text = _text_to_hugging_face(family, model)
+    if not whole:
+        return {"architectures": [family.text_architecture], **text}
+    thinker = {"text_config": text, "tie_word_embeddings": model.tie_word_embeddings}
+    if model.vision:
+        deepstack = family.names.deepstack is not None
+        thinker["vision_config"] = vision_to_hugging_face(model.vision, model.hidden_size, deepstack)
+    if model.audio:
+        thinker["audio_config"] = audio_to_hugging_face(model.audio, model.hidden_size)
+    config = {family.thinker: thinker} if family.thinker else thinker
+    return {"architectures": [family.architecture], "model_type": family.model_type, **config}
+
+
+def merged(ours: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` with our values, and what the original has beside them."""
+    out = dict(original)
+    for key, value in ours.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merged(value, out[key]) if both else value
+    return out
+
+
+def _check(format: str, family: Family, model: ModelConfig) -> None:
+    symbols = model.pattern.replace("|", "") * model.repeats
+    if set(symbols[::2]) - set(family.mixers) or set(symbols[1::2]) != {family.feed_forward}:
+        raise UserError(
+            f"model.pattern={model.pattern}: format={format} has layers {' or '.join(family.mixers)}, each followed by "
+            f"{family.feed_forward}"
+        )
+    for key, value in family.fixed.items():
+        if (given := getattr(model, key)) != value:
+            raise UserError(f"model.{key}={given}: format={format} has only {value}")
+    if "shared_expert_intermediate_size" in family.sizes and not model.shared_expert_intermediate_size:
+        raise UserError(f"model.shared_expert_intermediate_size=0: format={format} has a shared expert in every layer")
+    if model.audio and not family.names.audio:
+        raise UserError(f"model.audio: format={format} has no audio encoder")
+    if family.names.audio and not (model.audio and model.vision):
+        raise UserError(f"model={model.name}: format={format} has an audio and a vision encoder; this model does not")
+
+
+def _text_to_hugging_face(family: Family, model: ModelConfig) -> dict[str, Any]:
+    symbols = model.pattern.replace("|", "") * model.repeats
+    out = {
+        "model_type": family.text_type,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "num_hidden_layers": len(symbols) // 2,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": model.rope_theta,
+            "partial_rotary_factor": model.partial_rotary_factor,
+            "mrope_section": list(model.mrope_section),
+            "mrope_interleaved": True,
+        },
+        **{key: getattr(model, key) for key in (*_SAME, *family.sizes)},
+    }
+    if "G" in family.mixers:
+        names = {symbol: name for name, symbol in _LAYER_TYPES.items()}
+        out["layer_types"] = [names[symbol] for symbol in symbols[::2]]
+        out["mtp_num_hidden_layers"] = model.mtp_num_hidden_layers
+    if family.feed_forward == "E":
+        out["router_aux_loss_coef"] = model.router_aux_loss_coef / model.num_experts_per_tok
+    return out
+
+
+def _layers(text: Mapping[str, Any], family: Family) -> str:
+    count = text.get("num_hidden_layers")
+    every = text["full_attention_interval"]
+    kinds = text.get("layer_types") or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(count or 0)
+    ]
+    if not kinds or len(kinds) != count:
+        raise UserError(f"config.json: num_hidden_layers={count} but layer_types has {len(kinds)}")
+    for kind in kinds:
+        if _LAYER_TYPES.get(kind, " ") not in family.mixers:
+            known = " and ".join(name for name, symbol in _LAYER_TYPES.items() if symbol in family.mixers)
+            raise UserError(f"config.json: layer_types has {kind}; only {known} is supported")
+    return "".join(_LAYER_TYPES[kind] + family.feed_forward for kind in kinds)
+
+
+def _shortest(symbols: str) -> tuple[str, int]:
+    """The shortest pattern that gives these layers when repeated, and how often."""
+    for length in range(2, len(symbols) + 1, 2):
+        repeats, rest = divmod(len(symbols), length)
+        if not rest and symbols[:length] * repeats == symbols:
+            return symbols[:length], repeats
+    raise AssertionError("a whole pattern repeats itself once")

@@ -1,0 +1,169 @@
+"""The audio encoder (AuT) and its adapter.
+
+Qwen3.5-Omni: four convolutions that halve time and mel bins, 6.25 tokens a second (technical report, section 2.1).
+Qwen3-Omni as released: three, over chunks of 100 frames. Both then attend in both directions inside windows.
+
+Axis letters: F mel frames, M mel bins, C channels, A audio tokens, H hidden, B chunks of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from omni_train import platform
+from omni_train.data.lengths import audio_tokens, convolved, window_tokens
+from omni_train.nn.encoder import EncoderLayers, Projector, encoder_config
+from omni_train.nn.norm import LayerNorm
+from omni_train.recipe.schema import AudioEncoderConfig
+
+CONVOLVED_FRAMES = 8192
+"""Mel frames convolved at once, at most (or one chunk): the first convolution's output is 480·64/2 values a frame."""
+
+
+class AudioEncoder(MegatronModule):
+    """Log-mel frames to audio tokens of the encoder's width.
+
+    Args:
+        audio: sizes.
+        thinker: Megatron's configuration of the Thinker that listens.
+    """
+
+    def __init__(self, audio: AudioEncoderConfig, thinker: TransformerConfig) -> None:
+        config = encoder_config(
+            thinker,
+            hidden_size=audio.hidden_size,
+            intermediate_size=audio.intermediate_size,
+            num_layers=audio.num_hidden_layers,
+            num_attention_heads=audio.num_attention_heads,
+        )
+        super().__init__(config)
+        self.audio = audio
+        self.tp_group = ProcessGroupCollection.use_mpu_process_groups().tp
+        self.recompute = thinker.recompute_granularity is not None  # convolutions are small work and large memory
+        where = {"device": platform.device(), "dtype": config.params_dtype}
+        channels = audio.conv_channels
+        self.convolutions = torch.nn.ModuleList(
+            torch.nn.Conv2d(channels if index else 1, channels, kernel_size=3, stride=2, padding=1, **where)
+            for index in range(audio.num_convolutions)
+        )
+        mel_bins = convolved(audio.num_mel_bins, audio.num_convolutions)
+        self.conv_out = torch.nn.Linear(channels * mel_bins, audio.hidden_size, bias=False, **where)
+        for convolution in self.convolutions:
+            # The Thinker's small deviation would let the sound vanish beside the positions that are added to it.
+            torch.nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            torch.nn.init.zeros_(convolution.bias)
+        for parameter in (*self.convolutions.parameters(), *self.conv_out.parameters()):
+            # Each rank sees some of the sound: Megatron sums the gradients, as under sequence parallelism.
+            parameter.sequence_parallel = thinker.tensor_model_parallel_size > 1
+        self.layers = EncoderLayers(config)
+        self.final_norm = LayerNorm(config, audio.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, mel_FM: Tensor, mel_cu_seqlens: Tensor, window_frames: int) -> Tensor:
+        """Encode clips; each gives the tokens that it would give alone.
+
+        Args:
+            mel_FM: all clips, one after the other.
+            mel_cu_seqlens: (clips+1,) where each begins and ends; none is empty.
+            window_frames: frames that attend to each other, cut from the start of each clip; 0 for a whole clip.
+
+        Returns:
+            (A, H) after the last norm, clip after clip, :func:`omni_train.data.lengths.audio_tokens` of each.
+        """
+        clips = mel_cu_seqlens.diff().tolist()
+        chunks = [cut for frames in clips for cut in _cut(frames, self.audio.chunk_frames)]
+        hidden = self._convolve(mel_FM, chunks)
+        window = window_tokens(window_frames, self.audio)
+        tokens = [audio_tokens(frames, self.audio) for frames in clips]
+        windows = [cut for count in tokens for cut in _cut(count, window or count)]
+        hidden, _ = self.layers(hidden, windows)
+        return self.final_norm(hidden)
+
+    def _tokens(self, frames: int) -> int:
+        return convolved(frames, self.audio.num_convolutions)
+
+    def _convolve(self, mel_FM: Tensor, chunks: list[int]) -> Tensor:
+        """(A, H) of chunks of the given numbers of frames, each by itself.
+
+        Tensor-parallel ranks share the chunks and gather what they made.
+        """
+        size, rank = self.tp_group.size(), self.tp_group.rank()
+        order = sorted(range(len(chunks)), key=lambda index: -chunks[index])  # a batch pads to its longest
+        # A rank for which none is left takes part with one that has been taken, and that nobody reads.
+        shares = [order[of_rank::size] or order[:1] for of_rank in range(size)]
+        tokens = [self._tokens(frames) for frames in chunks]
+        longest = max(sum(tokens[index] for index in share) for share in shares)
+        made = self._convolve_share(mel_FM, chunks, shares[rank])
+        if size > 1:
+            made = F.pad(made, (0, 0, 0, longest - len(made)))
+            # What reads the outputs is the same on all ranks, and so is its gradient: each takes its part of it.
+            made = gather_from_sequence_parallel_region(made, tensor_parallel_output_grad=False, group=self.tp_group)
+        places = {}
+        for of_rank, share in enumerate(shares):
+            start = of_rank * longest
+            for index in share:
+                places.setdefault(index, torch.arange(start, start + tokens[index]))
+                start += tokens[index]
+        return made.index_select(0, torch.cat([places[index] for index in range(len(chunks))]).to(made.device))
+
+    def _convolve_share(self, mel_FM: Tensor, chunks: list[int], share: list[int]) -> Tensor:
+        """Tokens of the chunks in `share`, longest first, in batches of bounded size."""
+        mels, parts = mel_FM.split(chunks), []
+        while len(parts) < len(share):
+            frames = self._padded(chunks[share[len(parts)]])
+            batch = [mels[index] for index in share[len(parts) :][: max(1, CONVOLVED_FRAMES // frames)]]
+            if self.recompute and self.training:
+                out_BTH = checkpoint(self._convolve_batch, batch, frames, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out_BTH = self._convolve_batch(batch, frames)
+            parts += [out_TH[: self._tokens(len(mel))] for out_TH, mel in zip(out_BTH, batch, strict=True)]
+        return torch.cat(parts)
+
+    def _padded(self, frames: int) -> int:
+        """Frames to which a chunk is padded: no more change what it gives.
+
+        A token at the end reads what the convolutions make of silence behind the chunk, up to the end of a whole one.
+        `transformers` pads the chunks of a call to the longest of them, so a clip shorter than a chunk differs there in
+        its last token with the company that it has; as it is here beside any whole chunk, it is here always.
+        """
+        step = 2**self.audio.num_convolutions
+        return min(-(-frames // step) * step, self.audio.chunk_frames)
+
+    def _convolve_batch(self, chunks: list[Tensor], frames: int) -> Tensor:
+        """Chunks, (at most `frames`, M) each -> (B, tokens, H) with positions, which start anew in each chunk."""
+        mel_BFM = pad_sequence(chunks, batch_first=True)
+        x = F.pad(mel_BFM, (0, 0, 0, frames - mel_BFM.shape[1])).to(self.conv_out.weight.dtype)
+        x = x.transpose(1, 2).unsqueeze(1)  # (B, 1, M, F)
+        for convolution in self.convolutions:
+            x = F.gelu(convolution(x))
+        x = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
+        return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
+
+
+class AudioAdapter(Projector):
+    """Linear, GELU, Linear: (A, the encoder's width) -> (A, hidden size of the Thinker)."""
+
+    def __init__(self, audio: AudioEncoderConfig, thinker: TransformerConfig) -> None:
+        super().__init__(thinker, audio.hidden_size)
+
+
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
+    """(length, width) fp32: sines, then cosines, of positions at wavelengths from 2π to 20,000π, as in Whisper."""
+    frequencies = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2, device=device).float())
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _cut(total: int, size: int) -> list[int]:
+    """`total` in pieces of `size`, the last one what remains."""
+    whole, rest = divmod(total, size)
+    return [size] * whole + ([rest] if rest else [])

@@ -1,0 +1,171 @@
+"""A pipeline: stages that run one after the other, each from the checkpoint of the one before.
+
+``recipes/pipeline/NAME.yaml`` lists them in words of the command line::
+
+    all: [model=tiny, precision=fp32]  # of every stage
+    stages:
+      text_pretrain: []
+      s2_general: [data=rehearsal_omni, init_from=text_pretrain]
+
+A stage takes the recipe ``stage=`` of its own name, unless its words choose another. `init_from` and the checkpoints of
+`init_parts` may name an earlier stage; a stage without `init_from` starts from the one before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from omni_train.errors import UserError
+from omni_train.recipe.compose import load_recipe, recipes_dir
+from omni_train.recipe.schema import Recipe
+from omni_train.recipe.validate import validate
+
+_USAGE = """\
+omni-train pipeline name=NAME [run=RUN] [key=value …] [STAGE.key=value …] [--cfg job]
+
+Runs the stages of a pipeline one after the other, each from the checkpoint of the one before, in runs/RUN/STAGE. NAME
+is one of those below or a file of your own, and RUN is NAME until it is given. The same command again skips the stages
+that are complete and goes on with the first that is not. A word of `omni-train train` is for every stage, with STAGE.
+before it for that stage alone; --cfg job shows the composed stages and runs nothing.
+
+  launchers/local.sh 2 pipeline name=smoke run=mine schedule.steps=5 s2_general.schedule.steps=50
+
+Pipelines and their stages:
+"""
+
+_KEYS = {entry.name for entry in fields(Recipe)}
+
+
+@dataclass
+class Pipeline:
+    """Composed and validated stages, in their order; each starts from a path, or from the run directory of another."""
+
+    directory: Path  # of the whole, with the stages' run directories in it
+    stages: dict[str, Recipe]
+
+    def to_yaml(self) -> str:
+        """Every key of every stage."""
+        return OmegaConf.to_yaml(OmegaConf.create({name: asdict(recipe) for name, recipe in self.stages.items()}))
+
+
+def run(arguments: Sequence[str], job: Callable[[Pipeline], int]) -> int:
+    """Do what the arguments say: show help or the composed stages, or hand the pipeline to ``job``.
+
+    Returns:
+        The exit code of the job, 0 where something was shown.
+
+    Raises:
+        UserError: as :func:`load_pipeline`, or a flag that is none.
+    """
+    words = [word for word in arguments if not word.startswith("-")]
+    flags = [word for word in arguments if word.startswith("-")]
+    if "-h" in flags or "--help" in flags:
+        print(_usage())
+        return 0
+    if not flags:
+        return job(load_pipeline(words, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    if flags not in (["--cfg"], ["-c"]) or "job" not in words:
+        raise UserError(f"{flags[0]}: the flags are --help and --cfg job, everything else is key=value")
+    words.remove("job")
+    print(load_pipeline(words, world_size=None).to_yaml(), end="")
+    return 0
+
+
+def _usage() -> str:
+    paths = sorted((recipes_dir() / "pipeline").glob("*.yaml"))
+    return _USAGE + "\n".join(f"  {path.stem}: {' → '.join(_read(path)[1])}" for path in paths)
+
+
+def load_pipeline(words: Sequence[str], world_size: int | None) -> Pipeline:
+    """Compose and validate all stages of a pipeline.
+
+    Args:
+        words: ``name=…``, ``run=…`` and overrides of all stages or of one, as typed.
+        world_size: processes that will run it; None as in :func:`omni_train.recipe.validate.validate`.
+
+    Raises:
+        UserError: no such pipeline, a file that is none, or a stage that cannot be composed or cannot work.
+    """
+    own = dict(word.split("=", 1) for word in words if word.startswith(("name=", "run=")))
+    path = _find(own.get("name", ""))
+    shared, listed = _read(path)
+    for_all, for_one = _sort(words, listed)
+    run = own.get("run") or path.stem
+    stages: dict[str, Recipe] = {}
+    for stage, its_own in listed.items():
+        overrides = [f"stage={stage}", *shared, *its_own, *for_all, *for_one[stage], f"run={run}/{stage}"]
+        last = {word.partition("=")[0]: word for word in overrides}  # Hydra takes a group only once
+        try:
+            recipe = load_recipe([*last.values()])
+            _start(recipe, stages)
+            validate(recipe, world_size)
+        except UserError as error:
+            raise UserError(f"{stage}: {error}") from error
+        stages[stage] = recipe
+    return Pipeline(Path(next(iter(stages.values())).runs_dir, run), stages)
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = {path.stem: path for path in sorted((recipes_dir() / "pipeline").glob("*.yaml"))}
+    if name not in known:
+        problem = f"name={name}: no such pipeline" if name else "name= is missing"
+        raise UserError(f"{problem}; choose one of {', '.join(known)}, or a file of your own that ends in .yaml")
+    return known[name]
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Words of all stages, and those of each."""
+    try:
+        file = yaml.safe_load(path.read_text())
+        shared, stages = file.pop("all", []), file.pop("stages")
+        if (
+            file
+            or not stages
+            or not all(isinstance(word, str) for words in (shared, *stages.values()) for word in words)
+        ):
+            raise TypeError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a pipeline") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: not a pipeline; write `stages:`, each a name with a list of key=value words"
+        ) from None
+    if taken := next((name for name in stages if name in _KEYS or "." in name), None):
+        raise UserError(f"{path}: a stage cannot be called {taken}: that is a key of the recipe, or has a dot")
+    return shared, stages
+
+
+def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The typed words for all stages, and those for each."""
+    for_all, for_one = [], {stage: [] for stage in stages}
+    for word in words:
+        stage, _, rest = word.partition(".")
+        key = word.partition("=")[0]
+        if stage in for_one:
+            for_one[stage].append(rest)
+        elif key in ("init_from", "stage"):
+            raise UserError(f"{word}: is for one stage; write STAGE.{word}, STAGE one of {', '.join(for_one)}")
+        elif "." in key and key.partition(".")[0] not in _KEYS:
+            raise UserError(f"{word}: {stage} is neither a stage nor a key of the recipe; stages: {', '.join(for_one)}")
+        elif key not in ("name", "run"):
+            for_all.append(word)
+    return for_all, for_one
+
+
+def _start(recipe: Recipe, before: dict[str, Recipe]) -> None:
+    """Put run directories in the place of stages' names, and the stage before where nothing is said."""
+
+    def directory(source: str) -> str:
+        return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
+
+    start = recipe.init_from or next(reversed(before), None)
+    recipe.init_from = start and directory(start)
+    recipe.init_parts = {pattern: directory(source) for pattern, source in recipe.init_parts.items()}

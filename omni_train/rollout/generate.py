@@ -1,0 +1,168 @@
+"""Text from the Thinker: prompts go through the model once, packed; then all grow by a token at a time.
+
+Axis letters: T tokens of the row, S this rank's part of them under sequence parallelism, N sequences, H hidden,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+
+from omni_train import platform
+from omni_train.data.batch import IGNORE, PackedBatch
+from omni_train.data.chat import TokenSequence
+from omni_train.data.packing import pack
+from omni_train.errors import UserError
+from omni_train.models.row import LocalRow
+from omni_train.models.thinker import Thinker
+from omni_train.nn.decoding import DecodingState
+from omni_train.rollout.sampling import Sampling, uniforms
+
+
+@dataclass
+class Generated:
+    """The answer to one prompt."""
+
+    tokens: list[int] = field(default_factory=list)  # with the stop token, unless it was cut off before one
+    log_probs: list[float] = field(default_factory=list)  # of each token under the model itself, temperature 1
+
+
+@torch.no_grad()
+def generate(
+    model: Thinker,
+    prompts: Sequence[TokenSequence],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Collection[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    row_tokens: int = 8192,
+) -> list[Generated]:
+    """Answers to prompts, which may hold sound, images and video.
+
+    The same on all ranks of a tensor-parallel group, which must call it with the same prompts. Under expert parallelism
+    every rank of the world must call it as often, with as many tokens at most, whatever prompts it has, even none.
+
+    Args:
+        model: the whole Thinker. Left in the mode it was in.
+        max_new_tokens: longest answer.
+        stop_tokens: tokens that end an answer.
+        temperature, top_p, top_k: as :class:`Sampling` says.
+        seed: with the number of the prompt decides what is drawn, whatever else is in the batch.
+        row_tokens: prompts that go through the model together hold at most this many tokens, or are one prompt.
+
+    Raises:
+        UserError: the layout has pipeline or context parallelism.
+        ValueError: an empty prompt, no token to write, or sampling out of its range.
+    """
+    config = model.config
+    if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
+        raise UserError(
+            f"generation with parallel.pipeline={config.pipeline_model_parallel_size} "
+            f"parallel.context={config.context_parallel_size}: it has neither; set both to 1 and use parallel.tensor"
+        )
+    if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
+        raise ValueError("generation needs max_new_tokens of at least 1 and prompts of at least one token")
+    sampling = Sampling(temperature, top_p, top_k)
+    uniform = [uniforms(seed, index, max_new_tokens) for index in range(len(prompts))]
+    rows = _rows([len(prompt) for prompt in prompts], row_tokens)
+    answers: list[Generated] = []
+    training = model.training
+    model.eval()
+    try:
+        while _anywhere(len(answers) < len(prompts), config):
+            row = next(rows, slice(0))
+            answers += _generate_row(model, prompts[row], uniform[row], max_new_tokens, set(stop_tokens), sampling)
+    finally:
+        model.train(training)
+    return answers
+
+
+def _rows(lengths: list[int], row_tokens: int):
+    """Slices of the prompts that share a row."""
+    start = total = 0
+    for index, length in enumerate(lengths):
+        if index > start and total + length > row_tokens:
+            yield slice(start, index)
+            start, total = index, 0
+        total += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+def _anywhere(condition: bool, config) -> bool:
+    """Whether it holds on any rank that must go through the model together with this one."""
+    if config.expert_model_parallel_size == 1:
+        return condition
+    flag = torch.tensor(float(condition), device=platform.device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_tokens: set[int], sampling: Sampling):
+    answers = [Generated() for _ in prompts]
+    growing = set(range(len(prompts)))
+    sequences = [*prompts, *_fillers(prompts, model.config.tensor_model_parallel_size)]
+    uniform_NT = np.zeros((len(sequences), max_new_tokens))
+    uniform_NT[: len(prompts)] = uniform or 0.0
+
+    batch = pack(sequences, row_tokens=sum(map(len, sequences)), alignment=1, padding_token=0)
+    next_ids = [ids.max() + 1 for ids in batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)]
+    window = model.audio_encoder.audio.eval_window_frames if hasattr(model, "audio_encoder") else 0
+    row = LocalRow.from_batch(batch, media=model.senses, audio_window_frames=window)
+    state = DecodingState.begin(row.packed)
+    for step in range(max_new_tokens):
+        row.packed = state
+        logits_NV = _next_logits(model, model(row), state)
+        chosen = sampling.choose(logits_NV, torch.from_numpy(uniform_NT[:, step]))
+        log_probs = logits_NV.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        chosen = chosen.cpu()
+        for index, token, log_prob in zip(range(len(prompts)), chosen.tolist(), log_probs.tolist(), strict=False):
+            if index in growing:
+                answers[index].tokens.append(token)
+                answers[index].log_probs.append(log_prob)
+                growing -= {index} if token in stop_tokens else set()
+        if step + 1 == max_new_tokens or not _anywhere(bool(growing), model.config):
+            return answers
+        state.advance()
+        row = LocalRow.from_batch(_single_tokens(chosen, torch.stack(next_ids) + step))
+    return answers
+
+
+def _fillers(prompts, tensor: int) -> list[TokenSequence]:
+    """Sequences that nobody asked for: sequence parallelism divides the tokens of every row, first and later."""
+    total = sum(map(len, prompts))
+    missing = -len(prompts) % tensor or (tensor if total % tensor or not prompts else 0)
+    lengths = [1 + -(total + missing) % tensor] + [1] * (missing - 1) if missing else []
+    return [TokenSequence(np.zeros(n, np.int32), np.full(n, IGNORE, np.int32)) for n in lengths]
+
+
+def _single_tokens(tokens_N: torch.Tensor, ids_N: torch.Tensor) -> PackedBatch:
+    """A row of one token of each sequence, at these rotary ids: text, the same on all three axes."""
+    return PackedBatch(
+        tokens=tokens_N,
+        labels=torch.full_like(tokens_N, IGNORE),
+        loss_weights=torch.zeros(len(tokens_N)),
+        position_ids=ids_N.expand(3, -1),
+        cu_seqlens=torch.arange(len(tokens_N) + 1, dtype=torch.int32),
+        padding=torch.zeros(len(tokens_N), dtype=torch.bool),
+    )
+
+
+def _next_logits(model: Thinker, hidden: torch.Tensor, state: DecodingState) -> torch.Tensor:
+    """(S, 1, H) final hidden states -> (N, V) logits after the last token of each sequence."""
+    if not state.single:  # the logits of a whole row would be large
+        last = state.cu_seqlens_q[1:].long() - 1
+        if model.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden, group=model.tp_group)
+            hidden = scatter_to_sequence_parallel_region(whole[last], group=model.tp_group)
+        else:
+            hidden = hidden[last]
+    return model.logits(hidden)

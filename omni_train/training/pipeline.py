@@ -1,0 +1,95 @@
+"""Run the stages of a pipeline in one process per rank: skip what is complete, go on with what is not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from omni_train import platform
+from omni_train.errors import UserError
+from omni_train.platform.logs import say
+from omni_train.recipe.compose import read_recipe
+from omni_train.recipe.pipeline import Pipeline
+from omni_train.recipe.schema import Recipe
+from omni_train.training.checkpoint import read_progress, resolve, step_of
+from omni_train.training.report import report
+from omni_train.training.run import train
+from omni_train.training.schedule import Schedule
+
+_LEARNED = ("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer")
+"""The keys that a run keeps from its first start to its end. Layout, length and what is watched may change."""
+
+
+def run_pipeline(pipeline: Pipeline) -> int:
+    """Run every stage that is not complete, on this rank with whatever ranks the launcher started, and report.
+
+    Returns:
+        the process's exit status.
+
+    Raises:
+        UserError: a stage cannot work, or its directory holds a run of another recipe.
+    """
+    platform.setup()
+    if platform.rank() == 0:
+        pipeline.directory.mkdir(parents=True, exist_ok=True)
+        (pipeline.directory / "pipeline.yaml").write_text(pipeline.to_yaml())
+    for number, (name, composed) in enumerate(pipeline.stages.items(), start=1):
+        recipe, title = _from_checkpoints(composed, pipeline), f"stage {number} of {len(pipeline.stages)}, {name}"
+        if is_complete(recipe):
+            say(f"{title}: complete, skipped")
+            continue
+        say(title)
+        if not train(recipe):
+            return 0
+    if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.stages.values()):
+        report(pipeline.directory)
+    return 0
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the run of this recipe has reached its end.
+
+    Raises:
+        UserError: the directory holds a run of another recipe.
+    """
+    directory = Path(recipe.runs_dir, recipe.run)
+    if not (directory / "checkpoints" / "latest" / "metadata.json").exists():
+        return False
+    _check_unchanged(recipe, directory)
+    checkpoint, stop = resolve(directory), recipe.schedule.stop_after
+    step = step_of(checkpoint)
+    if stop is not None and step >= stop:
+        return True
+    return Schedule(recipe.schedule, recipe.optimizer).done(step, read_progress(checkpoint)["tokens"])
+
+
+def _check_unchanged(recipe: Recipe, directory: Path) -> None:
+    now, before = _flat(asdict(recipe)), _flat(asdict(read_recipe(directory / "recipe.yaml")))
+    for key in sorted(now.keys() | before.keys()):
+        if key.startswith(_LEARNED) and key != "data.workers" and now.get(key) != before.get(key):
+            raise UserError(
+                f"{directory}: was made with {key}={before.get(key)}, now it is {now.get(key)}; give another run=, or "
+                "remove this directory and those of the stages after it"
+            )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
+    """The recipe with the checkpoints that its earlier stages ended with in the place of their directories.
+
+    So that the run can be repeated, and a stage notices that one before it was trained on.
+    """
+    runs = {str(Path(stage.runs_dir, stage.run)) for stage in pipeline.stages.values()}
+
+    def checkpoint(source: str) -> str:
+        return str(Path(source, "checkpoints", resolve(source).name)) if source in runs else source
+
+    parts = {pattern: checkpoint(source) for pattern, source in recipe.init_parts.items()}
+    return replace(recipe, init_from=recipe.init_from and checkpoint(recipe.init_from), init_parts=parts)

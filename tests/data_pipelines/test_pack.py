@@ -1,0 +1,144 @@
+"""A manifest becomes the same shards however it is packed: by more processes, or in two goes with a kill between."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data_pipelines.pack import pack
+from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
+from data_pipelines.shards import digest
+from omni_train.data.sources import open_source
+from omni_train.errors import UserError
+from omni_train.recipe.schema import SourceConfig
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pack") / "tokenizer"
+    rehearsal_tokenizer.train(["what is said here", "red", "one two three"], folder, 300)
+    return folder
+
+
+def chat(*parts, answer="red", language="en") -> dict:
+    content = [*parts, {"type": "text", "text": "what is said here"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "meta": {"language": language}}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    """Texts, sounds and images, and six kinds of line that cannot be used."""
+    folder = tmp_path_factory.mktemp("manifest")
+    draw = np.random.default_rng(3)
+    lines = []
+    for i in range(97):
+        if i % 3 == 0:
+            wave = draw.normal(0, 0.1, 1600 + 37 * i).astype(np.float32)
+            soundfile.write(folder / f"{i}.wav", wave, 16000)
+            lines.append(chat({"type": "audio", "audio": f"{i}.wav"}, language="de"))
+        elif i % 3 == 1:
+            Image.fromarray(draw.integers(0, 255, (40 + i, 70, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            lines.append(chat({"type": "image", "image": f"{i}.png"}))
+        else:
+            lines.append(chat(answer=f"one two three {i}"))
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + random.Random(1).randbytes(40))
+    lines[11] = chat({"type": "audio", "audio": "absent.flac"})
+    lines[23] = chat({"type": "image", "image": "broken.png"})
+    lines[35] = {"messages": [{"role": "robot", "content": "x"}]}
+    lines[47] = chat(answer="one " * 500)
+    text = [json.dumps(line) for line in lines]
+    text[59] = "{"
+    file = folder / "all.jsonl"
+    file.write_text("\n".join(text) + "\n\n")
+    return file
+
+
+OPTIONS = {"model": "tiny", "row_tokens": 400, "shard_samples": 7, "val_fraction": 0.2}
+
+
+@pytest.fixture(scope="module")
+def packed(manifest, tokenizer, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    pack(manifest, out, tokenizer, processes=1, **OPTIONS)
+    return out
+
+
+def contents(out: Path) -> dict[str, str]:
+    files = [file for file in out.rglob("*") if file.is_file() and ".packed" not in file.parts]
+    return {str(file.relative_to(out)): digest([file]) for file in files if file.suffix not in (".sqlite", ".md")}
+
+
+def test_what_cannot_be_used_is_written_down_with_its_line_and_reason(packed):
+    refused = [json.loads(line) for line in (packed / "refused.jsonl").read_text().splitlines()]
+    found = {line["line"]: line["reason"] for line in refused}
+    assert found == {
+        12: "media_missing",
+        24: found[24],
+        36: "unknown_role",
+        48: "too_long",
+        60: "broken_json",
+    }
+    assert found[24].startswith("image_")
+    assert refused[0]["files"] == ["absent.flac"]
+
+
+def test_the_rest_is_in_the_shards_and_in_the_statistics(packed):
+    splits = {name: open_source(SourceConfig(str(packed)), name, training=False) for name in ("train", "val")}
+    assert {name: len(split) > 5 for name, split in splits.items()} == {"train": True, "val": True}
+    assert sum(map(len, splits.values())) == 92
+    groups = json.loads((packed / "statistics.json").read_text())["groups"]
+    assert groups["audio de"]["samples"] == 33
+    assert groups["audio de"]["audio_seconds"] == pytest.approx(
+        sum((1600 + 37 * i) // 160 for i in range(0, 97, 3)) / 100
+    )
+    assert groups["image en"]["vision_tokens"] > 0
+    for picture in ("lengths.png", "durations.png"):
+        assert Image.open(io.BytesIO((packed / picture).read_bytes())).size[0] > 100
+
+
+def test_more_processes_give_the_same_bytes(packed, manifest, tokenizer, tmp_path):
+    pack(manifest, tmp_path / "out", tokenizer, processes=3, **OPTIONS)
+    assert contents(tmp_path / "out") == contents(packed)
+
+
+def test_killed_and_started_again_it_gives_the_same_bytes(packed, manifest, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    words = [f"{key}={value}" for key, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "omni_train", "data", "pack", f"manifest={manifest}", f"out={out}"]
+    process = subprocess.Popen(
+        [*command, f"tokenizer={tokenizer}", "processes=1", *words],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = {file.name: file.stat().st_mtime_ns for file in (out / ".packed").glob("*-*.json")}
+    assert made and not (out / "statistics.json").exists()
+    pack(manifest, out, tokenizer, processes=2, **OPTIONS)
+    assert contents(out) == contents(packed)
+    assert all((out / ".packed" / name).stat().st_mtime_ns == when for name, when in made.items())
+
+
+def test_a_folder_of_something_else_or_of_other_settings_is_refused(packed, manifest, tokenizer, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        pack(manifest, tmp_path, tokenizer, **OPTIONS)
+    with pytest.raises(UserError, match="another row_tokens"):
+        pack(manifest, packed, tokenizer, **OPTIONS | {"row_tokens": 512})

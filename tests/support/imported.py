@@ -1,0 +1,80 @@
+"""What a folder of transformers' becomes in a layout: imported, run, and written out again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from omni_train.recipe.schema import CheckpointConfig
+from tests.support.hugging_face import tensors_of
+from tests.support.thinker import small_recipe
+
+
+def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
+    """Import; the first row's loss, and its gradients as a checkpoint; the rows' logits of real tokens (last stage)."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_attr_wrapped_model
+
+    from omni_train import platform
+    from omni_train.interop.convert import import_checkpoint
+    from omni_train.models.row import LocalRow
+    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config, resolve
+    from omni_train.training.engine import MegatronEngine
+
+    import_checkpoint(format, Path(hf), folder / "imported", parallel)
+    checkpoint = resolve(folder / "imported")
+    row_tokens = len(rows[0].tokens)
+    recipe = small_recipe(parallel, row_tokens=row_tokens)
+    recipe.model = dataclasses.replace(read_model_config(checkpoint), router_aux_loss_coef=0.0)
+    window = recipe.model.audio.eval_window_frames if recipe.model.audio else 0
+    platform.parallel.initialize(parallel, 1)
+    engine = MegatronEngine(recipe)
+    engine._audio_window_frames = window
+    load_model(engine.chunks, checkpoint, recipe.model)
+
+    def forward(iterator, chunk):
+        senses = get_attr_wrapped_model(chunk, "senses")
+        row = LocalRow.from_batch(next(iterator), media=senses, audio_window_frames=window)
+        return chunk(row), lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
+
+    with torch.no_grad():
+        logits = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(rows),
+            model=engine.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=row_tokens,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    engine.chunks[0].zero_grad_buffer()
+    metrics = engine._schedule(rows[:1], engine._global_sums(rows[:1]), forward_only=False)
+    with torch.no_grad():
+        for parameter in engine.chunks[0].parameters():
+            parameter.copy_(parameter.main_grad)
+    store = CheckpointStore(folder / "gradients", CheckpointConfig(asynchronous=False), recipe.model)
+    store.save(0, engine.chunks, None, {}, None)
+    store.close()
+    platform.parallel.destroy()
+    return metrics, [part[~row.padding] for part, row in zip(logits, rows, strict=True)] if logits else None
+
+
+def export(rank, world_size, format, hf, checkpoint):
+    """Write a checkpoint out."""
+    from omni_train.interop.convert import export_checkpoint
+
+    export_checkpoint(format, Path(hf), Path(checkpoint))
+
+
+def gradients_of(model, folder: Path) -> dict[str, torch.Tensor]:
+    """Gradients of a model of transformers, by the names under which it saves the parameters."""
+    spent = copy.deepcopy(model)
+    with torch.no_grad():
+        for mine, parameter in zip(spent.parameters(), model.parameters(), strict=True):
+            mine.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    spent.save_pretrained(folder)
+    return tensors_of(folder)
