@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import sys
 import time
@@ -27,10 +29,13 @@ def announce(error: UserError) -> None:
         return
     error.announced = True
     distributed = sys.modules.get("torch.distributed")
+    store = None
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         try:
             store = distributed.distributed_c10d._get_default_store()
             first = store.add(f"omni_train/error/{error}", 1) == 1
+            if not first:
+                store.wait([f"omni_train/printed/{error}"], datetime.timedelta(seconds=HEAD_START_SECONDS))
         except RuntimeError:  # the store is gone with the rank that kept it
             first = True
     else:
@@ -39,3 +44,6 @@ def announce(error: UserError) -> None:
             time.sleep(HEAD_START_SECONDS)
     if first:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if store is not None:
+            with contextlib.suppress(RuntimeError):
+                store.set(f"omni_train/printed/{error}", "")

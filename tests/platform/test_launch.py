@@ -61,7 +61,7 @@ def test_success_exits_0_and_adds_no_output(start):
 
 def test_a_user_error_exits_2_and_its_line_is_all_that_is_printed(start):
     process = start("user_error")
-    assert process.communicate(timeout=60) == ("", "parallel.tensor=3: no\n")
+    assert process.communicate(timeout=60) == ("", "error: parallel.tensor=3: no\n")
     assert process.returncode == 2
 
 

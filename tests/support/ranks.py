@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from omni_train.errors import UserError, announce
 from omni_train.platform.launch import die_with_launcher
 
 
@@ -16,8 +17,7 @@ def main(behaviour: str, folder: str) -> int:
     mark = Path(folder, f"rank{rank}")
     die_with_launcher()
     if behaviour == "user_error":
-        if rank == 0:
-            print("parallel.tensor=3: no", file=sys.stderr)
+        announce(UserError("parallel.tensor=3: no"))
         return 2
     if behaviour == "wait_for_signal":
         received = []
