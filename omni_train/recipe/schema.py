@@ -12,6 +12,16 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from omni_train.recipe.speech import (
+    Code2WavConfig,
+    CodecConfig,
+    NetworkName,
+    RecognitionConfig,
+    RecognizerConfig,
+    RowKind,
+    ZeroConfig,
+)
+
 
 class Precision(StrEnum):
     """Arithmetic of the forward and backward pass; master weights are always fp32."""
@@ -24,6 +34,7 @@ class EngineName(StrEnum):
     """Who owns sharding and the optimizer step."""
 
     megatron = "megatron"
+    deepspeed = "deepspeed"  # ZeRO, for networks that need no tensor or pipeline split
 
 
 class Decay(StrEnum):
@@ -145,6 +156,9 @@ class ModelConfig:
     zero_centered_norm: bool = True  # y = x̂·(1+w); Qwen3-Omni's norms are plain
     audio: AudioEncoderConfig | None = None  # null: does not hear
     vision: VisionEncoderConfig | None = None  # null: does not see
+    recognizer: RecognizerConfig | None = None  # what pre-trains `audio`; no part of the Thinker
+    codec: CodecConfig | None = None
+    code2wav: Code2WavConfig | None = None
 
 
 @dataclass
@@ -193,6 +207,7 @@ class DataConfig:
     path: str = MISSING  # base that the sources refer to
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str = MISSING  # folder with tokenizer.json (and tokenizer_config.json)
+    rows: RowKind = RowKind.chats
     row_tokens: int = MISSING  # T, tokens of one packed row
     # Every packed sequence is padded to a multiple of this, whatever the layout, so that all layouts see the same
     # rows; a multiple of 2·parallel.context.
@@ -290,7 +305,10 @@ class Recipe:
     runs_dir: str = "runs"
     seed: int = 1234
     precision: Precision = Precision.bf16
+    network: NetworkName = NetworkName.thinker
     engine: EngineName = EngineName.megatron
+    zero: ZeroConfig = field(default_factory=ZeroConfig)  # of engine=deepspeed
+    recognition: RecognitionConfig = field(default_factory=RecognitionConfig)  # of network=recognizer
     init_from: str | None = None  # a checkpoint directory, or a run directory (its latest)
     # fnmatch pattern over parameter names -> another checkpoint, or `random`; the first match wins over init_from.
     init_parts: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,101 @@
+"""The typed keys of the audio parts: the recognizer around the audio encoder, the speech codec, and their engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+
+class NetworkName(StrEnum):
+    """Which network of the family a run trains."""
+
+    thinker = "thinker"
+    recognizer = "recognizer"  # the audio encoder, with a decoder that writes transcripts (AuT pre-training)
+    codec = "codec"  # waveform to codes and back: encoder, quantiser, Code2Wav
+    code2wav = "code2wav"  # Code2Wav alone, on given codes
+
+
+class RowKind(StrEnum):
+    """What the rows of a run are made of."""
+
+    chats = "chats"  # documents and conversations with media: the Thinker's
+    transcripts = "transcripts"  # clips and what is said in them: the recognizer's
+    crops = "crops"  # waveforms of one length: the codec's
+
+
+@dataclass
+class RecognizerConfig:
+    """The decoder that writes what the audio encoder hears: causal, with cross-attention, over the text tokenizer."""
+
+    hidden_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    intermediate_size: int = MISSING
+    ctc: bool = False  # a head on the encoder for the auxiliary CTC loss
+
+
+@dataclass
+class CodecConfig:
+    """The codec's encoder and quantiser; names as in `transformers`' MimiConfig."""
+
+    sampling_rate: int = 24000
+    num_filters: int = 64
+    upsampling_ratios: list[int] = field(default_factory=lambda: [8, 6, 5, 4])  # strides, last one first
+    num_residual_layers: int = 1
+    kernel_size: int = 7
+    last_kernel_size: int = 3
+    residual_kernel_size: int = 3
+    dilation_growth_rate: int = 2
+    compress: int = 2
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    intermediate_size: int = 2048
+    sliding_window: int = 250  # frames, at twice the rate of the codes
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    layer_scale_initial_scale: float = 0.01
+    num_quantizers: int = 16
+    num_semantic_quantizers: int = 1
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+
+
+@dataclass
+class Code2WavConfig:
+    """Codes to waveform; names as in the released Qwen3-Omni."""
+
+    codebook_size: int = 2048
+    num_quantizers: int = 16
+    hidden_size: int = 1024
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    intermediate_size: int = 3072
+    sliding_window: int = 72
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    layer_scale_initial_scale: float = 0.01
+    upsampling_ratios: list[int] = field(default_factory=lambda: [2, 2])
+    upsample_rates: list[int] = field(default_factory=lambda: [8, 5, 4, 3])
+    decoder_dim: int = 1536
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed's ZeRO: what the data ranks share among them instead of each having all of it."""
+
+    stage: int = 1  # 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
+    offload_optimizer: bool = False  # its state in the host's memory
+
+
+@dataclass
+class RecognitionConfig:
+    """How the recognizer learns."""
+
+    ctc_weight: float = 0.0  # of the auxiliary CTC loss; needs model.recognizer.ctc
+    spec_augment: bool = True
