@@ -136,5 +136,5 @@ class CodecTrainingConfig:
     teacher: str | None = None
     semantic_weight: float = 1.0  # of the cosine distance between the two
     quantized_fraction: float = 0.5  # of the crops; the others reach the decoder without the quantiser (Mimi)
-    quantizer_dropout: float = 0.5  # fraction of the quantised crops that keep a random number of codebooks only
+    quantizer_dropout: float = 0.5  # of the quantised crops, the fraction that keeps its first codebooks only
     ema_decay: float = 0.99  # of the averaged generator that is evaluated and used; 0 keeps none
