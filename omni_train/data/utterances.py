@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from omni_train.data.codes import codes_of
 from omni_train.data.crops import read_speech
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate
-from omni_train.data.sample import Document, Sample, SampleError, parse_sample
+from omni_train.data.sample import Document, Sample, SampleError, parse_sample, speech_of
 from omni_train.data.sources import open_source
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
@@ -44,24 +45,30 @@ def held_out_utterances(
     the same for any number of ranks; what cannot be read is left out.
 
     Raises:
-        UserError: the split is missing, or there is no speech in a rank's share.
+        UserError: no source has speech there, or the split is missing.
     """
     found: list[Utterance] = []
+    speech = 0
     for source in data.sources:
         folder = open_source(source, split, training=False)
         (reader,) = folder.build().dataset.join_readers
-        for index in range(data_rank, min(evaluation.samples, len(folder)), data_world_size):
+        for index in range(min(evaluation.samples, len(folder))):
             try:
                 parts = reader[index]["open"]() or {}
                 sample = parse_sample(parts["json"])
-                name = f"{PurePath(source.path).name}/{index}"
-                found.append(_utterance(name, sample, parts, data, model, evaluation))
             except (SampleError, KeyError):
                 continue
-    if not found:
+            if speech_of(sample) is None:
+                continue
+            speech += 1
+            if speech % data_world_size == (data_rank + 1) % data_world_size:
+                with suppress(SampleError):
+                    name = f"{PurePath(source.path).name}/{index}"
+                    found.append(_utterance(name, sample, parts, data, model, evaluation))
+    if not speech:  # on every rank alike
         raise UserError(
-            f"evaluation.samples={evaluation.samples}: no speech for each of {data_world_size} data ranks among the "
-            f"first of the {split} split; put speech into it, raise evaluation.samples, or set evaluation.every=0"
+            f"evaluation.every={evaluation.every}: no speech among the first {evaluation.samples} samples of the "
+            f"{split} split of each source; put speech there, raise evaluation.samples, or set evaluation.every=0"
         )
     return found
 

@@ -170,7 +170,7 @@ class Code2WavTraining(WaveTraining):
         super().__init__(code2wav, discriminators, config, sampling_rate)
 
     def speak(self, generator, row, real_BS, lengths_B, training):
-        return generator(row.codes.to(real_BS.device)), {}
+        return generator(row.codes.to(real_BS.device), clamp=False), {}
 
 
 def _number(data: bytes) -> int:
