@@ -18,6 +18,7 @@ from omni_train.data.batch import PackedBatch
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import tag_end
 from omni_train.models.recognizer import SpeechRecognizer, Utterances
+from omni_train.nn.cross_decoder import Spans
 from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.schema import Recipe
 
@@ -94,9 +95,10 @@ def ctc_losses(
         len(words) + int((words[1:] == words[:-1]).sum()) <= length
         for words, length in zip(transcripts, audio_lengths, strict=True)
     ]
-    log_probs = torch.nn.utils.rnn.pad_sequence(logits.float().log_softmax(-1).split(audio_lengths))
+    # Not `pad_sequence`, whose backward pass copies the whole gradient once for every clip.
+    log_probs = Spans(audio_lengths, logits.device).pad(logits.float().log_softmax(-1))
     losses = F.ctc_loss(
-        log_probs,
+        log_probs.transpose(0, 1),
         torch.cat(transcripts).to(logits.device),
         torch.tensor(audio_lengths, device=logits.device),
         torch.tensor([len(words) for words in transcripts], device=logits.device),
