@@ -13,6 +13,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from omni_train.recipe.speech import (
+    AugmentationConfig,
     Code2WavConfig,
     CodecConfig,
     CodecTrainingConfig,
@@ -219,6 +220,7 @@ class DataConfig:
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
     media: MediaConfig = field(default_factory=MediaConfig)
+    augmentation: AugmentationConfig | None = None  # of transcribed clips; null: they are heard as they are
     # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the
     # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
     streams: int = 8
@@ -246,6 +248,8 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     weight_decay: float = 0.1  # never on norms, biases, A_log and dt_bias
     clip_grad: float = 1.0  # global L2 norm; 0 does not clip
+    # Decay of a moving average of the weights, evaluated and saved beside them; 0: none. engine=deepspeed only.
+    ema_decay: float = 0.0
     groups: list[ParamGroupConfig] = field(default_factory=list)
 
 
