@@ -35,6 +35,7 @@ class WaveTraining(Task):
         discriminators: they judge it.
         config: what counts how much.
         sampling_rate: of the waveforms, in Hz.
+        frame_samples: of a frame of codes.
     """
 
     def __init__(
@@ -43,14 +44,19 @@ class WaveTraining(Task):
         discriminators: Discriminators,
         config: CodecTrainingConfig,
         sampling_rate: int,
+        frame_samples: int,
     ) -> None:
         self.networks = {"generator": generator, "discriminators": discriminators}
-        self.config, self.sampling_rate = config, sampling_rate
+        self.config, self.sampling_rate, self.frame_samples = config, sampling_rate, frame_samples
         self.mel = MelDistance(config.mel_windows, config.mel_bins, sampling_rate)
 
     def weight(self, row: WaveRow) -> float:
         """Crops."""
         return float(len(row.lengths))
+
+    def tokens(self, row: WaveRow) -> float:
+        """Frames of codes in which there is speech."""
+        return float((-(-row.lengths // self.frame_samples)).sum())
 
     def run(
         self, networks: Mapping[str, Callable], row: WaveRow, total_weight: float, step: int, training: bool
@@ -73,6 +79,7 @@ class WaveTraining(Task):
             loss_B = sum(weight * part_B for weight, part_B in parts.values())
             values = {"loss": loss_B} | {f"loss_{name}": part_B for name, (_, part_B) in parts.items()}
             game = dict.fromkeys(("loss_adversarial", "loss_features", "loss_discriminators", "discriminators_right"))
+            pulled = loss_B.sum()  # with the gradient of the adversary's part, not its value
             judged = config.adversarial_weight > 0 or config.feature_weight > 0
             if training and judged and step >= config.adversarial_start:
                 played = play(
@@ -81,15 +88,14 @@ class WaveTraining(Task):
                     spoken_BS,
                     real_BS,
                     lengths_B,
-                    config.adversarial,
+                    config,
                 )
-                loss_B = loss_B + config.adversarial_weight * played.generator
-                loss_B = loss_B + config.feature_weight * played.features
+                pulled = pulled + (spoken_BS * played.pull).sum()
                 outcome.losses["discriminators"] = played.discriminators.sum() / total_weight
                 parts_of_game = (played.generator, played.features, played.discriminators, played.right)
                 game = dict(zip(game, parts_of_game, strict=True))
             if training:
-                outcome.losses["generator"] = loss_B.sum() / total_weight
+                outcome.losses["generator"] = pulled / total_weight
         for name, value_B in (values | game).items():
             outcome.figures[name] = (0.0, 0.0) if value_B is None else (value_B.detach().sum(), self.weight(row))
         return outcome
@@ -120,14 +126,13 @@ class CodecTraining(WaveTraining):
         seed: int,
         teacher: Teacher | None = None,
     ) -> None:
-        super().__init__(codec, discriminators, config, codec.config.sampling_rate)
+        super().__init__(codec, discriminators, config, codec.config.sampling_rate, frame_samples(codec.code2wav))
         self.seed, self.teacher = seed, teacher
-        self.frame_samples = frame_samples(codec.code2wav)
         self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout)
 
     def speak(self, generator, row, real_BS, lengths_B, training):
         # Of the row's own numbers: the same in every layout.
-        drawn = torch.Generator().manual_seed(_number(row.draws.numpy().tobytes())) if training else None
+        drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
         output = generator(real_BS, drawn, self.harder if training else None)
         parts = {"commitment": (self.config.commitment_weight, output.commitment.mean(1))}
         if self.teacher is not None:
@@ -167,7 +172,7 @@ class Code2WavTraining(WaveTraining):
     def __init__(
         self, code2wav: Code2Wav, discriminators: Discriminators, config: CodecTrainingConfig, sampling_rate: int
     ) -> None:
-        super().__init__(code2wav, discriminators, config, sampling_rate)
+        super().__init__(code2wav, discriminators, config, sampling_rate, frame_samples(code2wav.config))
 
     def speak(self, generator, row, real_BS, lengths_B, training):
         return generator(row.codes.to(real_BS.device), clamp=False), {}

@@ -26,7 +26,7 @@ class Callback:
         """Some of the answers to held-out questions after `step`; the metrics of the same step come later."""
 
     def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
-        """Some of the held-out speech that the codec said again after `step`; the metrics of the same step come later."""
+        """Some of the held-out speech that the codec said again after `step`; metrics of the same step come later."""
 
     def close(self) -> None:
         """The run ends."""
