@@ -37,6 +37,9 @@ PARTNERS = {
     "parallel/tp2_pp2_ep16": ["model=flash_35b_a3b"],
     "stage/s3_long_context": ["model=flash_35b_a3b"],
     "model/qwen3_omni_30b_a3b": RELEASED,
+    "data/rehearsal_crops": ["stage=codec"],
+    "data/speech_shards": ["stage=codec"],
+    "stage/code2wav": [f"data.codec={'a' * 64}"],
 }
 MODELS = [path.stem for path in TREE if path.parent == Path("model")]
 
