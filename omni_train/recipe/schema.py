@@ -241,6 +241,8 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     weight_decay: float = 0.1  # never on norms, biases, A_log and dt_bias
     clip_grad: float = 1.0  # global L2 norm; 0 does not clip
+    # Decay of a moving average of the weights, evaluated and saved beside them; 0: none. engine=deepspeed only.
+    ema_decay: float = 0.0
     groups: list[ParamGroupConfig] = field(default_factory=list)
 
 

@@ -91,6 +91,7 @@ class ZeroConfig:
 
     stage: int = 1  # 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
     offload_optimizer: bool = False  # its state in the host's memory
+    whole_below: int = 100000  # stage 3: parameters of fewer elements stay whole on every rank
 
 
 @dataclass
