@@ -13,13 +13,16 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron.energon import SavableDataset
 from megatron.energon.errors import reraise_exception
+from megatron.energon.flavors.base_dataset import add_sample_restore_key
 from megatron.energon.wrappers import MapDataset, RepeatDataset, ShuffleBufferDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
+from omni_train.data.augmentation import Augmentation
 from omni_train.data.batch import PackedBatch
 from omni_train.data.blend import TokenBlend, Tokenized
 from omni_train.data.chat import TokenSequence, tokenize
@@ -27,8 +30,10 @@ from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import SampleError, parse_sample
 from omni_train.data.sources import ShardFolder, StreamConfig
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.transcripts import transcript_sequence
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, ModelConfig, Positions
+from omni_train.recipe.speech import RowKind
 
 # A snapshot of a stream's state takes milliseconds, and a restored stream makes the rows since the last one again: long
 # rows have a snapshot each.
@@ -112,6 +117,18 @@ class Packer(BaseWrapperDataset):
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
 
 
+class Epochs(RepeatDataset):
+    """Endless repetition; a sample's restore key says how often the samples before it had all been read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for sample in super().__iter__():
+            yield add_sample_restore_key(sample, self._repetition, src=self)
+
+    def restore_sample(self, restore_key: tuple) -> Any:
+        _, repetition, *inner = restore_key
+        return add_sample_restore_key(super().restore_sample(tuple(inner)), repetition, src=self)
+
+
 def media_bytes(sequence: TokenSequence) -> int:
     """Memory of the decoded media of a sequence."""
     return sum(array.nbytes for array in (*sequence.mel, *sequence.patches))
@@ -128,11 +145,11 @@ def open_stream(
     seed: int,
     repeat: bool,
 ) -> Packer:
-    """Stream ``stream`` of ``streams``: shuffled and endless when ``repeat``, else its share once, in order."""
+    """Stream ``stream`` of ``streams``: shuffled, augmented, endless when ``repeat``; else its share once, in order."""
     worker = StreamConfig(
         rank=stream, world_size=streams, num_workers=1, seed_offset=seed, global_error_handler=reraise_exception
     )
-    read = sequence_reader(tokenizer, config, model)
+    read = sequence_reader(tokenizer, config, model, seed=seed if repeat else None)
     shares = []
     samples_before = 0
     for source in sources:
@@ -140,7 +157,7 @@ def open_stream(
         source.worker_config = worker
         share = source.build(worker_rotation_offset=samples_before % streams)
         if repeat:
-            share = RepeatDataset(share, worker_config=worker)
+            share = Epochs(share, worker_config=worker)
             if config.shuffle_buffer > 1:
                 share = ShuffleBufferDataset(share, size=config.shuffle_buffer, worker_config=worker)
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
@@ -150,13 +167,18 @@ def open_stream(
 
 
 def sequence_reader(
-    tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
+    tokenizer: Tokenizer, config: DataConfig, model: ModelConfig, *, seed: int | None = None
 ) -> Callable[[dict], Iterator[Tokenized]]:
     """The function that makes a sample's sequences of what a source gives.
+
+    With a ``seed`` clips are augmented as the recipe says. It decides together with the sample's restore key what is
+    drawn: every epoch hears something else, and a restored stream the same again.
 
     Whatever one sample makes fail refuses that sample: with its own reason, or as ``unexpected_...`` with the kind of
     error, which is then logged once, for it may be a mistake of ours. A failed assertion surely is, and goes through.
     """
+
+    augmented = seed is not None and config.augmentation is not None
 
     def sequences(raw: dict) -> list[TokenSequence]:
         parts = raw["open"]()
@@ -164,6 +186,18 @@ def sequence_reader(
             return []
         if "json" not in parts:
             raise SampleError("no_json")
+        if config.rows is RowKind.transcripts:
+            return [
+                transcript_sequence(
+                    parse_sample(parts["json"]),
+                    tokenizer,
+                    row_tokens=config.row_tokens,
+                    media=config.media,
+                    model=model,
+                    parts=parts,
+                    augmentation=Augmentation(config.augmentation, seed, raw["__restore_key__"]) if augmented else None,
+                )
+            ]
         return tokenize(
             parse_sample(parts["json"]),
             tokenizer,

@@ -13,6 +13,7 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from omni_train.recipe.speech import (
+    AugmentationConfig,
     Code2WavConfig,
     CodecConfig,
     NetworkName,
@@ -214,6 +215,7 @@ class DataConfig:
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
     media: MediaConfig = field(default_factory=MediaConfig)
+    augmentation: AugmentationConfig | None = None  # of transcribed clips; null: they are heard as they are
     # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the
     # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
     streams: int = 8

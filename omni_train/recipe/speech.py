@@ -96,7 +96,27 @@ class ZeroConfig:
 
 @dataclass
 class RecognitionConfig:
-    """How the recognizer learns."""
+    """How the recognizer learns, and how it is asked while it does."""
 
-    ctc_weight: float = 0.0  # of the auxiliary CTC loss; needs model.recognizer.ctc
-    spec_augment: bool = True
+    ctc_weight: float = 0.0  # of the auxiliary CTC loss beside the decoder's; needs model.recognizer.ctc
+    beam: int = 1  # hypotheses kept by the search for held-out transcripts; 1 is greedy
+    # Held-out clips are heard whole, and again with attention windows of these frames, as in streaming.
+    eval_windows: list[int] = field(default_factory=lambda: [100])
+
+
+@dataclass
+class AugmentationConfig:
+    """What the loader does to clips, anew each time that one is read; never in evaluation.
+
+    The names are those of speed perturbation (Ko et al. 2015) and SpecAugment (Park et al. 2019, section 2); the values
+    are ours.
+    """
+
+    speeds: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])  # one is drawn; pitch changes with it
+    noise_probability: float = 0.25  # that a clip gets noise, between white and brown
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])  # bounds of its signal-to-noise ratio
+    frequency_masks: int = 2
+    frequency_mask_bins: int = 27  # widest
+    time_masks: int = 2
+    time_mask_frames: int = 100  # longest
+    time_mask_fraction: float = 0.2  # of the clip that one may hide, at most

@@ -12,6 +12,7 @@ from omni_train.errors import UserError
 from omni_train.recipe.refusals import bounds, divides, refuse, value
 from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
 from omni_train.recipe.validate_media import check_media
+from omni_train.recipe.validate_recognition import check_recognition
 
 # The least value of each number, `None` values passing.
 _AT_LEAST = {
@@ -105,6 +106,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
     _model(recipe)
     _layout(recipe)
     check_media(recipe)
+    check_recognition(recipe)
     _rows(recipe)
     _optimization(recipe)
     if world_size is not None:
