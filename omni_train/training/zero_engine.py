@@ -16,7 +16,7 @@ from omni_train.training.engine import StepResult
 from omni_train.training.initial import initialize_networks
 from omni_train.training.optimizer import freeze, parameter_groups, set_learning_rate
 from omni_train.training.plain_checkpoint import read_network
-from omni_train.training.tasks import build_task
+from omni_train.training.tasks import build_evaluation, build_task
 from omni_train.training.zero import import_deepspeed, wrap
 from omni_train.training.zero_checkpoint import ZeroStore, fill
 
@@ -147,7 +147,7 @@ class ZeroEngine:
 
     def evaluation(self, feed):
         """What answers held-out questions: a call returns figures and this rank's predictions that are to be shown."""
-        run = self.task.evaluation(self.recipe, feed)
+        run = build_evaluation(self.recipe, feed)
         return lambda: run(self.plain_networks())
 
     def plain_networks(self) -> dict[str, torch.nn.Module]:
