@@ -79,7 +79,8 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
         adamw = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     else:
         adamw = torch.optim.AdamW(groups, fused=True, **options)
-    elements = min(ELEMENTS_AT_ONCE, max(1, sum(parameter.numel() for parameter in module.parameters())))
+    elements = min(ELEMENTS_AT_ONCE, sum(parameter.numel() for parameter in module.parameters()))
+    elements = -(-elements // 16) * 16  # it wants them aligned
     zero = {
         "stage": config.stage,
         "reduce_bucket_size": elements,
