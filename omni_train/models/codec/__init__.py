@@ -1,0 +1,17 @@
+"""The speech codec: 24 kHz waveforms to 12.5 frames of codes a second and back."""
+
+from omni_train.models.codec.codebooks import Usage, usage_of
+from omni_train.models.codec.encoder import CodecEncoder
+from omni_train.models.codec.model import CodecOutput, SpeechCodec
+from omni_train.models.codec.quantizer import Quantized, Regularization, SplitQuantizer
+
+__all__ = [
+    "CodecEncoder",
+    "CodecOutput",
+    "Quantized",
+    "Regularization",
+    "SpeechCodec",
+    "SplitQuantizer",
+    "Usage",
+    "usage_of",
+]

@@ -1,0 +1,130 @@
+"""The codec's encoder: Mimi's, from a waveform to latents at the rate of the codes.
+
+SEANet convolutions (Zeghidour et al. 2021), a causal Transformer, and a stride-2 convolution (Défossez et al. 2024,
+"Moshi", section 3.3.1). Causal throughout, and the same whole as in a stream.
+
+Axis letters: B batch, S samples, C channels, T time steps, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni_train.nn.causal_transformer import CausalTransformer
+from omni_train.nn.waveform import CausalConv1d, Stream
+from omni_train.recipe.speech import CodecConfig
+
+LATENT_STRIDE = 2
+"""Steps of the Transformer that make one frame of codes."""
+
+
+class CodecEncoder(torch.nn.Module):
+    """Waveform to latents.
+
+    Args:
+        config: its sizes.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        channels = config.num_filters
+        self.first = CausalConv1d(1, channels, config.kernel_size)
+        self.stages = torch.nn.ModuleList()
+        for stride in reversed(config.upsampling_ratios):
+            self.stages.append(DownStage(config, channels, stride))
+            channels *= 2
+        self.last = CausalConv1d(channels, config.hidden_size, config.last_kernel_size)
+        self.transformer = CausalTransformer(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            window=config.sliding_window,
+            rope_theta=config.rope_theta,
+            layer_scale=config.layer_scale_initial_scale,
+            eps=config.norm_eps,
+            gated=False,
+        )
+        self.downsample = CausalConv1d(
+            config.hidden_size,
+            config.hidden_size,
+            2 * LATENT_STRIDE,
+            stride=LATENT_STRIDE,
+            bias=False,
+            replicate=True,
+        )
+        for module in self.modules():  # as transformers does: a signal keeps its size through all layers
+            if isinstance(module, CausalConv1d):
+                torch.nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, waveform: Tensor, stream: Stream | None = None) -> Tensor:
+        """Encode.
+
+        Args:
+            waveform: (B, S) at 24 kHz.
+            stream: of a signal in pieces; all but the last are multiples of a frame long.
+
+        Returns:
+            (B, T, H) with T = ceil(S / samples of a frame).
+        """
+        x = self.first(waveform.unsqueeze(1), stream)
+        for stage in self.stages:
+            x = stage(x, stream)
+        x = self.last(F.elu(x, inplace=True), stream)
+        x = self.transformer(x.transpose(1, 2), stream)
+        return self.downsample(x.transpose(1, 2), stream).transpose(1, 2)
+
+
+class DownStage(torch.nn.Module):
+    """Residual units, then a strided convolution that doubles the channels.
+
+    Args:
+        config: the encoder's.
+        channels: C of the input.
+        stride: steps that become one.
+    """
+
+    def __init__(self, config: CodecConfig, channels: int, stride: int) -> None:
+        super().__init__()
+        self.units = torch.nn.ModuleList(
+            ResidualUnit(config, channels, config.dilation_growth_rate**unit)
+            for unit in range(config.num_residual_layers)
+        )
+        self.down = CausalConv1d(channels, 2 * channels, 2 * stride, stride=stride)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """(B, C, T) -> (B, 2·C, ceil(T / stride))."""
+        for unit in self.units:
+            x = unit(x, stream)
+        return self.down(F.elu(x, inplace=True), stream)
+
+
+class ResidualUnit(torch.nn.Module):
+    """x plus a dilated convolution to fewer channels and one back, an ELU before each.
+
+    Args:
+        config: the encoder's.
+        channels: C.
+        dilation: of the first convolution.
+    """
+
+    def __init__(self, config: CodecConfig, channels: int, dilation: int) -> None:
+        super().__init__()
+        narrow = channels // config.compress
+        self.narrow = CausalConv1d(channels, narrow, config.residual_kernel_size, dilation=dilation)
+        self.widen = CausalConv1d(narrow, channels, 1)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """(B, C, T) -> (B, C, T)."""
+        return x + self.widen(F.elu(self.narrow(F.elu(x), stream), inplace=True), stream)
+
+
+def frame_samples(config: CodecConfig) -> int:
+    """Samples of one frame of codes: 1920 in Mimi, 80 ms."""
+    return LATENT_STRIDE * math.prod(config.upsampling_ratios)

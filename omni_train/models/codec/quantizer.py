@@ -1,0 +1,204 @@
+"""The codec's quantiser: one semantic codebook beside residual acoustic ones (Défossez et al. 2024, "Moshi", 3.3.2-4).
+
+Our own rather than vector-quantize-pytorch's. That one smooths its codewords' counts, so a trained Mimi's codebooks (a
+sum and a count for each codeword, which is their ratio) would give other codes and not come back out; it draws from
+torch's global generator, so what a run draws would depend on its layout; it moves its codebooks in every forward pass,
+so by how the global batch is cut into rows; and it drops codebooks for a whole batch at once.
+
+Here a forward pass in training changes no codebook. It only counts; :meth:`SplitQuantizer.update`, once after each
+optimizer step, sums the counts over all ranks and moves the codebooks, to the same values in every layout.
+
+Axis letters: B batch, T frames, H hidden, D codebook dimension, N codebooks, K codewords, M samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni_train.models.codec.codebooks import Codebooks, Usage
+from omni_train.recipe.speech import CodecConfig
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """What training makes harder for the codes, for each sequence on its own; drawn from a generator."""
+
+    quantize_rate: float = 1.0
+    """Chance that a sequence is quantised; another's latents pass unquantised (Moshi: 0.5)."""
+    dropout_rate: float = 1.0
+    """Chance that a quantised sequence has only its first n codebooks, n from one acoustic codebook to all of them."""
+
+
+class Quantized(NamedTuple):
+    """What the quantiser made of latents."""
+
+    latents: Tensor
+    """(B, T, H), the gradient passing straight through to the input."""
+    semantic: Tensor
+    """(B, T, H) the semantic codebook's part of it, quantised in every sequence."""
+    commitment: Tensor
+    """(B, N) mean squared distance of the codebook's input from its codeword; 0 where the sequence does not use it."""
+    codes: Tensor
+    """(B, N, T)."""
+
+
+class _Draws(NamedTuple):
+    """What is drawn for the sequences of a training row."""
+
+    count: Tensor
+    """(B,) codebooks that the sequence uses."""
+    quantized: Tensor
+    """(B,) whether it is quantised."""
+    priority: Tensor
+    """(B, T) in [0, 1): which frames are samples of the global batch."""
+
+
+class SplitQuantizer(torch.nn.Module):
+    """Latents to codes and back: the semantic codebook and the residual acoustic ones both read the latents, and what
+    they make of them is added.
+
+    Args:
+        config: its sizes.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.num_semantic, self.num_quantizers = config.num_semantic_quantizers, config.num_quantizers
+        self.semantic = ResidualQuantizer(config, self.num_semantic)
+        self.acoustic = ResidualQuantizer(config, self.num_quantizers - self.num_semantic)
+
+    def forward(
+        self, latents: Tensor, generator: torch.Generator | None = None, harder: Regularization | None = None
+    ) -> Quantized:
+        """Quantise.
+
+        Args:
+            latents: (B, T, H).
+            generator: on the CPU. With it, in training mode, the codebooks' use is counted for :meth:`update`. Give
+                each row one seeded by seed, step and the row's place in the global batch: then no layout shows.
+            harder: see there; needs the generator.
+        """
+        draws = None
+        if self.training and generator is not None:
+            draws = self._draw(latents, generator, harder or Regularization(dropout_rate=0.0))
+        parts = [
+            self.semantic(latents, draws and draws._replace(count=draws.count.clamp(max=self.num_semantic))),
+            self.acoustic(latents, draws and draws._replace(count=draws.count - self.num_semantic)),
+        ]
+        return Quantized(
+            latents=parts[0].latents + parts[1].latents,
+            semantic=parts[0].quantized,
+            commitment=torch.cat([part.commitment for part in parts], dim=1),
+            codes=torch.cat([part.codes for part in parts], dim=1),
+        )
+
+    def encode(self, latents: Tensor, num_quantizers: int | None = None) -> Tensor:
+        """Codes alone.
+
+        Args:
+            latents: (B, T, H).
+            num_quantizers: n, only the first so many codebooks; None for all N.
+
+        Returns:
+            (B, n, T) integers.
+        """
+        count = num_quantizers or self.num_quantizers
+        codes = self.semantic.encode(latents, min(count, self.num_semantic))
+        if count == codes.shape[1]:
+            return codes
+        return torch.cat([codes, self.acoustic.encode(latents, count - self.num_semantic)], dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, n, T) codes of the first n codebooks -> latents (B, T, H)."""
+        latents = self.semantic.decode(codes[:, : self.num_semantic])
+        if codes.shape[1] > self.num_semantic:
+            latents = latents + self.acoustic.decode(codes[:, self.num_semantic :])
+        return latents
+
+    def update(self, generator: torch.Generator, decay: float = 0.99, dead_usage: float = 0.1) -> Usage:
+        """Move the codebooks by what was counted since the last time, and forget it. Collective.
+
+        The first time the codebooks are found by k-means among the latents of the step, which passed unquantised. From
+        then on they follow their inputs' moving average, and codewords that are hardly used begin anew at an input.
+
+        Args:
+            generator: on the CPU, seeded alike on all ranks.
+            decay: of the moving averages.
+            dead_usage: codewords used less than this part of their codebook's mean begin anew.
+        """
+        parts = [part.codebooks.update(generator, decay, dead_usage) for part in (self.semantic, self.acoustic)]
+        return Usage(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+    def _draw(self, latents: Tensor, generator: torch.Generator, harder: Regularization) -> _Draws:
+        B, T, _ = latents.shape
+        quantized_B = torch.rand(B, generator=generator) < harder.quantize_rate
+        dropped_B = torch.rand(B, generator=generator) < harder.dropout_rate
+        first = self.num_semantic + 1
+        count_B = torch.randint(first, self.num_quantizers + 1, (B,), generator=generator)
+        count_B = torch.where(dropped_B, count_B, self.num_quantizers)
+        priority_BT = torch.rand(B, T, generator=generator)
+        return _Draws(*(x.to(latents.device) for x in (count_B, quantized_B, priority_BT)))
+
+
+class _Part(NamedTuple):
+    latents: Tensor
+    quantized: Tensor
+    commitment: Tensor
+    codes: Tensor
+
+
+class ResidualQuantizer(torch.nn.Module):
+    """Codebooks of which each codes what those before it left (Zeghidour et al. 2021), between two projections.
+
+    Args:
+        config: the codec's.
+        count: N.
+    """
+
+    def __init__(self, config: CodecConfig, count: int) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.codebook_dim
+        self.input = torch.nn.Conv1d(hidden, dim, 1, bias=False)
+        self.output = torch.nn.Conv1d(dim, hidden, 1, bias=False)
+        self.codebooks = Codebooks(count, config.codebook_size, dim)
+
+    def forward(self, latents: Tensor, draws: _Draws | None = None) -> _Part:
+        """(B, T, H) quantised, and with `draws` counted; see :class:`Quantized`."""
+        x = self.input(latents.transpose(1, 2)).transpose(1, 2)
+        B, T, D = x.shape
+        count = self.codebooks.count
+        if draws is not None:
+            self.codebooks.sample(x.detach(), draws.priority)
+        if not self.codebooks.ready:  # before the first update
+            passed = self._project(x)
+            return _Part(passed, passed, x.new_zeros(B, count), x.new_zeros(B, count, T, dtype=torch.long))
+        codes, sums = self.codebooks.quantize(x.detach().float().flatten(0, 1), count)
+        sums = sums.unflatten(1, (B, T))  # (N, B, T, D) what the first codebooks make together
+        commitment = (x.float() - sums).square().mean((2, 3)).T
+        chosen = sums[-1]
+        if draws is not None:
+            self.codebooks.tally(x.detach().float(), sums, codes.unflatten(1, (B, T)), draws.count)
+            used_BN = torch.arange(count, device=x.device) < draws.count[:, None]
+            commitment = commitment * used_BN
+            chosen = sums[draws.count - 1, torch.arange(B, device=x.device)]
+        quantized = passed = self._project(x + (chosen.to(x.dtype) - x).detach())
+        if draws is not None:
+            passed = torch.where(draws.quantized[:, None, None], quantized, self._project(x))
+        return _Part(passed, quantized, commitment, codes.unflatten(1, (B, T)).transpose(0, 1))
+
+    def encode(self, latents: Tensor, count: int) -> Tensor:
+        """(B, T, H) -> codes (B, count, T) of the first codebooks."""
+        x = self.input(latents.transpose(1, 2)).transpose(1, 2)
+        codes, _ = self.codebooks.quantize(x.float().flatten(0, 1), count)
+        return codes.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, n, T) -> (B, T, H)."""
+        return self._project(self.codebooks.lookup(codes).to(self.output.weight.dtype))
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.output(x.transpose(1, 2)).transpose(1, 2)
