@@ -9,10 +9,12 @@ of a run do not depend on how many data ranks and loader workers there are.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron.energon import SavableDataset
@@ -23,9 +25,10 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from omni_train.data.augmentation import Augmentation
-from omni_train.data.batch import PackedBatch
+from omni_train.data.batch import Row
 from omni_train.data.blend import TokenBlend, Tokenized
 from omni_train.data.chat import TokenSequence, tokenize
+from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import SampleError, parse_sample
 from omni_train.data.sources import ShardFolder, StreamConfig
@@ -59,17 +62,17 @@ class Packer(BaseWrapperDataset):
 
     _savable_fields = ("_buffer", "_refused")
 
-    def __init__(self, dataset: SavableDataset, config: DataConfig, padding_token: int):
+    def __init__(self, dataset: SavableDataset, config: DataConfig, make_row: Callable[[list], Row]):
         super().__init__(dataset, worker_config=dataset.worker_config)
         self.data = config
-        self.padding_token = padding_token
+        self.make_row = make_row
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
         self._buffer = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
         self._refused: dict[str, int] = {}  # since the last row
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Row]:
         self._buffer.worker_start()
         source = iter(self.dataset)
         if lost := next((item.refused for item in self._buffer.buffer if item.sequence is None), None):
@@ -78,25 +81,19 @@ class Packer(BaseWrapperDataset):
                 "resume on the same shards, or start a new run with init_from"
             )
         lengths = [self._aligned(item.sequence) for item in self._buffer.buffer]
-        sizes = [media_bytes(item.sequence) for item in self._buffer.buffer]
+        sizes = [item.sequence.media_bytes for item in self._buffer.buffer]
         while True:
             while self._wants_more(lengths, sizes) and (item := next(source, None)) is not None:
                 if item.sequence is not None:
                     self._buffer.append(item)
                     lengths.append(self._aligned(item.sequence))
-                    sizes.append(media_bytes(item.sequence))
+                    sizes.append(item.sequence.media_bytes)
                 else:
                     self._refused[item.refused] = self._refused.get(item.refused, 0) + 1
             if not lengths:
                 return
             chosen = best_fit(lengths, self.data.row_tokens)
-            row = pack(
-                [self._buffer.buffer[index].sequence for index in chosen],
-                row_tokens=self.data.row_tokens,
-                alignment=self.data.alignment,
-                padding_token=self.padding_token,
-                float_positions=self.data.media.positions == Positions.qwen3_omni,
-            )
+            row = self.make_row([self._buffer.buffer[index].sequence for index in chosen])
             for index in sorted(chosen, reverse=True):
                 self._buffer.pop(index)
                 lengths.pop(index)
@@ -112,7 +109,7 @@ class Packer(BaseWrapperDataset):
             and sum(sizes) < BUFFER_BYTES
         )
 
-    def _aligned(self, sequence: TokenSequence) -> int:
+    def _aligned(self, sequence: TokenSequence | Crop) -> int:
         return aligned(len(sequence), self.data.alignment)
 
     def len_worker(self, worker_idx: int | None = None) -> int:
@@ -132,11 +129,6 @@ class Epochs(RepeatDataset):
     def restore_sample(self, restore_key: tuple) -> Any:
         _, repetition, *inner = restore_key
         return add_sample_restore_key(super().restore_sample(tuple(inner)), repetition, src=self)
-
-
-def media_bytes(sequence: TokenSequence) -> int:
-    """Memory of the decoded media of a sequence."""
-    return sum(array.nbytes for array in (*sequence.mel, *sequence.patches))
 
 
 def open_stream(
@@ -168,7 +160,20 @@ def open_stream(
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
         samples_before += len(source)
     blend = TokenBlend(shares, config.sources, worker_config=worker)
-    return Packer(blend, config, tokenizer.end_of_text)
+    return Packer(blend, config, row_maker(tokenizer, config))
+
+
+def row_maker(tokenizer: Tokenizer, config: DataConfig) -> Callable[[list], Row]:
+    """The function that makes a row of the sequences chosen for it."""
+    if config.rows is RowKind.crops:
+        return pack_crops
+    return partial(
+        pack,
+        row_tokens=config.row_tokens,
+        alignment=config.alignment,
+        padding_token=tokenizer.end_of_text,
+        float_positions=config.media.positions == Positions.qwen3_omni,
+    )
 
 
 def sequence_reader(
@@ -185,16 +190,19 @@ def sequence_reader(
 
     augmented = seed is not None and config.augmentation is not None
 
-    def sequences(raw: dict) -> list[TokenSequence]:
+    def sequences(raw: dict) -> list[TokenSequence] | list[Crop]:
         parts = raw["open"]()
         if parts is None:
             return []
         if "json" not in parts:
             raise SampleError("no_json")
+        sample = parse_sample(parts["json"])
+        if config.rows is RowKind.crops:
+            return [read_crop(sample, parts, config, model, draw=number_drawn(seed, raw))]
         if config.rows is RowKind.transcripts:
             return [
                 transcript_sequence(
-                    parse_sample(parts["json"]),
+                    sample,
                     tokenizer,
                     row_tokens=config.row_tokens,
                     media=config.media,
@@ -204,7 +212,7 @@ def sequence_reader(
                 )
             ]
         return tokenize(
-            parse_sample(parts["json"]),
+            sample,
             tokenizer,
             row_tokens=config.row_tokens,
             loss_on=config.loss_on,
@@ -234,6 +242,11 @@ def sequence_reader(
     return read
 
 
+def number_drawn(seed: int | None, raw: dict) -> int:
+    """A number for one reading of a sample: another one in every epoch, the same one in a stream that was restored."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, raw["__restore_key__"])).encode(), digest_size=8).digest()) >> 1
+
+
 @dataclass
 class StreamState:
     """Where a stream stands: its last snapshot, the rows taken since, and what became of its samples."""
@@ -260,7 +273,7 @@ class StreamReader:
     def __iter__(self) -> StreamReader:
         return self
 
-    def __next__(self) -> tuple[PackedBatch, bytes | None]:
+    def __next__(self) -> tuple[Row, bytes | None]:
         self.stream.worker_config.worker_activate(0)  # energon wants to know who is reading
         try:
             row = next(self._iterator)

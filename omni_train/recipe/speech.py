@@ -25,6 +25,13 @@ class RowKind(StrEnum):
     crops = "crops"  # waveforms of one length: the codec's
 
 
+class AdversarialLoss(StrEnum):
+    """What discriminators and generator play for."""
+
+    hinge = "hinge"  # EnCodec, Mimi
+    least_squares = "least_squares"  # HiFi-GAN, DAC
+
+
 @dataclass
 class RecognizerConfig:
     """The decoder that writes what the audio encoder hears: causal, with cross-attention, over the text tokenizer."""
@@ -120,3 +127,34 @@ class AugmentationConfig:
     time_masks: int = 2
     time_mask_frames: int = 100  # longest
     time_mask_fraction: float = 0.2  # of the clip that one may hide, at most
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Who tells speech from resynthesised speech: one complex STFT discriminator per window, one per period."""
+
+    stft_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # samples; hops of a quarter
+    stft_channels: int = 32
+    periods: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 11])  # samples
+    period_channels: list[int] = field(default_factory=lambda: [32, 128, 512, 1024, 1024])  # of each layer
+
+
+@dataclass
+class CodecTrainingConfig:
+    """How the codec, or Code2Wav alone, learns. The weights of mel, features and adversary are DAC's (section 4.3)."""
+
+    mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])  # samples
+    mel_bins: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])  # for each window
+    mel_weight: float = 15.0  # of the distance of log-mel spectrograms
+    linear_mel_weight: float = 0.0  # of the distance of mel spectrograms as they are
+    commitment_weight: float = 0.25
+    adversarial: AdversarialLoss = AdversarialLoss.hinge
+    adversarial_weight: float = 1.0
+    feature_weight: float = 2.0
+    adversarial_start: int = 0  # steps before discriminators learn and judge
+    discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    # What codebook 0 learns to mean: null, a folder of a WavLM model, or a checkpoint of our recognizer.
+    teacher: str | None = None
+    semantic_weight: float = 1.0  # of the cosine distance between the two
+    quantized_fraction: float = 0.5  # of the crops; the others reach the decoder without the quantiser (Mimi)
+    quantizer_dropout: float = 0.5  # of the quantised crops, the fraction that keeps its first codebooks only
