@@ -48,7 +48,7 @@ class WaveTraining(Task):
     ) -> None:
         self.networks = {"generator": generator, "discriminators": discriminators}
         self.config, self.sampling_rate, self.frame_samples = config, sampling_rate, frame_samples
-        self.mel = MelDistance(config.mel_windows, config.mel_bins, sampling_rate)
+        self.mel = MelDistance(config.mel_windows, config.mel_bins, sampling_rate, config.mel_floor)
 
     def weight(self, row: WaveRow) -> float:
         """Crops."""

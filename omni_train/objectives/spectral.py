@@ -9,9 +9,6 @@ import torch
 
 from omni_train.data.features.mel import mel_filters
 
-FLOOR = 1e-5
-"""Magnitude below which nothing is heard: white noise of -72 dB of full scale, in a window of 1,024 samples."""
-
 
 class MelDistance:
     """Mean absolute distances of mel spectrograms over several windows, as DAC and EnCodec have them.
@@ -23,10 +20,11 @@ class MelDistance:
         windows: samples of each.
         bins: mel bins for each.
         sampling_rate: of the waveforms, in Hz.
+        floor: magnitude below which nothing is heard.
     """
 
-    def __init__(self, windows: list[int], bins: list[int], sampling_rate: int) -> None:
-        self.windows, self.bins, self.sampling_rate = windows, bins, sampling_rate
+    def __init__(self, windows: list[int], bins: list[int], sampling_rate: int, floor: float = 1e-5) -> None:
+        self.windows, self.bins, self.sampling_rate, self.floor = windows, bins, sampling_rate, floor
 
     def __call__(
         self, one_BS: torch.Tensor, other_BS: torch.Tensor, lengths_B: torch.Tensor
@@ -43,7 +41,7 @@ class MelDistance:
             heard_BF = (frames_F < lengths_B[:, None]).to(one_BFM.dtype)
             heard_BF = heard_BF / heard_BF.sum(1, keepdim=True)
             linear.append(((one_BFM - other_BFM).abs().mean(2) * heard_BF).sum(1))
-            logs = (magnitudes.clamp_min(FLOOR).log10() for magnitudes in (one_BFM, other_BFM))
+            logs = (magnitudes.clamp_min(self.floor).log10() for magnitudes in (one_BFM, other_BFM))
             logarithmic.append(((next(logs) - next(logs)).abs().mean(2) * heard_BF).sum(1))
         return torch.stack(logarithmic).mean(0), torch.stack(linear).mean(0)
 
@@ -53,7 +51,7 @@ def mel_magnitudes(waveform_BS: torch.Tensor, window: int, bins: int, sampling_r
     shape = torch.hann_window(window, device=waveform_BS.device)
     spectrum = torch.stft(waveform_BS, window, hop_length=window // 4, window=shape / shape.sum(), return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()
-    magnitude_BFK = power.clamp_min(FLOOR**4).sqrt().transpose(1, 2)  # the root has no slope at zero
+    magnitude_BFK = power.clamp_min(1e-20).sqrt().transpose(1, 2)  # the root has no slope at zero
     filters_KM = mel_filters(bins, window, sampling_rate).to(waveform_BS.device)
     return magnitude_BFK @ (filters_KM / filters_KM.sum(0).clamp_min(1e-12))
 

@@ -50,7 +50,8 @@ class CodecEvaluation:
     def __init__(self, recipe: Recipe, directory: Path, transcribe: Transcribe | None = None) -> None:
         self.rate = codec_sampling_rate(recipe.model)
         self.codebooks = (recipe.model.code2wav.num_quantizers, recipe.model.code2wav.codebook_size)
-        self.mel = MelDistance(recipe.codec_training.mel_windows, recipe.codec_training.mel_bins, self.rate)
+        training = recipe.codec_training
+        self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
         self.kept, self.directory, self.transcribe = recipe.evaluation.print_samples, directory / "report", transcribe
         self.utterances = held_out_utterances(
             recipe.data,

@@ -56,7 +56,7 @@ def recipe(tmp_path_factory) -> Recipe:
 
 def transcribe(waveforms: list[np.ndarray]) -> list[str]:
     """Hears the third utterance, whose length it knows, and nothing else."""
-    return ["Word 2" if len(each) == SAMPLES[2] * 2 // 3 else "" for each in waveforms]
+    return ["Word 2" if abs(len(each) - SAMPLES[2] * 2 / 3) < 2 else "" for each in waveforms]
 
 
 class Parrot(SpeechCodec):
