@@ -145,8 +145,8 @@ class CodecTrainingConfig:
 
     mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])  # samples
     mel_bins: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])  # for each window
-    # Amplitude, of full scale 1, below which nothing is heard. The slope of the logarithm there is its reciprocal: where
-    # data have digital silence, a low floor makes silence the loudest part of the gradient.
+    # Amplitude, of full scale 1, below which nothing is heard. The slope of the logarithm there is its reciprocal:
+    # where data have digital silence, a low floor makes silence the loudest part of the gradient.
     mel_floor: float = 1.0e-5
     mel_weight: float = 15.0  # of the distance of log-mel spectrograms
     linear_mel_weight: float = 0.0  # of the distance of mel spectrograms as they are

@@ -12,7 +12,7 @@ from omni_train.data.blend import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
-from omni_train.recipe.schema import EngineName, Recipe
+from omni_train.recipe.schema import EngineName, NetworkName, Recipe
 from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.checkpoint_store import step_of
 from omni_train.training.feed import Feed
@@ -116,8 +116,9 @@ class Trainer:
 
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
-        every = self.recipe.tracking.expert_load_every
-        if every and self.recipe.model.num_experts and self.step % every == 0:
+        every, has_experts = self.recipe.tracking.expert_load_every, self.recipe.network is NetworkName.thinker
+        has_experts = has_experts and self.recipe.model.num_experts > 0
+        if every and has_experts and self.step % every == 0:
             loads = self.engine.expert_loads()
             if file is not None:
                 file.on_metrics({"step": self.step, "load_by_layer": loads})
@@ -203,8 +204,9 @@ class Trainer:
             for name, swapped in (("own", False), ("swapped", True)):
                 losses = self.engine.evaluate(self.feed.answers(swapped))
                 figures |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
+        speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
         for callback in callbacks:
-            callback.on_predictions(self.step, predictions)
+            (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, predictions)
         return figures
 
     def _save(self) -> None:

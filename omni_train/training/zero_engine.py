@@ -76,10 +76,6 @@ class ZeroEngine:
         """Write a checkpoint. Collective."""
         store.save(step, self, progress, loader_state)
 
-    def expert_loads(self) -> dict[int, list[float]]:
-        """None: these networks have no experts."""
-        return {}
-
     def flops(self, rows: list) -> float:
         """Of a step over these rows: forward and backward are six operations per parameter and token, roughly."""
         count = sum(full_shape(p).numel() for network in self.task.networks.values() for p in network.parameters())
@@ -122,7 +118,8 @@ class ZeroEngine:
             outcomes.append(outcome)
         metrics = _figures(outcomes)
         updated, first = True, next(iter(self.engines))
-        for name, engine in self.engines.items():
+        for name in outcomes[0].losses:  # the others rest
+            engine = self.engines[name]
             engine.step()
             updated = updated and bool(engine._step_applied)
             norm = float(engine.get_global_grad_norm() or 0.0)
