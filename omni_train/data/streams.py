@@ -75,6 +75,11 @@ class Packer(BaseWrapperDataset):
     def __iter__(self) -> Iterator[Row]:
         self._buffer.worker_start()
         source = iter(self.dataset)
+        if lost := next((item.refused for item in self._buffer.buffer if item.sequence is None), None):
+            raise UserError(
+                f"data: a sample that waited to be packed when the checkpoint was written is now refused ({lost}); "
+                "resume on the same shards, or start a new run with init_from"
+            )
         lengths = [self._aligned(item.sequence) for item in self._buffer.buffer]
         sizes = [item.sequence.media_bytes for item in self._buffer.buffer]
         while True:

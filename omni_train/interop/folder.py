@@ -89,6 +89,15 @@ class Folder:
             return tensor[first : first + last, :, columns].flatten(0, 1)
         return tensor[first : first + 1, start : last * shape[1] + stop, columns].squeeze(0)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor.
+
+        Raises:
+            UserError: it is neither fp32 nor bf16.
+        """
+        self.dtype(name)
+        return self._where[name].get_tensor(name)
+
     def check(self, table: TensorMap) -> None:
         """Refuse a folder that is not exactly what the table reads.
 

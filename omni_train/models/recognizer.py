@@ -183,7 +183,7 @@ class SpeechRecognizer(torch.nn.Module):
             utterances: of a row.
             window_frames: frames that attend to each other in the encoder, 0 for whole clips.
         """
-        hidden_AH, lengths = self._encode(utterances.mel, utterances.mel_cu_seqlens, window_frames)
+        hidden_AH, lengths = self.hear(utterances.mel, utterances.mel_cu_seqlens, window_frames)
         device = hidden_AH.device
         loss, correct = self.audio_decoder(
             utterances.tokens,
@@ -202,21 +202,21 @@ class SpeechRecognizer(torch.nn.Module):
             window_frames: as in `forward`.
             hypotheses: transcripts of each clip that grow beside each other.
         """
-        hidden_AH, lengths = self._encode(mel_FM, mel_cu_seqlens, window_frames)
+        hidden_AH, lengths = self.hear(mel_FM, mel_cu_seqlens, window_frames)
         heard = Heard(hidden_AH, Spans(lengths, hidden_AH.device))
         spans = Spans([hypotheses] * len(lengths), hidden_AH.device)
         return Decoding(heard, spans, [Past() for _ in self.audio_decoder.layers])
+
+    def hear(self, mel_FM: Tensor, mel_cu_seqlens: Tensor, window_frames: int) -> tuple[Tensor, list[int]]:
+        """(A, H) of all clips from the audio encoder, and the audio tokens of each."""
+        clips = [stop - start for start, stop in pairwise(mel_cu_seqlens.tolist())]
+        lengths = [audio_tokens(frames, self.audio_encoder.audio) for frames in clips]
+        return self.audio_encoder(mel_FM, mel_cu_seqlens, window_frames), lengths
 
     def next_log_probs(self, decoding: Decoding, tokens_N: Tensor) -> Tensor:
         """(N, V) fp32 log-probabilities of what follows, once each hypothesis has grown by a token of `tokens_N`."""
         logits_NV = self.audio_decoder(tokens_N, decoding.spans, decoding.heard, past=decoding.past)
         return logits_NV.float().log_softmax(-1)
-
-    def _encode(self, mel_FM: Tensor, mel_cu_seqlens: Tensor, window_frames: int) -> tuple[Tensor, list[int]]:
-        """(A, H) of all clips, and the tokens of each."""
-        clips = [stop - start for start, stop in pairwise(mel_cu_seqlens.tolist())]
-        lengths = [audio_tokens(frames, self.audio_encoder.audio) for frames in clips]
-        return self.audio_encoder(mel_FM, mel_cu_seqlens, window_frames), lengths
 
 
 @dataclass

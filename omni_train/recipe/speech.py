@@ -98,6 +98,7 @@ class ZeroConfig:
 
     stage: int = 1  # 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
     offload_optimizer: bool = False  # its state in the host's memory
+    whole_below: int = 100000  # stage 3: parameters of fewer elements stay whole on every rank
 
 
 @dataclass
@@ -144,8 +145,8 @@ class CodecTrainingConfig:
 
     mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])  # samples
     mel_bins: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])  # for each window
-    # Amplitude, of full scale 1, added before the logarithm: what is below is hardly heard. Where recordings have digital
-    # silence a low floor makes that the loudest part of the gradient.
+    # Amplitude, of full scale 1, added before the logarithm: what is below is hardly heard. Where recordings have
+    # digital silence a low floor makes that the loudest part of the gradient.
     mel_floor: float = 1.0e-5
     mel_weight: float = 15.0  # of the distance of log-mel spectrograms
     linear_mel_weight: float = 0.0  # of the distance of mel spectrograms as they are

@@ -13,6 +13,7 @@ from omni_train.recipe.refusals import bounds, divides, refuse, value
 from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
 from omni_train.recipe.speech import NetworkName
 from omni_train.recipe.validate_codec import check_codec
+from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
 from omni_train.recipe.validate_recognition import check_recognition
 
@@ -109,6 +110,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
     _layout(recipe)
     check_media(recipe)
     check_recognition(recipe)
+    check_engine(recipe)
     check_codec(recipe)
     _rows(recipe)
     _optimization(recipe)

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from omni_train.data.codes import content_hash, is_hash
 from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
-from omni_train.recipe.schema import ModelConfig
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
-from omni_train.training.checkpoint import resolve
-
-GENERATOR = "generator.safetensors"
+from omni_train.training.checkpoint import read_model_config
+from omni_train.training.checkpoint_store import resolve
+from omni_train.training.plain_checkpoint import is_plain, read_network
 
 
 class OpenCodec:
@@ -40,23 +37,20 @@ class OpenCodec:
 
 
 def open_codec(path: str) -> OpenCodec:
-    """The codec of a checkpoint, or of a run's latest.
+    """The codec of a checkpoint, or of a run's latest; its average over the steps where the run kept one.
 
     Raises:
         UserError: there is no checkpoint, or it is of another network.
     """
     checkpoint = resolve(path)
-    if not (checkpoint / GENERATOR).exists():
+    model = read_model_config(checkpoint)
+    if not is_plain(checkpoint) or model.codec is None or model.code2wav is None:
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
-    written = torch.load(checkpoint / "model.pt", weights_only=True)
-    if not written.get("codec") or not written.get("code2wav"):
-        raise UserError(f"codec={path}: its model has no codec; give a checkpoint of network=codec")
-    model = ModelConfig(codec=CodecConfig(**written["codec"]), code2wav=Code2WavConfig(**written["code2wav"]))
-    tensors = load_file(checkpoint / GENERATOR)
+    tensors = read_network(checkpoint, "generator")
     if not any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
     teacher = tensors.get("teacher.weight")
-    codec = SpeechCodec(model.codec, model.code2wav, 0 if teacher is None else len(teacher))
+    codec = SpeechCodec(model.codec, model.code2wav, 0 if teacher is None else len(teacher)).float()
     codec.load_state_dict(tensors)
     return OpenCodec(codec.eval())
 

@@ -139,7 +139,8 @@ def _say_again(
         codes_1NT = torch.from_numpy(utterance.codes)[None].to(device)
         spoken_1S = codec(codes_1NT)
     else:
-        codes_1NT = codec.encode(torch.from_numpy(utterance.waveform)[None].to(device))
+        waveform_1S = torch.from_numpy(utterance.waveform)[None]
+        codes_1NT = codec.encode(waveform_1S.to(device, codec.bridge.weight.dtype))
         spoken_1S = codec.decode(codes_1NT)
     return codes_1NT[0].cpu(), spoken_1S[0, : len(utterance.waveform)].float().cpu().numpy()
 

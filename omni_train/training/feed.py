@@ -40,11 +40,18 @@ class Feed:
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
             raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
+        if data.codec is not None:
+            from omni_train.training.codec_checkpoint import codec_hash
+
+            self.recipe = replace(self.recipe, data=replace(data, codec=codec_hash(data.codec)))
+            data = self.recipe.data
         self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 
     def _share(self, read: Callable):
         """What `read` returns on the reading rank, on every rank of the group; what it refuses, likewise."""
+        if self.group.size() == 1:
+            return read()
         message: list = [None]
         problem: UserError | None = None
         if self.reads:
@@ -59,6 +66,8 @@ class Feed:
 
     def _share_rows(self, read: Callable[[], list[PackedBatch]]) -> list[PackedBatch]:
         """Rows as `_share`, but their media as tensors, and only to the ranks of the first pipeline stage."""
+        if self.group.size() == 1:
+            return read()
         read_rows: list[PackedBatch] = []
 
         def without_media() -> list[tuple[PackedBatch, dict]]:

@@ -151,7 +151,7 @@ class Codebooks(torch.nn.Module):
                 counts = torch.bincount(nearest, minlength=self.size).to(centres)
                 sums = torch.zeros_like(centres).index_add_(0, nearest, residual)
                 centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-            # In numbers of a whole step, as the moving average counts; one without any input is dead at the next update.
+            # In numbers of a whole step, as the moving average counts; one without any input is soon dead.
             usage = (counts * (total / len(residual))).clamp(min=1e-3)
             self.cluster_usage[number] = usage
             self.embed_sum[number] = centres * usage[:, None]

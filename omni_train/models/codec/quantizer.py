@@ -2,8 +2,8 @@
 
 Our own rather than vector-quantize-pytorch's. That one smooths its codewords' counts, so a trained Mimi's codebooks (a
 sum and a count for each codeword, which is their ratio) would give other codes and not come back out; it draws from
-torch's global generator, so what a run draws would depend on its layout; it moves its codebooks in every forward pass, so
-by how the global batch is cut into rows; and it drops codebooks for a whole batch at once.
+torch's global generator, so what a run draws would depend on its layout; it moves its codebooks in every forward pass,
+so by how the global batch is cut into rows; and it drops codebooks for a whole batch at once.
 
 Here a forward pass in training changes no codebook. It only counts; :meth:`SplitQuantizer.update`, once after each
 optimizer step, sums the counts over all ranks and moves the codebooks, to the same values in every layout.
@@ -78,8 +78,8 @@ class SplitQuantizer(torch.nn.Module):
 
         Args:
             latents: (B, T, H).
-            generator: on the CPU. With it, in training mode, the codebooks' use is counted for :meth:`update`. Give each
-                row one seeded by seed, step and the row's place in the global batch: then nothing depends on the layout.
+            generator: on the CPU. With it, in training mode, the codebooks' use is counted for :meth:`update`. Give
+                each row one seeded by seed, step and the row's place in the global batch: then no layout shows.
             harder: see there; needs the generator.
         """
         draws = None

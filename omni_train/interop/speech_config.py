@@ -1,0 +1,104 @@
+"""Which key of a Mimi's or a Code2Wav's ``config.json`` is which of ours, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from omni_train.errors import UserError
+from omni_train.interop.encoder_config import need, only
+from omni_train.models.codec.encoder import frame_samples
+from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+
+# Keys that change the numbers, and the only value that our networks compute. A key that is left out has it.
+_FIXED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "rope_type": "default",
+    "type": "default",
+}
+_FIXED_MIMI = {
+    "audio_channels": 1,
+    "use_causal_conv": True,
+    "pad_mode": "constant",
+    "use_conv_shortcut": False,
+    "hidden_act": "gelu",
+    **_FIXED,
+}
+_FIXED_CODE2WAV = {"hidden_act": "silu", **_FIXED}
+_CODEC = [field.name for field in fields(CodecConfig)]
+_CODE2WAV = [field.name for field in fields(Code2WavConfig)]
+
+
+def codec_from_hugging_face(config: Mapping[str, Any]) -> CodecConfig:
+    """Sizes of encoder and quantiser, from a MimiModel's ``config.json``.
+
+    Raises:
+        UserError: another model's, a key is missing, or a key has a value that our codec does not compute.
+    """
+    if config.get("model_type") != "mimi":
+        raise UserError(f"config.json: model_type={config.get('model_type')}; format=mimi reads mimi")
+    config = _flat(config)
+    config.setdefault("head_dim", need(config, "hidden_size") // need(config, "num_attention_heads"))
+    dim = need(config, "codebook_dim")
+    only(config, {**_FIXED_MIMI, "vector_quantization_hidden_dimension": dim})
+    codec = CodecConfig(**{key: need(config, key) for key in _CODEC})
+    if dim == codec.hidden_size:
+        raise UserError(f"config.json: codebook_dim={dim}: as wide as the latents, without projections: not supported")
+    only(config, {"frame_rate": codec.sampling_rate / frame_samples(codec)})
+    return codec
+
+
+def codec_to_hugging_face(codec: CodecConfig) -> dict[str, Any]:
+    """A ``config.json`` of a MimiModel without a decoder."""
+    return {
+        "architectures": ["MimiModel"],
+        "model_type": "mimi",
+        "decoder_config": None,
+        "vector_quantization_hidden_dimension": codec.codebook_dim,
+        **{key: value for key, value in _FIXED_MIMI.items() if key not in _FIXED},
+        **_to_hugging_face(codec, _CODEC),
+    }
+
+
+def code2wav_from_hugging_face(config: Mapping[str, Any]) -> Code2WavConfig:
+    """Sizes of Code2Wav, from its own ``config.json`` or a whole Qwen3-Omni's.
+
+    Raises:
+        UserError: a key is missing, or has a value that our Code2Wav does not compute.
+    """
+    config = _flat(config.get("code2wav_config", config))
+    only(config, _FIXED_CODE2WAV)
+    if config.get("head_dim"):
+        only(config, {"head_dim": need(config, "hidden_size") // need(config, "num_attention_heads")})
+    return Code2WavConfig(**{key: need(config, key) for key in _CODE2WAV})
+
+
+def code2wav_to_hugging_face(code2wav: Code2WavConfig) -> dict[str, Any]:
+    """A ``config.json`` of a Code2Wav alone."""
+    return {
+        "architectures": ["Qwen3OmniMoeCode2Wav"],
+        "hidden_act": "silu",
+        **_to_hugging_face(code2wav, _CODE2WAV),
+    }
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the rotary embedding's keys among the others, and the lists as lists."""
+    flat = {"rope_theta": 10000.0, **config, **(config.get("rope_parameters") or {})}
+    flat["rope_theta"] = float(flat["rope_theta"])
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if value is not None}
+
+
+def _to_hugging_face(config: CodecConfig | Code2WavConfig, keys: list[str]) -> dict[str, Any]:
+    values = {key: getattr(config, key) for key in keys}
+    values = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in values.items()}
+    theta = values.pop("rope_theta")
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        **values,
+    }
