@@ -19,6 +19,7 @@ from omni_train.nn.waveform import CausalConv1d, Stream
 from omni_train.recipe.speech import CodecConfig
 
 LATENT_STRIDE = 2
+LOUDER = 10.0
 """Steps of the Transformer that make one frame of codes."""
 
 
@@ -62,6 +63,12 @@ class CodecEncoder(torch.nn.Module):
         for module in self.modules():  # as transformers does: a signal keeps its size through all layers
             if isinstance(module, CausalConv1d):
                 torch.nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    torch.nn.init.zeros_(module.bias)
+        # Ours: speech is a tenth of full scale and less, where ELU beside biases as large as transformers draws them is
+        # a straight line, and what is linear in a waveform does not tell how loud it is: the codec learned nothing.
+        with torch.no_grad():
+            self.first.weight.mul_(LOUDER)
 
     def forward(self, waveform: Tensor, stream: Stream | None = None) -> Tensor:
         """Encode.
