@@ -215,11 +215,6 @@ class Codebooks(torch.nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._derived = None
 
-    def __deepcopy__(self, memo):
-        copy = Codebooks(self.count, self.size, self.dim).to(self.embed_sum.device)
-        copy.load_state_dict(self.state_dict())
-        return copy.train(self.training)
-
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -239,8 +234,8 @@ def _all_gather(table: Tensor) -> Tensor:
     """Rows of all ranks, which may have different numbers of them."""
     if _world_size() == 1:
         return table
-    lengths = [torch.zeros((), dtype=torch.long, device=table.device) for _ in range(_world_size())]
-    dist.all_gather(lengths, torch.tensor(len(table), device=table.device))
+    lengths = [torch.zeros(1, dtype=torch.long, device=table.device) for _ in range(_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(table)], device=table.device))
     longest = max(int(length) for length in lengths)
     tables = [table.new_empty(longest, table.shape[1]) for _ in lengths]
     dist.all_gather(tables, F.pad(table, (0, 0, 0, longest - len(table))).contiguous())
