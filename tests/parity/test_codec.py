@@ -67,7 +67,7 @@ def test_latents_of_codes_are_mimis(mimi):
 def code2wav(tmp_path_factory):
     """transformers' Code2Wav, and ours read from its folder."""
     config = Qwen3OmniMoeCode2WavConfig(
-        codebook_size=40,
+        codebook_size=32,
         num_quantizers=7,
         hidden_size=20,
         num_hidden_layers=2,

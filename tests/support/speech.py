@@ -15,11 +15,11 @@ CODEC = CodecConfig(
     intermediate_size=26,
     sliding_window=11,
     num_quantizers=7,
-    codebook_size=40,
+    codebook_size=32,
     codebook_dim=5,
 )
 CODE2WAV = Code2WavConfig(
-    codebook_size=40,
+    codebook_size=32,
     num_quantizers=7,
     hidden_size=20,
     num_hidden_layers=2,
