@@ -159,7 +159,8 @@ def ours(folder: Path) -> Callable[[str], float]:
     """The step of our engine: kind of samples -> mean loss per token before the update."""
     platform.init_distributed()
     from omni_train.interop.convert import import_checkpoint
-    from omni_train.training.checkpoint import load_model, resolve
+    from omni_train.training.checkpoint import load_model
+    from omni_train.training.checkpoint_store import resolve
     from omni_train.training.engine import MegatronEngine
 
     import_checkpoint("qwen3_5_moe", folder, folder / "imported")

@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
@@ -26,14 +26,23 @@ def write_shard(file: Path, samples: Iterable[tuple]) -> None:
 
     The same samples give the same bytes.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
+
+    def files() -> Iterator[tuple[str, bytes]]:
         for key, fields, *media in samples:
             parts = {"json": json.dumps(fields, ensure_ascii=False).encode()} | dict(*media)
-            for name, data in parts.items():
-                member = tarfile.TarInfo(f"{key}.{name}")  # without owner and time
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            yield from ((f"{key}.{name}", data) for name, data in parts.items())
+
+    write_files(file, files())
+
+
+def write_files(file: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write one tar of ``files``, names and contents; the same ones give the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)  # without owner and time
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def index_shards(folder: Path) -> None:

@@ -18,9 +18,10 @@ omni-train <command> [arguments]
                omni-train train --help
   pipeline   train several stages, each from the one before
                omni-train pipeline name=smoke
-  data       write a data set: our own small one, or the samples of a manifest
+  data       write a data set: our own small one, the samples of a manifest, or a codec's codes beside speech
                omni-train data rehearsal out=DIR
                omni-train data pack manifest=FILE.jsonl out=DIR tokenizer=DIR
+               omni-train data codes data=DIR codec=CHECKPOINT
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
 
@@ -85,7 +86,12 @@ def _data(arguments: list[str]) -> int:
 
         return pack
 
-    return call("omni-train data", {"rehearsal": rehearsal, "pack": pack}, arguments)
+    def codes():
+        from omni_train.training.codec_checkpoint import write_codes
+
+        return write_codes
+
+    return call("omni-train data", {"rehearsal": rehearsal, "pack": pack, "codes": codes}, arguments)
 
 
 def _convert(arguments: list[str]) -> int:

@@ -65,3 +65,18 @@ class PackedBatch:
     def num_loss_tokens(self) -> float:
         """Sum of the loss weights."""
         return float(self.loss_weights.sum())
+
+
+@dataclass
+class WaveRow:
+    """One row of B crops of speech, each of S samples: zeros follow where the speech is shorter."""
+
+    waveform: torch.Tensor  # (B, S) float32, of the codec's sampling rate
+    lengths: torch.Tensor  # (B,) int64: samples of speech in each, from 1 to S
+    draws: torch.Tensor  # (B,) int64: a number drawn for each crop, whatever is random about it in training
+    codes: torch.Tensor | None = None  # (B, N, frames) int64: what a codec made of it; zeros after its end
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
+    samples: int = 0
+
+
+Row = PackedBatch | WaveRow

@@ -11,6 +11,7 @@ from megatron.energon.flavors.base_dataset import add_sample_restore_key
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from omni_train.data.chat import TokenSequence
+from omni_train.data.crops import Crop
 from omni_train.errors import UserError
 from omni_train.recipe.schema import SourceConfig
 
@@ -22,7 +23,7 @@ class Tokenized:
     """A sequence on its way to packing, or the reason why a sample has none."""
 
     __restore_key__: tuple
-    sequence: TokenSequence | None = None
+    sequence: TokenSequence | Crop | None = None
     refused: str | None = None
 
 

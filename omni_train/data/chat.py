@@ -38,6 +38,11 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def media_bytes(self) -> int:
+        """Memory of the decoded media."""
+        return sum(array.nbytes for array in (*self.mel, *self.patches))
+
 
 def tokenize(
     sample: Sample,

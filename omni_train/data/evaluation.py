@@ -14,8 +14,10 @@ from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import Chat, Medium, SampleError, parse_sample
 from omni_train.data.sources import ShardFolder, open_source
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.transcripts import transcript_prompt
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, LossOn, ModelConfig, Positions
+from omni_train.recipe.speech import RowKind
 
 
 @dataclass
@@ -42,12 +44,14 @@ def held_out_questions(
     """This rank's share of the chats among the first ``evaluation.samples`` samples of each source.
 
     The first of each source come first, so that a few show every source. The same at every call, and all ranks' shares
-    together are the same for any number of ranks; what cannot be read is left out.
+    together are the same for any number of ranks; what cannot be read is left out. With ``data.rows=transcripts`` they
+    are clips, and the answer is what is said in them.
 
     Raises:
         UserError: no source has a chat with an answer there, or the split is missing.
     """
     tokenizer = Tokenizer(data.tokenizer)
+    ask = transcript_prompt if data.rows is RowKind.transcripts else prompt
     sources = [open_source(source, split, training=False) for source in data.sources]
     chats = [list(_chats(source, evaluation.samples)) for source in sources]
     if not any(chats):
@@ -63,7 +67,7 @@ def held_out_questions(
             index, chat, read = of_source[place]
             try:
                 parts = read()
-                given, answer = prompt(
+                given, answer = ask(
                     chat, tokenizer, max_tokens=data.row_tokens, media=data.media, model=model, parts=parts
                 )
             except SampleError:

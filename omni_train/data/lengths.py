@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from omni_train.recipe.schema import AudioEncoderConfig, VisionEncoderConfig
+from math import prod
+
+from omni_train.recipe.schema import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
+from omni_train.recipe.speech import CodecConfig
 
 FRAMES_PER_SECOND = 100  # mel frames: a hop of 10 ms
 
@@ -42,3 +45,18 @@ def audio_token_start(index: int, audio: AudioEncoderConfig) -> float:
     """Seconds at which audio token ``index`` of a clip begins."""
     chunk, within = divmod(index, convolved(audio.chunk_frames, audio.num_convolutions))
     return (chunk * audio.chunk_frames + within * 2**audio.num_convolutions) / FRAMES_PER_SECOND
+
+
+def codec_sampling_rate(model: ModelConfig) -> int:
+    """Hz, of what the codec hears and Code2Wav says."""
+    return (model.codec or CodecConfig()).sampling_rate
+
+
+def codec_frame_samples(model: ModelConfig) -> int:
+    """Samples of one codec frame: 1,920 of 24 kHz at 12.5 frames a second. Code2Wav makes as many of each frame."""
+    return prod([*model.code2wav.upsampling_ratios, *model.code2wav.upsample_rates])
+
+
+def crop_frames(seconds: float, model: ModelConfig) -> int:
+    """Codec frames of a crop, one at least."""
+    return max(1, round(seconds * codec_sampling_rate(model) / codec_frame_samples(model)))

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from omni_train.data.batch import PackedBatch
+from omni_train.data.batch import Row
 from omni_train.data.blend import describe
+from omni_train.data.codes import check_codes
 from omni_train.data.sources import open_source
 from omni_train.data.streams import Packer, StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class Rows(IterableDataset):
         self.states = states
         self.first = first
 
-    def __iter__(self) -> Iterator[tuple[int, PackedBatch | UserError, bytes | None]]:
+    def __iter__(self) -> Iterator[tuple[int, Row | UserError, bytes | None]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = list(self.states)
@@ -76,7 +77,7 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> PackedBatch:
+    def __next__(self) -> Row:
         """The next row. Raises UserError when more than ``data.max_skip_fraction`` of the samples were refused."""
         if self._iterator is None:
             self._iterator = self._start()
@@ -209,7 +210,7 @@ def evaluation_rows(
     rows: int,
     data_rank: int = 0,
     data_world_size: int = 1,
-) -> list[PackedBatch]:
+) -> list[Row]:
     """This rank's share of the first ``rows`` rows of a split, each source in shard order and in its share of the
     tokens: the same at every call and in every layout.
 
@@ -265,6 +266,7 @@ def _check(config: DataConfig) -> None:
         raise UserError("data.sources is empty; name at least one folder of shards")
     if config.row_tokens <= 0 or config.alignment <= 0 or config.row_tokens % config.alignment:
         raise UserError(f"data.row_tokens={config.row_tokens} must be a multiple of data.alignment={config.alignment}")
+    check_codes(config)
 
 
 def _open_repeating(

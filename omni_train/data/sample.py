@@ -9,7 +9,9 @@ A document is ``{"text": ..., "meta": {...}}``. A chat is ``{"messages": [{"role
 - ``{"type": "video", "video": "2.mp4", "sound": true}``; without ``sound`` the video is silent
 
 where the file is the field of that name of the same key (``key.0.flac`` in the shard). Sound and video may give
-``start`` and ``end`` in seconds. ``meta`` (language, task, source, twin, ...) is optional and kept as it is.
+``start`` and ``end`` in seconds. ``"speech": "2.flac"`` beside ``text`` or ``messages`` names the file in which the
+text, or the last answer, is spoken: what speech is learned from. ``meta`` (language, task, source, twin, ...) is
+optional and kept as it is.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Document:
 
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
+    speech: str | None = None  # the file in which it is spoken
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Chat:
 
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    speech: str | None = None  # the file in which the last answer is spoken
 
     @property
     def media(self) -> tuple[Medium, ...]:
@@ -78,6 +82,13 @@ class Chat:
 
 
 Sample = Document | Chat
+
+
+def speech_of(sample: Sample) -> Medium | None:
+    """The sound that a sample teaches to speak: its speech target, else the first sound of a chat."""
+    if sample.speech is not None:
+        return Medium("audio", sample.speech)
+    return next((medium for medium in getattr(sample, "media", ()) if medium.kind == "audio"), None)
 
 
 def parse_sample(data: bytes) -> Sample:
@@ -94,16 +105,19 @@ def parse_sample(data: bytes) -> Sample:
     meta = fields.get("meta", {}) if isinstance(fields, dict) else None
     if not isinstance(meta, dict) or ("text" in fields and "messages" in fields):
         raise SampleError("unknown_schema")
+    speech = fields.get("speech")
+    if speech is not None and not isinstance(speech, str):
+        raise SampleError("unknown_schema")
     if "text" in fields:
         text = _text(fields["text"])
         if not text.strip():
             raise SampleError("empty")
-        return Document(text, meta)
+        return Document(text, meta, speech)
     if "messages" not in fields:
         raise SampleError("no_messages")
     if not isinstance(fields["messages"], list):
         raise SampleError("unknown_schema")
-    chat = Chat(tuple(_turn(message) for message in fields["messages"]), meta)
+    chat = Chat(tuple(_turn(message) for message in fields["messages"]), meta, speech)
     if not any(turn.text.strip() for turn in chat.turns) and not chat.media:
         raise SampleError("empty")
     return chat

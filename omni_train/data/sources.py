@@ -105,7 +105,7 @@ def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFol
     worker = StreamConfig(rank=0, world_size=1, num_workers=1)
     try:
         folder = ShardFolder(
-            _energon_path(source.path),
+            energon_path(source.path),
             split_part=split,
             training=training,
             worker_config=worker,
@@ -124,7 +124,7 @@ def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFol
     return folder
 
 
-def _energon_path(path: str) -> EPath:
+def energon_path(path: str) -> EPath:
     """energon knows local paths and msc://; for other URLs (s3://, gs://) its storage client has an msc:// name."""
     if "://" in path and not path.startswith(("msc://", "file://")):
         client, inner = multistorageclient.resolve_storage_client(path)

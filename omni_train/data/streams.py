@@ -9,26 +9,34 @@ of a run do not depend on how many data ranks and loader workers there are.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from megatron.energon import SavableDataset
 from megatron.energon.errors import reraise_exception
+from megatron.energon.flavors.base_dataset import add_sample_restore_key
 from megatron.energon.wrappers import MapDataset, RepeatDataset, ShuffleBufferDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from omni_train.data.batch import PackedBatch
+from omni_train.data.augmentation import Augmentation
+from omni_train.data.batch import Row
 from omni_train.data.blend import TokenBlend, Tokenized
 from omni_train.data.chat import TokenSequence, tokenize
+from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import SampleError, parse_sample
 from omni_train.data.sources import ShardFolder, StreamConfig
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.transcripts import transcript_sequence
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, ModelConfig, Positions
+from omni_train.recipe.speech import RowKind
 
 # A snapshot of a stream's state takes milliseconds, and a restored stream makes the rows since the last one again: long
 # rows have a snapshot each.
@@ -54,39 +62,38 @@ class Packer(BaseWrapperDataset):
 
     _savable_fields = ("_buffer", "_refused")
 
-    def __init__(self, dataset: SavableDataset, config: DataConfig, padding_token: int):
+    def __init__(self, dataset: SavableDataset, config: DataConfig, make_row: Callable[[list], Row]):
         super().__init__(dataset, worker_config=dataset.worker_config)
         self.data = config
-        self.padding_token = padding_token
+        self.make_row = make_row
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
         self._buffer = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
         self._refused: dict[str, int] = {}  # since the last row
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[Row]:
         self._buffer.worker_start()
         source = iter(self.dataset)
+        if lost := next((item.refused for item in self._buffer.buffer if item.sequence is None), None):
+            raise UserError(
+                f"data: a sample that waited to be packed when the checkpoint was written is now refused ({lost}); "
+                "resume on the same shards, or start a new run with init_from"
+            )
         lengths = [self._aligned(item.sequence) for item in self._buffer.buffer]
-        sizes = [media_bytes(item.sequence) for item in self._buffer.buffer]
+        sizes = [item.sequence.media_bytes for item in self._buffer.buffer]
         while True:
             while self._wants_more(lengths, sizes) and (item := next(source, None)) is not None:
                 if item.sequence is not None:
                     self._buffer.append(item)
                     lengths.append(self._aligned(item.sequence))
-                    sizes.append(media_bytes(item.sequence))
+                    sizes.append(item.sequence.media_bytes)
                 else:
                     self._refused[item.refused] = self._refused.get(item.refused, 0) + 1
             if not lengths:
                 return
             chosen = best_fit(lengths, self.data.row_tokens)
-            row = pack(
-                [self._buffer.buffer[index].sequence for index in chosen],
-                row_tokens=self.data.row_tokens,
-                alignment=self.data.alignment,
-                padding_token=self.padding_token,
-                float_positions=self.data.media.positions == Positions.qwen3_omni,
-            )
+            row = self.make_row([self._buffer.buffer[index].sequence for index in chosen])
             for index in sorted(chosen, reverse=True):
                 self._buffer.pop(index)
                 lengths.pop(index)
@@ -102,7 +109,7 @@ class Packer(BaseWrapperDataset):
             and sum(sizes) < BUFFER_BYTES
         )
 
-    def _aligned(self, sequence: TokenSequence) -> int:
+    def _aligned(self, sequence: TokenSequence | Crop) -> int:
         return aligned(len(sequence), self.data.alignment)
 
     def len_worker(self, worker_idx: int | None = None) -> int:
@@ -112,9 +119,16 @@ class Packer(BaseWrapperDataset):
         return {"type": type(self).__qualname__, "dataset": self.dataset.config()}
 
 
-def media_bytes(sequence: TokenSequence) -> int:
-    """Memory of the decoded media of a sequence."""
-    return sum(array.nbytes for array in (*sequence.mel, *sequence.patches))
+class Epochs(RepeatDataset):
+    """Endless repetition; a sample's restore key says how often the samples before it had all been read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for sample in super().__iter__():
+            yield add_sample_restore_key(sample, self._repetition, src=self)
+
+    def restore_sample(self, restore_key: tuple) -> Any:
+        _, repetition, *inner = restore_key
+        return add_sample_restore_key(super().restore_sample(tuple(inner)), repetition, src=self)
 
 
 def open_stream(
@@ -128,11 +142,11 @@ def open_stream(
     seed: int,
     repeat: bool,
 ) -> Packer:
-    """Stream ``stream`` of ``streams``: shuffled and endless when ``repeat``, else its share once, in order."""
+    """Stream ``stream`` of ``streams``: shuffled, augmented, endless when ``repeat``; else its share once, in order."""
     worker = StreamConfig(
         rank=stream, world_size=streams, num_workers=1, seed_offset=seed, global_error_handler=reraise_exception
     )
-    read = sequence_reader(tokenizer, config, model)
+    read = sequence_reader(tokenizer, config, model, seed=seed if repeat else None)
     shares = []
     samples_before = 0
     for source in sources:
@@ -140,32 +154,65 @@ def open_stream(
         source.worker_config = worker
         share = source.build(worker_rotation_offset=samples_before % streams)
         if repeat:
-            share = RepeatDataset(share, worker_config=worker)
+            share = Epochs(share, worker_config=worker)
             if config.shuffle_buffer > 1:
                 share = ShuffleBufferDataset(share, size=config.shuffle_buffer, worker_config=worker)
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
         samples_before += len(source)
     blend = TokenBlend(shares, config.sources, worker_config=worker)
-    return Packer(blend, config, tokenizer.end_of_text)
+    return Packer(blend, config, row_maker(tokenizer, config))
+
+
+def row_maker(tokenizer: Tokenizer, config: DataConfig) -> Callable[[list], Row]:
+    """The function that makes a row of the sequences chosen for it."""
+    if config.rows is RowKind.crops:
+        return pack_crops
+    return partial(
+        pack,
+        row_tokens=config.row_tokens,
+        alignment=config.alignment,
+        padding_token=tokenizer.end_of_text,
+        float_positions=config.media.positions == Positions.qwen3_omni,
+    )
 
 
 def sequence_reader(
-    tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
+    tokenizer: Tokenizer, config: DataConfig, model: ModelConfig, *, seed: int | None = None
 ) -> Callable[[dict], Iterator[Tokenized]]:
     """The function that makes a sample's sequences of what a source gives.
+
+    With a ``seed`` clips are augmented as the recipe says. It decides together with the sample's restore key what is
+    drawn: every epoch hears something else, and a restored stream the same again.
 
     Whatever one sample makes fail refuses that sample: with its own reason, or as ``unexpected_...`` with the kind of
     error, which is then logged once, for it may be a mistake of ours. A failed assertion surely is, and goes through.
     """
 
-    def sequences(raw: dict) -> list[TokenSequence]:
+    augmented = seed is not None and config.augmentation is not None
+
+    def sequences(raw: dict) -> list[TokenSequence] | list[Crop]:
         parts = raw["open"]()
         if parts is None:
             return []
         if "json" not in parts:
             raise SampleError("no_json")
+        sample = parse_sample(parts["json"])
+        if config.rows is RowKind.crops:
+            return [read_crop(sample, parts, config, model, draw=number_drawn(seed, raw))]
+        if config.rows is RowKind.transcripts:
+            return [
+                transcript_sequence(
+                    sample,
+                    tokenizer,
+                    row_tokens=config.row_tokens,
+                    media=config.media,
+                    model=model,
+                    parts=parts,
+                    augmentation=Augmentation(config.augmentation, seed, raw["__restore_key__"]) if augmented else None,
+                )
+            ]
         return tokenize(
-            parse_sample(parts["json"]),
+            sample,
             tokenizer,
             row_tokens=config.row_tokens,
             loss_on=config.loss_on,
@@ -195,6 +242,11 @@ def sequence_reader(
     return read
 
 
+def number_drawn(seed: int | None, raw: dict) -> int:
+    """A number for one reading of a sample: another one in every epoch, the same one in a stream that was restored."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, raw["__restore_key__"])).encode(), digest_size=8).digest()) >> 1
+
+
 @dataclass
 class StreamState:
     """Where a stream stands: its last snapshot, the rows taken since, and what became of its samples."""
@@ -221,7 +273,7 @@ class StreamReader:
     def __iter__(self) -> StreamReader:
         return self
 
-    def __next__(self) -> tuple[PackedBatch, bytes | None]:
+    def __next__(self) -> tuple[Row, bytes | None]:
         self.stream.worker_config.worker_activate(0)  # energon wants to know who is reading
         try:
             row = next(self._iterator)

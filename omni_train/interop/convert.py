@@ -111,7 +111,8 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     Raises:
         UserError: the checkpoint is not of this format, or lacks a tensor or has one too many.
     """
-    from omni_train.training.checkpoint import read_model_config, resolve
+    from omni_train.training.checkpoint import read_model_config
+    from omni_train.training.checkpoint_store import resolve
 
     family = _family(format)
     platform.setup()

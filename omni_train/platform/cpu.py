@@ -196,6 +196,7 @@ def install(device: str = "cpu") -> None:
     _installed = True
 
     cuda = torch.cuda
+    cuda.is_available = lambda: False  # torch would ask `device_count` where NVML may answer
     cuda.current_device = lambda: _device
     cuda.device_count = lambda: 1
     cuda.set_device = lambda _device: None

@@ -13,8 +13,10 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 from omni_train.recipe.speech import (
+    AugmentationConfig,
     Code2WavConfig,
     CodecConfig,
+    CodecTrainingConfig,
     NetworkName,
     RecognitionConfig,
     RecognizerConfig,
@@ -208,12 +210,17 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str = MISSING  # folder with tokenizer.json (and tokenizer_config.json)
     rows: RowKind = RowKind.chats
-    row_tokens: int = MISSING  # T, tokens of one packed row
+    row_tokens: int = MISSING  # T, tokens of one packed row; frames of the codec where rows are crops
+    crop_seconds: float = 12.0  # of speech in a crop, a whole number of the codec's frames
+    # Crops come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made them, or its
+    # content hash. Codes of another codec are refused. null: crops are waveforms alone.
+    codec: str | None = None
     # Every packed sequence is padded to a multiple of this, whatever the layout, so that all layouts see the same
     # rows; a multiple of 2·parallel.context.
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
     media: MediaConfig = field(default_factory=MediaConfig)
+    augmentation: AugmentationConfig | None = None  # of transcribed clips; null: they are heard as they are
     # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the
     # number of data ranks; fixed for a run's life, and a multiple of data ranks x workers.
     streams: int = 8
@@ -241,6 +248,8 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     weight_decay: float = 0.1  # never on norms, biases, A_log and dt_bias
     clip_grad: float = 1.0  # global L2 norm; 0 does not clip
+    # Decay of a moving average of the weights, evaluated and saved beside them; 0: none. engine=deepspeed only.
+    ema_decay: float = 0.0
     groups: list[ParamGroupConfig] = field(default_factory=list)
 
 
@@ -270,6 +279,8 @@ class EvaluationConfig:
     print_samples: int = 4  # answers shown, and kept by wandb beside their media
     # Also the loss of the answers with their own media and with those of another sample: what hearing and seeing gain.
     swap_media: bool = False
+    utterance_seconds: float = 20.0  # of each held-out utterance that the codec makes again; the rest is cut off
+    recognizer: str | None = None  # checkpoint that writes down originals and resyntheses, for their word error rates
 
 
 @dataclass
@@ -309,6 +320,7 @@ class Recipe:
     engine: EngineName = EngineName.megatron
     zero: ZeroConfig = field(default_factory=ZeroConfig)  # of engine=deepspeed
     recognition: RecognitionConfig = field(default_factory=RecognitionConfig)  # of network=recognizer
+    codec_training: CodecTrainingConfig = field(default_factory=CodecTrainingConfig)  # of network=codec and code2wav
     init_from: str | None = None  # a checkpoint directory, or a run directory (its latest)
     # fnmatch pattern over parameter names -> another checkpoint, or `random`; the first match wins over init_from.
     init_parts: dict[str, str] = field(default_factory=dict)

@@ -25,6 +25,13 @@ class RowKind(StrEnum):
     crops = "crops"  # waveforms of one length: the codec's
 
 
+class AdversarialLoss(StrEnum):
+    """What discriminators and generator play for."""
+
+    hinge = "hinge"  # EnCodec, Mimi
+    least_squares = "least_squares"  # HiFi-GAN, DAC
+
+
 @dataclass
 class RecognizerConfig:
     """The decoder that writes what the audio encoder hears: causal, with cross-attention, over the text tokenizer."""
@@ -91,11 +98,66 @@ class ZeroConfig:
 
     stage: int = 1  # 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too
     offload_optimizer: bool = False  # its state in the host's memory
+    whole_below: int = 100000  # stage 3: parameters of fewer elements stay whole on every rank
 
 
 @dataclass
 class RecognitionConfig:
-    """How the recognizer learns."""
+    """How the recognizer learns, and how it is asked while it does."""
 
-    ctc_weight: float = 0.0  # of the auxiliary CTC loss; needs model.recognizer.ctc
-    spec_augment: bool = True
+    ctc_weight: float = 0.0  # of the auxiliary CTC loss beside the decoder's; needs model.recognizer.ctc
+    beam: int = 1  # hypotheses kept by the search for held-out transcripts; 1 is greedy
+    # Held-out clips are heard whole, and again with attention windows of these frames, as in streaming.
+    eval_windows: list[int] = field(default_factory=lambda: [100])
+
+
+@dataclass
+class AugmentationConfig:
+    """What the loader does to clips, anew each time that one is read; never in evaluation.
+
+    The names are those of speed perturbation (Ko et al. 2015) and SpecAugment (Park et al. 2019, section 2); the values
+    are ours.
+    """
+
+    speeds: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])  # one is drawn; pitch changes with it
+    noise_probability: float = 0.25  # that a clip gets noise, between white and brown
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])  # bounds of its signal-to-noise ratio
+    frequency_masks: int = 2
+    frequency_mask_bins: int = 27  # widest
+    time_masks: int = 2
+    time_mask_frames: int = 100  # longest
+    time_mask_fraction: float = 0.2  # of the clip that one may hide, at most
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Who tells speech from resynthesised speech: one complex STFT discriminator per window, one per period."""
+
+    stft_windows: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])  # samples; hops of a quarter
+    stft_channels: int = 32
+    periods: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 11])  # samples
+    period_channels: list[int] = field(default_factory=lambda: [32, 128, 512, 1024, 1024])  # of each layer
+
+
+@dataclass
+class CodecTrainingConfig:
+    """How the codec, or Code2Wav alone, learns. The weights of mel, features and adversary are DAC's (section 4.3)."""
+
+    mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])  # samples
+    mel_bins: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])  # for each window
+    # Amplitude, of full scale 1, below which nothing is heard. The slope of the logarithm there is its reciprocal:
+    # where data have digital silence, a low floor makes silence the loudest part of the gradient.
+    mel_floor: float = 1.0e-5
+    mel_weight: float = 15.0  # of the distance of log-mel spectrograms
+    linear_mel_weight: float = 0.0  # of the distance of mel spectrograms as they are
+    commitment_weight: float = 0.25
+    adversarial: AdversarialLoss = AdversarialLoss.hinge
+    adversarial_weight: float = 1.0
+    feature_weight: float = 2.0
+    adversarial_start: int = 0  # steps before discriminators learn and judge
+    discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    # What codebook 0 learns to mean: null, a folder of a WavLM model, or a checkpoint of our recognizer.
+    teacher: str | None = None
+    semantic_weight: float = 1.0  # of the cosine distance between the two
+    quantized_fraction: float = 0.5  # of the crops; the others reach the decoder without the quantiser (Mimi)
+    quantizer_dropout: float = 0.5  # of the quantised crops, the fraction that keeps its first codebooks only

@@ -37,6 +37,12 @@ class Tally:
         self.weights.update(other.weights)
         return self
 
+    def pooled(self, kind: str) -> float | None:
+        """The mean over all names ``KIND_...`` together; None of nothing."""
+        names = [name for name in self.weights if name.startswith(f"{kind}_")]
+        weight = sum(self.weights[name] for name in names)
+        return sum(self.sums[name] for name in names) / weight if weight else None
+
     def figures(self) -> dict[str, float]:
         """Means and counts by name, in the order of the names; no mean of nothing."""
         return {

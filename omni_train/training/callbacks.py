@@ -12,6 +12,7 @@ from pathlib import Path
 from omni_train.data.sample import MEDIA, Medium
 from omni_train.errors import UserError
 from omni_train.recipe.schema import Recipe, WandbMode
+from omni_train.training.codec_evaluation import Resynthesis
 from omni_train.training.evaluation import Prediction
 
 
@@ -23,6 +24,9 @@ class Callback:
 
     def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
         """Some of the answers to held-out questions after `step`; the metrics of the same step come later."""
+
+    def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
+        """Some of the held-out speech that the codec said again after `step`; metrics of the same step come later."""
 
     def close(self) -> None:
         """The run ends."""
@@ -96,6 +100,14 @@ class Wandb(Callback):
             table.add_data(asked.name, asked.meta.get("task"), *shown, asked.text, asked.answer, prediction.answer)
         self._run.log({"predictions": table}, step=step)
 
+    def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
+        """A table of originals beside their resyntheses, to hear and to see."""
+        table = self._wandb.Table(columns=["name", "text", "original", "resynthesis", "spectrograms"])
+        for pair in resyntheses:
+            sounds = [self._wandb.Audio(str(file)) for file in (pair.original, pair.resynthesis)]
+            table.add_data(pair.name, pair.text, *sounds, self._wandb.Image(str(pair.spectrograms)))
+        self._run.log({"resyntheses": table}, step=step)
+
     def _medium(self, name: str, medium: Medium, data: bytes):
         path = self._media / name / Path(medium.file).name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +169,10 @@ class Progress(Callback):
             media = " ".join(f"<{medium.kind}>" for medium, _ in asked.media)
             line = f"  {asked.name}  {media} {asked.text!r} -> {prediction.answer!r} (expected {asked.answer!r})"
             self._console.print(line, highlight=False, markup=False)
+
+    def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
+        for pair in resyntheses:
+            self._console.print(f"  {pair.name}  {pair.text!r} -> {pair.resynthesis}", highlight=False, markup=False)
 
     def close(self) -> None:
         if self._live:

@@ -1,12 +1,7 @@
-"""Sharded checkpoints: written in the background, complete or not there, read in any layout.
-
-A checkpoint is a directory ``step_XXXXXXXX``. It is written beside its final name, renamed when every rank's part is on
-disk, and only then does the link ``latest`` move to it; a crash at any moment leaves the previous one usable.
-"""
+"""Megatron's sharded checkpoints: written in the background, read in any layout."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from dataclasses import asdict
@@ -17,9 +12,25 @@ import torch
 
 from omni_train import platform
 from omni_train.errors import UserError
-from omni_train.recipe.schema import AudioEncoderConfig, CheckpointConfig, ModelConfig, VisionEncoderConfig
+from omni_train.recipe.schema import (
+    AudioEncoderConfig,
+    CheckpointConfig,
+    Code2WavConfig,
+    CodecConfig,
+    ModelConfig,
+    RecognizerConfig,
+    VisionEncoderConfig,
+)
+from omni_train.training.checkpoint_store import Store, step_of
+from omni_train.training.plain_checkpoint import is_plain, load_plain, read_plain_progress
 
-_PARTIAL = ".partial"
+_PARTS = {
+    "audio": AudioEncoderConfig,
+    "vision": VisionEncoderConfig,
+    "recognizer": RecognizerConfig,
+    "codec": CodecConfig,
+    "code2wav": Code2WavConfig,
+}
 # Model keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
 _FREE_MODEL_KEYS = {
     "name",
@@ -29,31 +40,18 @@ _FREE_MODEL_KEYS = {
     "max_position_embeddings",
     "pattern",
     "repeats",
+    "recognizer",  # these three are networks of their own
+    "codec",
+    "code2wav",
 }
-
-
-def resolve(path: str | Path) -> Path:
-    """The checkpoint directory that a user's path means: a checkpoint, a run directory, or its ``checkpoints``.
-
-    Raises:
-        UserError: there is no complete checkpoint.
-    """
-    path = Path(path)
-    for candidate in (path, path / "latest", path / "checkpoints" / "latest"):
-        if (candidate / "metadata.json").exists():
-            return candidate.resolve()
-    raise UserError(f"{path}: no complete checkpoint here; give a step_XXXXXXXX directory or a run directory")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.removeprefix("step_")) if checkpoint.name.startswith("step_") else 0
 
 
 def read_progress(checkpoint: Path) -> dict:
     """What :meth:`CheckpointStore.save` was given as `progress`, without process groups."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
+    if is_plain(checkpoint):
+        return read_plain_progress(checkpoint)
     return load_common_state_dict(checkpoint)["progress"]
 
 
@@ -108,6 +106,8 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
+    if is_plain(checkpoint):
+        return load_plain(sharded, checkpoint)
     try:
         return dist_checkpointing.load(sharded, str(checkpoint))
     except (CheckpointingException, CheckpointException, KeyError, OSError, EOFError) as error:
@@ -122,8 +122,9 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     """The model that a checkpoint holds."""
     written = torch.load(checkpoint / "model.pt", weights_only=True)
     config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
-    config.audio = config.audio and AudioEncoderConfig(**config.audio)
-    config.vision = config.vision and VisionEncoderConfig(**config.vision)
+    for name, kind in _PARTS.items():
+        if part := getattr(config, name):
+            setattr(config, name, kind(**part))
     return config
 
 
@@ -150,36 +151,27 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
 
 
 def _comparable(model: ModelConfig) -> dict:
-    kept = {key: value for key, value in _described(model).items() if key not in _FREE_MODEL_KEYS}
+    kept = {key: value for key, value in described(model).items() if key not in _FREE_MODEL_KEYS}
     if kept["audio"]:
         kept["audio"] = {key: value for key, value in kept["audio"].items() if not key.endswith("_window_frames")}
     return kept
 
 
-def _described(model: ModelConfig) -> dict:
+def described(model: ModelConfig) -> dict:
     """What a checkpoint says of its model; `layers` is the same however the pattern is written."""
     return asdict(model) | {"layers": model.pattern.replace("|", "") * model.repeats}
 
 
-class CheckpointStore:
-    """The checkpoints of one run."""
+class CheckpointStore(Store):
+    """The checkpoints of one run of the Megatron engine."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.directory, self.config, self.model = directory, config, model
+        self.model = model
         self.carried: Path | None = None  # a folder that travels with every checkpoint, as its `hf`
         self._queue = AsyncCallsQueue()
-        if platform.rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(leftover)
-        torch.distributed.barrier()
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        link = self.directory / "latest"
-        return link.resolve() if (link / "metadata.json").exists() else None
+        super().__init__(directory, config)
 
     def save(self, step: int, chunks, optimizer, progress: dict, loader_state, state: dict | None = None) -> None:
         """Start writing a checkpoint; it counts once :meth:`finish` has seen it complete. Collective.
@@ -195,20 +187,15 @@ class CheckpointStore:
         from megatron.core import dist_checkpointing
 
         self.finish(blocking=True)
-        final = self.directory / f"step_{step:08d}"
-        if (final / "metadata.json").exists():
+        paths = self._begin(step, loader_state)
+        if paths is None:
             return
-        partial = final.with_name(final.name + _PARTIAL)
+        partial, final = paths
         if platform.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            torch.save(_described(self.model), partial / "model.pt")
+            torch.save(described(self.model), partial / "model.pt")
             if self.carried is not None:
                 shutil.copytree(self.carried, partial / "hf")
-        torch.distributed.barrier()
-        torch.save(_random_state(), partial / f"random_{platform.rank():05d}.pt")
-        if loader_state is not None:
-            torch.save(loader_state, partial / f"loader_{platform.parallel.data_rank():05d}.pt")
+        torch.save(random_state(), partial / f"random_{platform.rank():05d}.pt")
 
         state = model_state(chunks) if state is None else state
         if optimizer is not None and step > 0:  # before its first step it has no state
@@ -229,25 +216,11 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for the last write."""
-        self.finish(blocking=True)
+        super().close()
         self._queue.close()
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        if platform.rank() == 0:
-            partial.rename(final)
-            self.carry_from(final)  # the one it came from may be pruned
-            fresh = self.directory / "latest.new"
-            fresh.unlink(missing_ok=True)
-            fresh.symlink_to(final.name)
-            os.replace(fresh, self.directory / "latest")
-            self._prune()
-        torch.distributed.barrier()
-
-    def _prune(self) -> None:
-        complete = sorted(path for path in self.directory.glob("step_*") if (path / "metadata.json").exists())
-        for old in complete[: -self.config.keep] if self.config.keep else []:
-            (old / "metadata.json").unlink()  # incomplete from here on, should the removal be interrupted
-            shutil.rmtree(old)
+    def _completed(self, final: Path) -> None:
+        self.carry_from(final)  # the one it came from may be pruned
 
     def carry_from(self, checkpoint: Path) -> None:
         """Let what an import left in a checkpoint (tokenizer, configuration) travel on with the next ones."""
@@ -274,16 +247,11 @@ class CheckpointStore:
             optimizer.reload_model_params()
         random_state = checkpoint / f"random_{platform.rank():05d}.pt"
         if random_state.exists():
-            _restore_random_state(torch.load(random_state, weights_only=False))
+            restore_random_state(torch.load(random_state, weights_only=False))
         return state["progress"]
 
-    @staticmethod
-    def loader_states(checkpoint: Path) -> list:
-        """The loader states of all data ranks that wrote the checkpoint, in their order."""
-        return [torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("loader_*.pt"))]
 
-
-def _random_state() -> dict:
+def random_state() -> dict:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     return {
@@ -295,7 +263,7 @@ def _random_state() -> dict:
     }
 
 
-def _restore_random_state(state: dict) -> None:
+def restore_random_state(state: dict) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     tracker = get_cuda_rng_tracker()

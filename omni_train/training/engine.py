@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -18,6 +19,10 @@ from omni_train.models.thinker import build_chunks
 from omni_train.nn import balance
 from omni_train.objectives.language_modelling import LanguageModelling
 from omni_train.recipe.schema import Recipe
+from omni_train.training.checkpoint import CheckpointStore
+from omni_train.training.evaluation import Evaluation
+from omni_train.training.flops import step_flops
+from omni_train.training.initial import initialize
 from omni_train.training.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
 
 
@@ -50,7 +55,7 @@ class MegatronEngine:
         self.recipe = recipe
         self.objective = LanguageModelling(recipe.loss_chunk_tokens, recipe.model.mtp_loss_weight)
         modules = build_chunks(recipe)
-        freeze(modules, recipe.trainable)
+        freeze([pair for module in modules for pair in module.named_parameters()], recipe.trainable)
         self.config = modules[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -70,6 +75,35 @@ class MegatronEngine:
         self.optimizer = build_optimizer(recipe, self.chunks)
         self._run = get_forward_backward_func()
         self._audio_window_frames = 0
+
+    def open_store(self, directory: Path) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(directory, self.recipe.checkpoint, self.recipe.model)
+
+    def initialize(self, store: CheckpointStore) -> None:
+        """Start as the recipe's `init_from` and `init_parts` say, or fresh."""
+        if self.recipe.init_from or self.recipe.init_parts:
+            start = initialize(self.chunks, self.recipe)
+            if start is not None:
+                store.carry_from(start)
+            self.optimizer.reload_model_params()
+
+    def resume(self, store: CheckpointStore, checkpoint: Path) -> dict:
+        """Go on from a checkpoint of this run; what the trainer had to remember."""
+        return store.load(checkpoint, self.chunks, self.optimizer)
+
+    def save(self, store: CheckpointStore, step: int, progress: dict, loader_state) -> None:
+        """Start writing a checkpoint. Collective."""
+        store.save(step, self.chunks, self.optimizer, progress, loader_state)
+
+    def flops(self, rows: list[PackedBatch]) -> float:
+        """Of a step over these rows."""
+        return step_flops(self.recipe.model, rows)
+
+    def evaluation(self, feed):
+        """What answers held-out questions: a call returns figures and this rank's predictions that are to be shown."""
+        run = Evaluation(self.recipe, feed)
+        return lambda: run(self.chunks[0])
 
     def _global_sums(self, rows: list[PackedBatch]) -> GlobalSums:
         """Summed over the data ranks alone: the other ranks of a model group hold the same rows."""
@@ -149,7 +183,7 @@ class MegatronEngine:
             group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         )
-        set_learning_rate(self.optimizer, learning_rate, self.recipe.optimizer.weight_decay)
+        set_learning_rate(self.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
         metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
         return StepResult(metrics, sum(sums.tokens), sums.samples, sums.skipped, updated, sums.tokens)
 

@@ -45,6 +45,8 @@ class Feed:
 
     def _share(self, read: Callable):
         """What `read` returns on the reading rank, on every rank of the group; what it refuses, likewise."""
+        if self.group.size() == 1:
+            return read()
         message: list = [None]
         problem: UserError | None = None
         if self.reads:
@@ -59,6 +61,8 @@ class Feed:
 
     def _share_rows(self, read: Callable[[], list[PackedBatch]]) -> list[PackedBatch]:
         """Rows as `_share`, but their media as tensors, and only to the ranks of the first pipeline stage."""
+        if self.group.size() == 1:
+            return read()
         read_rows: list[PackedBatch] = []
 
         def without_media() -> list[tuple[PackedBatch, dict]]:

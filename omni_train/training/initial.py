@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from omni_train.errors import UserError
 from omni_train.platform.logs import say
 from omni_train.recipe.schema import Recipe
-from omni_train.training.checkpoint import apply_model_state, check_architecture, load_sharded, model_state, resolve
+from omni_train.training.checkpoint import apply_model_state, check_architecture, load_sharded, model_state
+from omni_train.training.checkpoint_store import resolve
+from omni_train.training.plain_checkpoint import is_plain, shapes, whole_tensors
 
 RANDOM = "random"
 """In `init_parts`: the fresh initialisation, drawn from the recipe's seed."""
@@ -53,6 +56,40 @@ def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
     return base
 
 
+def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe) -> None:
+    """As :func:`initialize`, of the whole networks of the ZeRO engine, from checkpoints that it wrote.
+
+    Raises:
+        UserError: as there, or a checkpoint of Megatron's shards.
+    """
+    base = resolve(recipe.init_from) if recipe.init_from else None
+    parts = {pattern: None if source == RANDOM else resolve(source) for pattern, source in recipe.init_parts.items()}
+    places = {
+        (key if len(networks) == 1 else f"{name}.{key}"): (network, key)
+        for name, network in networks.items()
+        for key in network.state_dict()
+    }
+    origin = _origins(sorted(places), base, parts)
+    for checkpoint in dict.fromkeys([base, *parts.values()]):
+        taken = [name for name, source in origin.items() if source == checkpoint]
+        if checkpoint is not None and taken:
+            if not is_plain(checkpoint):
+                raise UserError(f"{checkpoint}: was written by engine=megatron; give one of network={recipe.network}")
+            found = whole_tensors(checkpoint)
+            for name in taken:
+                network, key = places[name]
+                here = tuple(network.state_dict()[key].shape)
+                there = tuple(found[key].shape) if key in found else None
+                if here != there:
+                    raise UserError(
+                        f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run"
+                    )
+                network.load_state_dict({key: found[key]}, strict=False)
+        if taken:
+            modules = ", ".join(sorted({name.partition(".")[0] for name in taken}))
+            say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")
+
+
 def _of_all_ranks(values: set) -> list:
     everywhere: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, values)
@@ -76,10 +113,13 @@ def _check_tensors(wanted: dict, checkpoint: Path) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+    if is_plain(checkpoint):
+        written = shapes(checkpoint)
+    else:
+        written = {key: tensor.global_shape for key, tensor in load_tensors_metadata(str(checkpoint)).items()}
     entries = [entry for chunk in wanted.values() for entry in chunk.values()]
     built = [entry.build() if isinstance(entry, ShardedTensorFactory) else [entry] for entry in entries]
     tensors = [tensor for part in built for tensor in nested_values(part) if isinstance(tensor, ShardedTensor)]
-    written = load_tensors_metadata(str(checkpoint))
     missing = _of_all_ranks({tensor.key for tensor in tensors if tensor.key not in written})
     if missing:
         fresh = ",".join(f"{module}.*:{RANDOM}" for module in sorted({key.partition(".")[0] for key in missing}))
@@ -87,8 +127,8 @@ def _check_tensors(wanted: dict, checkpoint: Path) -> None:
             f"{checkpoint}: has no {missing[0]}; 'init_parts={{{fresh}}}' starts what is missing fresh, "
             f"a checkpoint in place of {RANDOM} takes it from there"
         )
-    shapes = {(tensor.key, written[tensor.key].global_shape, tensor.global_shape) for tensor in tensors}
-    for key, there, here in _of_all_ranks({(key, there, here) for key, there, here in shapes if there != here}):
+    both = {(tensor.key, written[tensor.key], tensor.global_shape) for tensor in tensors}
+    for key, there, here in _of_all_ranks({(key, there, here) for key, there, here in both if there != here}):
         raise UserError(
             f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model it was trained with"
         )

@@ -17,18 +17,20 @@ def public_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def freeze(chunks: Iterable[torch.nn.Module], trainable: list[str]) -> None:
+Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def freeze(named: Named, trainable: list[str]) -> None:
     """Leave gradients only to the parameters whose names match one of the patterns. Before the model is wrapped.
 
     Raises:
         UserError: a pattern matches no parameter on any rank.
     """
     matched = dict.fromkeys(trainable, False)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            hits = [pattern for pattern in trainable if fnmatch.fnmatchcase(public_name(name), pattern)]
-            matched.update(dict.fromkeys(hits, True))
-            parameter.requires_grad_(bool(hits))
+    for name, parameter in named:
+        hits = [pattern for pattern in trainable if fnmatch.fnmatchcase(public_name(name), pattern)]
+        matched.update(dict.fromkeys(hits, True))
+        parameter.requires_grad_(bool(hits))
     everywhere: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, matched)
     for pattern in trainable:
@@ -49,6 +51,15 @@ def _factors(config: OptimizerConfig, name: str, parameter: torch.nn.Parameter) 
         if fnmatch.fnmatchcase(public_name(name), group.match):
             return group.lr_factor, decay * group.weight_decay_factor
     return 1.0, decay
+
+
+def parameter_groups(config: OptimizerConfig, named: Named) -> list[dict]:
+    """The trained parameters in groups of equal factors, as torch's optimizers take them."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups.setdefault(_factors(config, name, parameter), []).append(parameter)
+    return [{"params": members, "lr_mult": lr, "wd_mult": wd} for (lr, wd), members in groups.items()]
 
 
 def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
@@ -136,9 +147,9 @@ def _adapt_one(part) -> None:
     part.load_state_dict = load_with_steps_of_their_own
 
 
-def set_learning_rate(optimizer, learning_rate: float, weight_decay: float) -> None:
+def set_learning_rate(groups: list[dict], learning_rate: float, weight_decay: float) -> None:
     """Give every group the step's values, times its factors."""
-    for group in optimizer.param_groups:
+    for group in groups:
         group["lr"] = learning_rate * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
 

@@ -11,12 +11,16 @@ from omni_train.platform.logs import say
 from omni_train.recipe.compose import read_recipe
 from omni_train.recipe.pipeline import Pipeline
 from omni_train.recipe.schema import Recipe
-from omni_train.training.checkpoint import read_progress, resolve, step_of
+from omni_train.training.checkpoint import read_progress
+from omni_train.training.checkpoint_store import resolve, step_of
 from omni_train.training.report import report
 from omni_train.training.run import train
 from omni_train.training.schedule import Schedule
 
-_LEARNED = ("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer")
+_LEARNED = (
+    *("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer"),
+    *("network", "engine", "recognition"),
+)
 """The keys that a run keeps from its first start to its end. Layout, length and what is watched may change."""
 
 

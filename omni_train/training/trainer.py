@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from omni_train import platform
@@ -11,15 +12,22 @@ from omni_train.data.blend import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import EngineName, NetworkName, Recipe
 from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
-from omni_train.training.checkpoint import CheckpointStore, step_of
-from omni_train.training.engine import MegatronEngine
-from omni_train.training.evaluation import Evaluation
+from omni_train.training.checkpoint_store import step_of
 from omni_train.training.feed import Feed
-from omni_train.training.flops import step_flops
-from omni_train.training.initial import initialize
 from omni_train.training.schedule import Schedule
+
+
+def build_engine(recipe: Recipe):
+    """The recipe's engine. Process groups must exist."""
+    if recipe.engine is EngineName.deepspeed:
+        from omni_train.training.zero_engine import ZeroEngine
+
+        return ZeroEngine(recipe)
+    from omni_train.training.engine import MegatronEngine
+
+    return MegatronEngine(recipe)
 
 
 class Trainer:
@@ -28,9 +36,9 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.directory = Path(recipe.runs_dir) / recipe.run
-        self.engine = MegatronEngine(recipe)
+        self.engine = build_engine(recipe)
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
-        self.store = CheckpointStore(self.directory / "checkpoints", recipe.checkpoint, recipe.model)
+        self.store = self.engine.open_store(self.directory / "checkpoints")
         self.step = 0
         self.progress = {
             "tokens": 0.0,
@@ -42,18 +50,15 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.feed: Feed | None = None
         self._held_out = None
-        self._evaluation: Evaluation | None = None
+        self._evaluation: Callable | None = None
 
         resume_from = self.store.latest()
         if resume_from is not None:
-            self.progress |= self.store.load(resume_from, self.engine.chunks, self.engine.optimizer)
+            self.progress |= self.engine.resume(self.store, resume_from)
             self.step = step_of(resume_from)
             say(f"resuming from {resume_from} at step {self.step}")
-        elif recipe.init_from or recipe.init_parts:
-            start = initialize(self.engine.chunks, recipe)
-            if start is not None:
-                self.store.carry_from(start)
-            self.engine.optimizer.reload_model_params()
+        else:
+            self.engine.initialize(self.store)
         if recipe.schedule.steps > 0:
             self.feed = Feed(recipe)
             if resume_from is not None and self.step > 0:
@@ -111,8 +116,9 @@ class Trainer:
 
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
-        every = self.recipe.tracking.expert_load_every
-        if every and self.recipe.model.num_experts and self.step % every == 0:
+        every, has_experts = self.recipe.tracking.expert_load_every, self.recipe.network is NetworkName.thinker
+        has_experts = has_experts and self.recipe.model.num_experts > 0
+        if every and has_experts and self.step % every == 0:
             loads = self.engine.expert_loads()
             if file is not None:
                 file.on_metrics({"step": self.step, "load_by_layer": loads})
@@ -130,7 +136,7 @@ class Trainer:
         if result.skipped:
             self._count_skipped(rows)
         self._guard(result.updated)
-        flops = step_flops(self.recipe.model, rows) * platform.parallel.data_world_size()
+        flops = self.engine.flops(rows) * platform.parallel.data_world_size()
         rate = flops / seconds
         metrics = {
             "step": self.step,
@@ -153,7 +159,7 @@ class Trainer:
 
     def _fractions(self, tokens: list[float]) -> dict[str, float]:
         """Each modality's share of the tokens since the run began, of an omni-modal model."""
-        if not (self.recipe.model.audio or self.recipe.model.vision):
+        if not tokens or not (self.recipe.model.audio or self.recipe.model.vision):
             return {}
         counts = self.progress["tokens_by_modality"]
         for name, number in zip(MODALITIES, tokens, strict=True):
@@ -192,16 +198,17 @@ class Trainer:
     def _answer(self, callbacks: list[Callback]) -> dict[str, float]:
         """Answer held-out questions, show some and score all. Collective."""
         if self._evaluation is None:
-            self._evaluation = Evaluation(self.recipe, self.feed)
-        figures, predictions = self._evaluation(self.engine.chunks[0])
+            self._evaluation = self.engine.evaluation(self.feed)
+        figures, predictions = self._evaluation()
         if self.recipe.evaluation.swap_media:
             for name, swapped in (("own", False), ("swapped", True)):
                 losses = self.engine.evaluate(self.feed.answers(swapped))
                 figures |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
+        speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
         for callback in callbacks:
-            callback.on_predictions(self.step, predictions)
+            (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, predictions)
         return figures
 
     def _save(self) -> None:
         state = self.feed.state() if self.feed else None
-        self.store.save(self.step, self.engine.chunks, self.engine.optimizer, self.progress, state)
+        self.engine.save(self.store, self.step, self.progress, state)

@@ -15,7 +15,9 @@ import torch
 
 from omni_train.data.batch import IGNORE, PackedBatch
 from omni_train.data.loader import Loader, build_loader, evaluation_rows, redistribute
+from omni_train.data.sample import SampleError
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig
 from tests.data.conftest import MODEL, documents
 
@@ -144,6 +146,23 @@ def test_a_stream_restored_again_and_again_does_not_drift(config):
         rows += take(loader, count)
         state = through_a_file(loader.state_dict())
     assert_same(rows, expected)
+
+
+def test_a_waiting_sample_that_can_no_longer_be_read_is_named(config, monkeypatch):
+    config.workers = 0
+    loader = build_loader(config, MODEL, seed=SEED)
+    take(loader, 91)
+    state = through_a_file(loader.state_dict())
+    assert any(stream["snapshot"] for stream in state["streams"].values())
+
+    def gone(*_, **__):
+        raise SampleError("media_missing")
+
+    monkeypatch.setattr("omni_train.data.streams.tokenize", gone)
+    restored = build_loader(config, MODEL, seed=SEED)
+    restored.load_state_dict(state)
+    with pytest.raises(UserError, match=r"waited to be packed .* refused \(media_missing\); resume on the same shards"):
+        take(restored, 1)
 
 
 def test_a_state_restores_under_another_number_of_workers(config):

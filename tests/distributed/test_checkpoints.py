@@ -128,7 +128,7 @@ def start_from(rank, world_size, parallel, start, changes):
 
 
 def test_a_path_without_a_complete_checkpoint_is_refused(tmp_path):
-    from omni_train.training.checkpoint import resolve
+    from omni_train.training.checkpoint_store import resolve
 
     (tmp_path / "step_00000003.partial").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):

@@ -126,7 +126,8 @@ def load_in(rank, world_size, checkpoint, precision):
     """The checkpoint's parameters in a model of another precision, as one sum per parameter."""
     from omni_train import platform
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import load_model, read_model_config, resolve
+    from omni_train.training.checkpoint import load_model, read_model_config
+    from omni_train.training.checkpoint_store import resolve
 
     recipe = small_recipe(precision=precision)
     checkpoint = resolve(checkpoint)
@@ -155,7 +156,8 @@ def train_from(rank, world_size, imported, run):
     """Checkpoints of three steps of a run that started from an import, only the last of them kept."""
     from omni_train import platform
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config, resolve
+    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
+    from omni_train.training.checkpoint_store import resolve
 
     recipe, start = small_recipe(), resolve(imported)
     recipe.model = read_model_config(start)

@@ -96,7 +96,8 @@ def train(rank, world_size, start, run):
     """The checkpoint of a step that changed nothing but the model's length."""
     from omni_train import platform
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config, resolve
+    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
+    from omni_train.training.checkpoint_store import resolve
 
     recipe, start = small_recipe(), resolve(start)
     recipe.model = read_model_config(start)

@@ -21,7 +21,8 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     from omni_train import platform
     from omni_train.interop.convert import import_checkpoint
     from omni_train.models.row import LocalRow
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config, resolve
+    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
+    from omni_train.training.checkpoint_store import resolve
     from omni_train.training.engine import MegatronEngine
 
     import_checkpoint(format, Path(hf), folder / "imported", parallel)

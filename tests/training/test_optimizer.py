@@ -67,7 +67,7 @@ def group_values(rank, world_size, groups):
     recipe = small_recipe()
     recipe.optimizer.groups = groups
     engine = engine_of(recipe)
-    set_learning_rate(engine.optimizer, 2.0, 0.5)
+    set_learning_rate(engine.optimizer.param_groups, 2.0, 0.5)
     values = {}
     for group in engine.optimizer.param_groups:
         key = (group["lr"], group["weight_decay"])

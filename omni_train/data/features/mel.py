@@ -23,7 +23,7 @@ def log_mel(waveform: np.ndarray, bins: int = 128) -> np.ndarray:
     """
     frames = len(waveform) // HOP
     log_mel_FM = torch.empty(frames, bins)
-    window, filters = _window(), _filters(bins)
+    window, filters = _window(), mel_filters(bins, WINDOW, SAMPLE_RATE)
     for first in range(0, frames, CHUNK_FRAMES):
         last = min(first + CHUNK_FRAMES, frames)
         # A frame is centred on its first sample: it begins half a window before, mirrored at both ends of the clip.
@@ -55,16 +55,16 @@ def _window() -> torch.Tensor:
 
 
 @cache
-def _filters(bins: int) -> torch.Tensor:
-    """Triangular mel filters (WINDOW/2+1, M) from 0 to 8 kHz, each of unit area.
+def mel_filters(bins: int, window: int, sampling_rate: int) -> torch.Tensor:
+    """Triangular mel filters (window/2+1, M) from 0 to half the sampling rate in Hz, each of unit area.
 
     On the scale of Slaney's Auditory Toolbox (1998): linear below 1 kHz, 15 mel a kHz, and 27 mel for each factor of
     6.4 above.
     """
-    mel = np.linspace(0.0, 15.0 + 27.0 * np.log(SAMPLE_RATE / 2 / 1000.0) / np.log(6.4), bins + 2)
+    mel = np.linspace(0.0, 15.0 + 27.0 * np.log(sampling_rate / 2 / 1000.0) / np.log(6.4), bins + 2)
     hertz = np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * 6.4 ** ((mel - 15.0) / 27.0))
     lower, centre, upper = hertz[:-2], hertz[1:-1], hertz[2:]
-    frequencies = np.linspace(0.0, SAMPLE_RATE / 2, WINDOW // 2 + 1)[:, None]
+    frequencies = np.linspace(0.0, sampling_rate / 2, window // 2 + 1)[:, None]
     rising, falling = (frequencies - lower) / (centre - lower), (upper - frequencies) / (upper - centre)
     triangles = np.maximum(0.0, np.minimum(rising, falling)) * 2.0 / (upper - lower)
     return torch.from_numpy(triangles.astype(np.float32))

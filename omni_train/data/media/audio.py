@@ -1,4 +1,4 @@
-"""Sound of any common file as a mono waveform of 16 kHz."""
+"""Sound of any common file as a mono waveform: of 16 kHz for what listens, of the codec's rate for what speaks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 import soundfile
 import soxr
 
-from omni_train.data.features.mel import HOP, SAMPLE_RATE
+from omni_train.data.features.mel import SAMPLE_RATE
 from omni_train.data.media.container import one_thread, open_container, refused_as
 from omni_train.data.media.structure import breaks_off
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig
 
+SHORTEST_SECONDS = 0.01  # one mel frame; less is no sound
 SAMPLE_RATES = (1000, 768000)  # Hz, of a recording that is believed
 LOUDEST = 1e9  # sample values beyond it would overflow the power spectrum
 BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
@@ -46,8 +47,14 @@ class _Bytes(io.BytesIO):
             return self.tell()
 
 
-def read_audio(data: bytes, media: MediaConfig, start: float | None = None, end: float | None = None) -> np.ndarray:
-    """The waveform (n,) float32 of 16 kHz, channels averaged, of the part from ``start`` to ``end`` seconds.
+def read_audio(
+    data: bytes,
+    media: MediaConfig,
+    start: float | None = None,
+    end: float | None = None,
+    sampling_rate: int = SAMPLE_RATE,
+) -> np.ndarray:
+    """The waveform (n,) float32 of ``sampling_rate``, channels averaged, of the part from ``start`` to ``end`` seconds.
 
     Only that part is decoded, in blocks. Raises SampleError with a reason of ``omni_train.data.media``.
     """
@@ -60,18 +67,19 @@ def read_audio(data: bytes, media: MediaConfig, start: float | None = None, end:
         if data[:4] in LIBSNDFILE:
             with soundfile.SoundFile(_Bytes(data)) as file:
                 if file.frames < UNKNOWN_LENGTH:
-                    return waveform_of(_file_blocks(file, media, start, end), media)
+                    return waveform_of(_file_blocks(file, media, start, end), media, sampling_rate)
         with open_container(data) as container:
             if not container.streams.audio:
                 raise SampleError("audio_unreadable")
             stream = container.streams.audio[0]
             origin = _seconds(stream, stream.start_time)
             blocks = stream_blocks(_frames_after(container, stream, origin + start), stream, origin, start, end)
-            return waveform_of(_complete(blocks, _declared_seconds(container, stream), start, end), media)
+            whole = _complete(blocks, _declared_seconds(container, stream), start, end)
+            return waveform_of(whole, media, sampling_rate)
 
 
-def waveform_of(blocks: Iterator[Block], media: MediaConfig) -> np.ndarray:
-    """Mix, check and resample blocks of sound to (n,) float32 of 16 kHz. Raises SampleError."""
+def waveform_of(blocks: Iterator[Block], media: MediaConfig, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Mix, check and resample blocks of sound to (n,) float32 of ``sampling_rate``. Raises SampleError."""
     pieces: list[np.ndarray] = []
     resampler, file_rate, samples = None, None, 0
     for rate, block in blocks:
@@ -79,7 +87,7 @@ def waveform_of(blocks: Iterator[Block], media: MediaConfig) -> np.ndarray:
             if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
                 raise SampleError("audio_sample_rate")
             file_rate = rate
-            resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+            resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
         if rate != file_rate:
             raise SampleError("audio_damaged")
         if len(block) and not -LOUDEST < block.min() <= block.max() < LOUDEST:  # NaN compares false
@@ -92,7 +100,7 @@ def waveform_of(blocks: Iterator[Block], media: MediaConfig) -> np.ndarray:
     if resampler:
         pieces.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
     waveform = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
-    if len(waveform) < HOP:
+    if len(waveform) < SHORTEST_SECONDS * sampling_rate:
         raise SampleError("audio_empty")
     return waveform
 

@@ -1,0 +1,196 @@
+"""``omni-train data codes``: a codec's codes beside the speech of every sample, in new shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from rich.progress import track
+
+from data_pipelines.shards import index_shards, write_files
+from omni_train.data.codes import CODES, RECORD
+from omni_train.data.crops import read_speech
+from omni_train.data.sample import SampleError, parse_sample
+from omni_train.errors import UserError
+from omni_train.recipe.schema import MediaConfig
+
+_DONE = ".coded"
+"""Folder with one file per finished shard: whose codes it has, and what has none. A shard without it is made again."""
+
+
+class Codec(Protocol):
+    """What makes codes of speech.
+
+    Attributes:
+        content_hash: of its weights and configuration.
+        sampling_rate: of what it hears, in Hz.
+    """
+
+    content_hash: str
+    sampling_rate: int
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """A waveform (n,) float32 -> codes (N, frames); the same ones in every process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs to know."""
+
+    data: Path
+    codec: str
+    out: Path
+    open_codec: Callable[[str], Codec]
+    content_hash: str
+
+
+def extract(
+    data: Path, codec: str, open_codec: Callable[[str], Codec], out: Path | None = None, workers: int = 0
+) -> None:
+    """Write the shards of a folder anew, with the codes of every sample's speech as ``key.codes.npy``.
+
+    See ``docs/data.md``. Stopped at any moment, the same call goes on where it was, and the shards become the same,
+    whatever the number of processes. A sample without speech, or whose speech cannot be read, is kept without codes.
+
+    Args:
+        data: folder of indexed shards; it stays as it is.
+        codec: its checkpoint.
+        open_codec: reads the codec, in every process; importable by name.
+        out: folder of the new shards, their index and ``codec.json``; None: ``data`` with ``_codes`` after its name.
+        workers: processes that work side by side; 0 for one per core.
+
+    Raises:
+        UserError: no shards, or ``out`` holds something else.
+    """
+    shards = sorted(file.name for file in data.glob("*.tar"))
+    if not shards:
+        raise UserError(f"data={data}: no shards (*.tar) here; give a folder of shards")
+    if workers < 0:
+        raise UserError(f"workers={workers}: must be at least 0, one per core")
+    out = out or data.with_name(f"{data.name}_codes")
+    if out.resolve() == data.resolve():
+        raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
+    job = Job(data, codec, out, open_codec, open_codec(codec).content_hash)
+    _claim(out, {"codec": job.content_hash, "data": str(data.resolve()), "shards": shards})
+    todo = [name for name in shards if not _record(out, name).exists()]
+    context = multiprocessing.get_context("spawn")  # a fork would share threads and the device with this process
+    try:
+        with ProcessPoolExecutor(workers or os.cpu_count(), context, initializer=_open, initargs=(job,)) as pool:
+            futures = [pool.submit(_write, name) for name in todo]
+            for future in track(as_completed(futures), "coding", total=len(futures)):
+                future.result()
+    except BrokenProcessPool:
+        raise UserError(f"out={out}: a process was killed (memory?); the same command goes on from here") from None
+    _finish(job, shards)
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Say in ``out`` what is coded there, or refuse a folder that holds something else."""
+    note = out / _DONE / "settings.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise UserError(f"out={out}: coded there with another {key}; name another folder, or remove it")
+        return
+    if out.exists() and any(path.name != _DONE for path in out.iterdir()):
+        raise UserError(f"out={out} is not empty and was not made by this command; name another folder")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(note, settings)
+
+
+def _record(out: Path, shard: str) -> Path:
+    return out / _DONE / f"{shard}.json"
+
+
+_job: Job
+_codec: Codec
+
+
+def _open(job: Job) -> None:
+    """In a new process: the codec, computed by one thread, so that sums are the same however many there are."""
+    global _job, _codec
+    import torch
+
+    torch.set_num_threads(1)
+    _job, _codec = job, job.open_codec(job.codec)
+
+
+def _write(shard: str) -> None:
+    """Make one shard and, last, the record that it is complete."""
+    missing: dict[str, int] = {}
+    partial = _job.out / _DONE / f"{shard}.partial"
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for key, parts in _samples(_job.data / shard):
+            try:
+                parts[CODES] = _codes(parts)
+            except SampleError as error:
+                missing[error.reason] = missing.get(error.reason, 0) + 1
+            yield from ((f"{key}.{name}", data) for name, data in parts.items())
+
+    write_files(partial, files())
+    os.replace(partial, _job.out / shard)
+    _write_whole(_record(_job.out, shard), {"codec": _codec.content_hash, "missing": missing})
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and files of a shard, whose files stand together by key."""
+    key, parts = None, {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            its_key, _, name = member.name.partition(".")
+            if its_key != key and parts:
+                yield key, parts
+                parts = {}
+            key = its_key
+            if name != CODES:  # another codec's, which these replace
+                parts[name] = tar.extractfile(member).read()
+    if parts:
+        yield key, parts
+
+
+def _codes(parts: dict[str, bytes]) -> bytes:
+    if "json" not in parts:
+        raise SampleError("no_json")
+    waveform = read_speech(parse_sample(parts["json"]), parts, MediaConfig(), _codec.sampling_rate)
+    codes = np.asarray(_codec.encode(waveform))
+    buffer = io.BytesIO()
+    np.save(buffer, codes.astype(np.uint16))
+    return buffer.getvalue()
+
+
+def _finish(job: Job, shards: list[str]) -> None:
+    records = {shard: json.loads(_record(job.out, shard).read_text()) for shard in shards}
+    index_shards(job.out)
+    if (job.data / "tokenizer").is_dir():
+        shutil.copytree(job.data / "tokenizer", job.out / "tokenizer", dirs_exist_ok=True)
+    whose = {shard: record["codec"] for shard, record in records.items()}
+    _write_whole(job.out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
+    missing: dict[str, int] = {}
+    for record in records.values():
+        for reason, count in record["missing"].items():
+            missing[reason] = missing.get(reason, 0) + count
+    told = ", ".join(f"{reason} {count:,}" for reason, count in sorted(missing.items())) or "none"
+    print(f"{job.out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")
+
+
+def _write_whole(file: Path, fields: dict) -> None:
+    """Write a file at once or not at all."""
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(json.dumps(fields, indent=1) + "\n")
+    os.replace(fresh, file)

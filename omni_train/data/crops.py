@@ -1,0 +1,83 @@
+"""Crops of speech for the codec: from a sample to a piece of its waveform, and from pieces to a row.
+
+Axis letters: B crops of a row, S samples of a crop, N codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from omni_train.data.batch import WaveRow
+from omni_train.data.codes import codes_of
+from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
+from omni_train.data.media import read_audio
+from omni_train.data.sample import Sample, SampleError, speech_of
+from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
+
+
+@dataclass
+class Crop:
+    """A piece of one sample's speech, filled up with zeros to the length of all crops."""
+
+    waveform: np.ndarray  # (S,) float32
+    length: int  # samples of speech in it
+    frames: int  # of the codec
+    draw: int  # see WaveRow.draws
+    codes: np.ndarray | None = None  # (N, frames) int64
+
+    def __len__(self) -> int:
+        return self.frames
+
+    @property
+    def media_bytes(self) -> int:
+        """Memory of what was read."""
+        return self.waveform.nbytes + (0 if self.codes is None else self.codes.nbytes)
+
+
+def read_speech(sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int) -> np.ndarray:
+    """The waveform (n,) float32 of a sample's speech.
+
+    Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and the reasons of
+    ``omni_train.data.media``.
+    """
+    speech = speech_of(sample)
+    if speech is None:
+        raise SampleError("no_speech")
+    if speech.file not in parts:
+        raise SampleError("media_missing")
+    return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate)
+
+
+def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, model: ModelConfig, draw: int) -> Crop:
+    """The crop of a sample that begins where ``draw`` says; with ``data.codec``, its codes, and it begins at a frame.
+
+    Raises SampleError as ``read_speech`` and ``omni_train.data.codes.codes_of``.
+    """
+    waveform = read_speech(sample, parts, data.media, codec_sampling_rate(model))
+    per_frame, frames = codec_frame_samples(model), crop_frames(data.crop_seconds, model)
+    step = 1 if data.codec is None else per_frame
+    places = max(-(-len(waveform) // step) - frames * per_frame // step, 0) + 1
+    start = int(np.random.default_rng(draw).integers(places)) * step
+    piece = waveform[start : start + frames * per_frame]
+    codes = None
+    if data.codec is not None:
+        first = start // per_frame
+        codes = codes_of(parts, model, samples=len(waveform))[:, first : first + frames]
+        codes = np.pad(codes, ((0, 0), (0, frames - codes.shape[1])))
+    return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
+
+
+def pack_crops(crops: list[Crop]) -> WaveRow:
+    """The row of these crops, in their order."""
+    coded = [crop.codes for crop in crops if crop.codes is not None]
+    return WaveRow(
+        waveform=torch.from_numpy(np.stack([crop.waveform for crop in crops])),
+        lengths=torch.tensor([crop.length for crop in crops]),
+        draws=torch.tensor([crop.draw for crop in crops]),
+        codes=torch.from_numpy(np.stack(coded)) if coded else None,
+        samples=len(crops),
+    )

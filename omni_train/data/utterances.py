@@ -1,0 +1,103 @@
+"""Held-out utterances, whole: what a codec is asked to say again. Axis letter: N codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from omni_train.data.codes import codes_of
+from omni_train.data.crops import read_speech
+from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate
+from omni_train.data.sample import Document, Sample, SampleError, parse_sample, speech_of
+from omni_train.data.sources import open_source
+from omni_train.errors import UserError
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
+
+
+@dataclass
+class Utterance:
+    """What somebody said."""
+
+    name: str  # of the source and the number of the sample in it
+    waveform: np.ndarray  # (n,) float32, of the codec's sampling rate
+    text: str | None  # what is said, None where the sample does not tell, or where the rest was cut off
+    meta: dict[str, Any]
+    codes: np.ndarray | None = None  # (N, frames) int64, with data.codec
+
+
+def held_out_utterances(
+    data: DataConfig,
+    model: ModelConfig,
+    evaluation: EvaluationConfig,
+    *,
+    split: str = "val",
+    data_rank: int = 0,
+    data_world_size: int = 1,
+) -> list[Utterance]:
+    """This rank's share of the speech among the first ``evaluation.samples`` samples of each source.
+
+    Each is cut off after ``evaluation.utterance_seconds``. The same at every call, and all ranks' shares together are
+    the same for any number of ranks; what cannot be read is left out.
+
+    Raises:
+        UserError: no source has speech there, or the split is missing.
+    """
+    found: list[Utterance] = []
+    speech = 0
+    for source in data.sources:
+        folder = open_source(source, split, training=False)
+        (reader,) = folder.build().dataset.join_readers
+        for index in range(min(evaluation.samples, len(folder))):
+            try:
+                parts = reader[index]["open"]() or {}
+                sample = parse_sample(parts["json"])
+            except (SampleError, KeyError):
+                continue
+            if speech_of(sample) is None:
+                continue
+            speech += 1
+            if speech % data_world_size == (data_rank + 1) % data_world_size:
+                with suppress(SampleError):
+                    name = f"{PurePath(source.path).name}/{index}"
+                    found.append(_utterance(name, sample, parts, data, model, evaluation))
+    if not speech:  # on every rank alike
+        raise UserError(
+            f"evaluation.every={evaluation.every}: no speech among the first {evaluation.samples} samples of the "
+            f"{split} split of each source; put speech there, raise evaluation.samples, or set evaluation.every=0"
+        )
+    return found
+
+
+def _utterance(
+    name: str,
+    sample: Sample,
+    parts: Mapping[str, bytes],
+    data: DataConfig,
+    model: ModelConfig,
+    evaluation: EvaluationConfig,
+) -> Utterance:
+    rate, per_frame = codec_sampling_rate(model), codec_frame_samples(model)
+    waveform = read_speech(sample, parts, data.media, rate)
+    codes = codes_of(parts, model, len(waveform)) if data.codec is not None else None
+    frames = max(1, int(evaluation.utterance_seconds * rate / per_frame))
+    whole = len(waveform) <= frames * per_frame
+    return Utterance(
+        name,
+        waveform[: frames * per_frame],
+        _said(sample) if whole else None,
+        sample.meta,
+        None if codes is None else codes[:, :frames],
+    )
+
+
+def _said(sample: Sample) -> str | None:
+    """The transcript of a sample's speech."""
+    if isinstance(sample, Document):
+        return sample.text if sample.speech else None
+    told = sample.speech is not None or sample.meta.get("task") == "transcribe"
+    return sample.turns[-1].text if told and sample.turns[-1].role == "assistant" else None

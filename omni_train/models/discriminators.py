@@ -1,0 +1,112 @@
+"""Discriminators that tell speech from resynthesised speech, by its spectrum and by its periods.
+
+Axis letters: B crops, S samples, C channels, T time, F frequencies, P samples of a period. In every feature map time is
+the third axis.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from omni_train.recipe.speech import DiscriminatorConfig
+
+Judgement = tuple[torch.Tensor, list[torch.Tensor]]
+"""Logits (B, 1, T, F or P), high for real speech, and the feature maps (B, C, T, F or P) of the layers before."""
+
+
+class NormedConv2d(torch.nn.Conv2d):
+    """A convolution of normalised weights and learned gains (Salimans and Kingma, 2016, section 2).
+
+    Both are its own parameters, so that it is whole wherever its forward runs.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = torch.nn.Parameter(self.weight.detach().flatten(1).norm(dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.gain / self.weight.flatten(1).norm(dim=1)
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], self.bias)
+
+
+class _Layers(torch.nn.Module):
+    """Convolutions with leaky ReLU, whose outputs are the feature maps, and one that makes the logits."""
+
+    def __init__(self, layers: list[NormedConv2d], head: NormedConv2d, slope: float) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+        self.head = head
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor) -> Judgement:
+        features = []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), self.slope)
+            features.append(x)
+        return self.head(x), features
+
+
+class STFTDiscriminator(torch.nn.Module):
+    """Judges the complex spectrum of one window (EnCodec, Défossez et al. 2022, section 3.4 and figure 2)."""
+
+    def __init__(self, window: int, channels: int) -> None:
+        super().__init__()
+        self.window = window
+        layers = [NormedConv2d(2, channels, (3, 9), padding=(1, 4))]
+        for dilation in (1, 2, 4):
+            layers.append(
+                NormedConv2d(channels, channels, (3, 9), stride=(1, 2), dilation=(dilation, 1), padding=(dilation, 4))
+            )
+        layers.append(NormedConv2d(channels, channels, (3, 3), padding=1))
+        self.net = _Layers(layers, NormedConv2d(channels, 1, (3, 3), padding=1), slope=0.2)
+
+    def forward(self, waveform_BS: torch.Tensor) -> Judgement:
+        spectrum_BFT = torch.stft(
+            waveform_BS.float(),  # there is no Fourier transform of bfloat16
+            self.window,
+            hop_length=self.window // 4,
+            window=torch.hann_window(self.window, device=waveform_BS.device),
+            normalized=True,
+            return_complex=True,
+        )
+        x_B2TF = torch.view_as_real(spectrum_BFT).permute(0, 3, 2, 1)
+        return self.net(x_B2TF.to(self.net.head.weight.dtype))
+
+
+class PeriodDiscriminator(torch.nn.Module):
+    """Judges every P-th sample beside the others (HiFi-GAN, Kong et al. 2020, section 2.3)."""
+
+    def __init__(self, period: int, channels: list[int]) -> None:
+        super().__init__()
+        self.period = period
+        layers = [
+            NormedConv2d(before, after, (5, 1), stride=(3, 1), padding=(2, 0))
+            for before, after in pairwise([1, *channels])
+        ]
+        layers.append(NormedConv2d(channels[-1], channels[-1], (5, 1), padding=(2, 0)))
+        self.net = _Layers(layers, NormedConv2d(channels[-1], 1, (3, 1), padding=(1, 0)), slope=0.1)
+
+    def forward(self, waveform_BS: torch.Tensor) -> Judgement:
+        rest = -waveform_BS.shape[1] % self.period
+        padded_BS = F.pad(waveform_BS[:, None], (0, rest), "reflect") if rest else waveform_BS[:, None]
+        x_B1TP = padded_BS.unflatten(2, (-1, self.period))
+        return self.net(x_B1TP.to(self.net.head.weight.dtype))
+
+
+class Discriminators(torch.nn.ModuleList):
+    """All discriminators of a recipe."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__(
+            [
+                *(STFTDiscriminator(window, config.stft_channels) for window in config.stft_windows),
+                *(PeriodDiscriminator(period, config.period_channels) for period in config.periods),
+            ]
+        )
+
+    def forward(self, waveform_BS: torch.Tensor) -> list[Judgement]:
+        """The judgement of each on crops (B, S) of speech."""
+        return [judge(waveform_BS) for judge in self]

@@ -1,0 +1,124 @@
+"""What of the codec, its crops and its training cannot work; a part of the one validation pass."""
+
+from __future__ import annotations
+
+from math import prod
+
+from omni_train.recipe.refusals import bounds, divides, refuse
+from omni_train.recipe.schema import Recipe
+from omni_train.recipe.speech import NetworkName, RowKind
+
+_NETWORKS = (NetworkName.codec, NetworkName.code2wav)
+_AT_LEAST = {
+    "codec_training.mel_weight": 0,
+    "codec_training.linear_mel_weight": 0,
+    "codec_training.commitment_weight": 0,
+    "codec_training.adversarial_weight": 0,
+    "codec_training.feature_weight": 0,
+    "codec_training.adversarial_start": 0,
+    "codec_training.semantic_weight": 0,
+    "codec_training.quantized_fraction": 0,
+    "codec_training.quantizer_dropout": 0,
+    "codec_training.discriminators.stft_channels": 1,
+}
+_AT_MOST = {"codec_training.quantized_fraction": 1, "codec_training.quantizer_dropout": 1}
+_ABOVE_ZERO = ("codec_training.mel_floor", "evaluation.utterance_seconds", "data.crop_seconds")
+
+
+def check_codec(recipe: Recipe) -> None:
+    """Refuse a codec whose halves do not fit, rows that are not its own, and losses without a meaning.
+
+    Raises:
+        UserError: the first thing found, in one line.
+    """
+    if recipe.network not in _NETWORKS:
+        if recipe.data.rows is RowKind.crops:
+            refuse(recipe, "data.rows", f"network={recipe.network} does not learn from crops; choose other data")
+        return
+    if recipe.data.rows is not RowKind.crops:
+        refuse(recipe, "data.rows", f"network={recipe.network} learns from data.rows=crops; choose data that has them")
+    _model(recipe)
+    bounds(recipe, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO, at_most=_AT_MOST)
+    _crops(recipe)
+    _losses(recipe)
+    if recipe.network is NetworkName.code2wav:
+        _code2wav(recipe)
+
+
+def _model(recipe: Recipe) -> None:
+    model = recipe.model
+    for part in ("codec", "code2wav") if recipe.network is NetworkName.codec else ("code2wav",):
+        if getattr(model, part) is None:
+            refuse(recipe, "network", f"model={model.name} has no model.{part}; choose a model with it")
+    if model.codec is None:
+        return
+    # Two frames of the encoder become one of the codes.
+    heard, spoken = 2 * prod(model.codec.upsampling_ratios), _frame_samples(recipe)
+    if heard != spoken:
+        refuse(
+            recipe,
+            "model.codec.upsampling_ratios",
+            f"make frames of {heard} samples, and model.code2wav {spoken} of each; let the two agree",
+        )
+    for key in ("num_quantizers", "codebook_size"):
+        if getattr(model.codec, key) != getattr(model.code2wav, key):
+            refuse(recipe, f"model.codec.{key}", f"model.code2wav.{key} is {getattr(model.code2wav, key)}; set both")
+    if not 1 <= model.codec.num_semantic_quantizers < model.codec.num_quantizers:
+        refuse(
+            recipe,
+            "model.codec.num_semantic_quantizers",
+            f"must leave some of model.codec.num_quantizers={model.codec.num_quantizers} for sound; lower it",
+        )
+
+
+def _frame_samples(recipe: Recipe) -> int:
+    return prod([*recipe.model.code2wav.upsampling_ratios, *recipe.model.code2wav.upsample_rates])
+
+
+def _crops(recipe: Recipe) -> None:
+    data, codec = recipe.data, recipe.model.codec
+    rate = codec.sampling_rate if codec is not None else 24000
+    frames = data.crop_seconds * rate / _frame_samples(recipe)
+    if abs(frames - round(frames)) > 1e-6 or frames < 1:
+        second = rate / _frame_samples(recipe)
+        refuse(recipe, "data.crop_seconds", f"is no whole number of frames, of which a second has {second:g}")
+    divides(recipe, round(frames), "the frames of a crop (data.crop_seconds)", "data.row_tokens")
+    if data.alignment != 1:
+        refuse(recipe, "data.alignment", "crops are equally long; set 1")
+    samples = round(frames) * _frame_samples(recipe)
+    windows = {
+        "codec_training.mel_windows": recipe.codec_training.mel_windows,
+        "codec_training.discriminators.stft_windows": recipe.codec_training.discriminators.stft_windows,
+    }
+    for key, lengths in windows.items():
+        if any(length < 4 or length % 4 or length > samples for length in lengths):
+            refuse(recipe, key, f"must be multiples of 4 samples, at most the {samples} of a crop")
+
+
+def _losses(recipe: Recipe) -> None:
+    training = recipe.codec_training
+    judges = training.discriminators
+    if len(training.mel_windows) != len(training.mel_bins) or not training.mel_windows or min(training.mel_bins) < 1:
+        refuse(recipe, "codec_training.mel_bins", "must be mel bins above 0, a number for each of mel_windows")
+    if min(judges.periods, default=1) < 1:
+        refuse(recipe, "codec_training.discriminators.periods", "must be samples above 0")
+    if judges.periods and min(judges.period_channels, default=0) < 1:
+        refuse(recipe, "codec_training.discriminators.period_channels", "must be channels above 0, a layer at least")
+    judged = training.adversarial_weight > 0 or training.feature_weight > 0
+    if judged and not (judges.stft_windows or judges.periods):
+        refuse(
+            recipe,
+            "codec_training.discriminators.stft_windows",
+            "there is nobody to judge; give windows or periods, or set adversarial_weight and feature_weight to 0",
+        )
+
+
+def _code2wav(recipe: Recipe) -> None:
+    if recipe.data.codec is None:
+        refuse(
+            recipe,
+            "data.codec",
+            "network=code2wav learns from codes; name the codec's checkpoint that `omni-train data codes` was given",
+        )
+    if recipe.codec_training.teacher is not None:
+        refuse(recipe, "codec_training.teacher", "network=code2wav has no codebook to teach; set null")

@@ -1,0 +1,88 @@
+"""The codec of a checkpoint, opened to make codes: for the shards, and to know whose codes they are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from omni_train.data.codes import content_hash, is_hash
+from omni_train.errors import UserError
+from omni_train.models.codec import SpeechCodec
+from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.training.checkpoint import resolve
+
+GENERATOR = "generator.safetensors"
+
+
+class OpenCodec:
+    """A trained codec that makes codes.
+
+    Args:
+        codec: in evaluation mode, in fp32, on its device.
+    """
+
+    def __init__(self, codec: SpeechCodec) -> None:
+        self.codec = codec
+        self.sampling_rate = codec.config.sampling_rate
+        # What codes mean does not depend on who taught them.
+        tensors = {name: tensor for name, tensor in codec.state_dict().items() if not name.startswith("teacher.")}
+        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": asdict(codec.code2wav)})
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """A waveform (n,) float32 -> codes (N, frames)."""
+        device = next(self.codec.parameters()).device
+        return self.codec.encode(torch.from_numpy(waveform)[None].to(device))[0].cpu().numpy()
+
+
+def open_codec(path: str) -> OpenCodec:
+    """The codec of a checkpoint, or of a run's latest.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another network.
+    """
+    checkpoint = resolve(path)
+    if not (checkpoint / GENERATOR).exists():
+        raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
+    written = torch.load(checkpoint / "model.pt", weights_only=True)
+    if not written.get("codec") or not written.get("code2wav"):
+        raise UserError(f"codec={path}: its model has no codec; give a checkpoint of network=codec")
+    model = ModelConfig(codec=CodecConfig(**written["codec"]), code2wav=Code2WavConfig(**written["code2wav"]))
+    tensors = load_file(checkpoint / GENERATOR)
+    if not any(name.startswith("encoder.") for name in tensors):
+        raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    teacher = tensors.get("teacher.weight")
+    codec = SpeechCodec(model.codec, model.code2wav, 0 if teacher is None else len(teacher))
+    codec.load_state_dict(tensors)
+    return OpenCodec(codec.eval())
+
+
+def codec_hash(codec: str) -> str:
+    """The content hash that ``data.codec`` means: itself, or that of its checkpoint."""
+    return codec if is_hash(codec) else open_codec(codec).content_hash
+
+
+def write_codes(data: Path, codec: str, out: Path | None = None, workers: int = 0) -> None:
+    """Write the shards of a folder anew, with a codec's codes beside the speech of every sample.
+
+    Every sample whose speech can be read (its speech target, else the first sound of the chat) gets ``key.codes.npy``,
+    (codebooks, frames) uint16. The same folder and codec give the same shards, whatever the number of processes.
+    Stopped at any moment, the same command goes on where it was. The new folder is ready for ``data.codec=CHECKPOINT``,
+    which refuses codes of another codec.
+
+    Args:
+        data: folder of indexed shards; it stays as it is.
+        codec: checkpoint directory of the codec, or a run directory.
+        out: folder of the new shards; data with `_codes` after its name.
+        workers: processes that work side by side; 0 for one per core.
+
+    Raises:
+        UserError: no shards, no codec, or `out` holds something else.
+    """
+    from data_pipelines.codes import extract
+
+    extract(data, codec, open_codec, out, workers)

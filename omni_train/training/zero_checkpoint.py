@@ -1,0 +1,102 @@
+"""The ZeRO engine's checkpoints: whole networks to open anywhere, and each rank's share of the optimizers to resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from omni_train import platform
+from omni_train.errors import UserError
+from omni_train.recipe.schema import CheckpointConfig, ModelConfig
+from omni_train.training.checkpoint import described, random_state, restore_random_state
+from omni_train.training.checkpoint_store import Store, step_of
+from omni_train.training.plain_checkpoint import AVERAGED, is_plain, read_network, write_networks
+
+if TYPE_CHECKING:
+    from omni_train.training.zero_engine import ZeroEngine
+
+_SHARES = "zero"
+
+
+class ZeroStore(Store):
+    """The checkpoints of one run of the ZeRO engine."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
+        super().__init__(directory, config)
+        self.model = model
+
+    def save(self, step: int, engine: ZeroEngine, progress: dict, loader_state) -> None:
+        """Write a checkpoint. Collective.
+
+        Args:
+            step: optimizer steps done.
+            progress: what the trainer must remember; equal on all ranks.
+            loader_state: this rank's loader.
+        """
+        paths = self._begin(step, loader_state)
+        if paths is None:
+            return
+        partial, final = paths
+        states = engine.states()
+        if engine.decay:
+            averaged = engine.states(averaged=True)
+            states |= {name + AVERAGED: state for name, state in averaged.items()}
+        if platform.rank() == 0:
+            write_networks(partial, states)
+            torch.save(described(self.model), partial / "model.pt")
+            (partial / "progress.json").write_text(json.dumps(progress))
+        torch.save(random_state(), partial / f"random_{platform.rank():05d}.pt")
+        if step > 0:  # before its first step an optimizer has no state
+            for name, one in engine.engines.items():
+                one.save_checkpoint(str(partial / _SHARES), tag=name, save_latest=False)
+        torch.distributed.barrier()
+        if platform.rank() == 0:
+            layout = {"ranks": torch.distributed.get_world_size(), "zero_stage": engine.recipe.zero.stage}
+            (partial / "metadata.json").write_text(json.dumps(layout))
+        self._complete(partial, final)
+
+    def check(self, checkpoint: Path, engine: ZeroEngine) -> None:
+        """Refuse a checkpoint that this run cannot go on from.
+
+        Raises:
+            UserError: another engine, another number of ranks, another stage of ZeRO or other networks wrote it.
+        """
+        if not is_plain(checkpoint):
+            raise UserError(f"{checkpoint}: was written by engine=megatron; give another run=, or init_from")
+        layout = json.loads((checkpoint / "metadata.json").read_text())
+        here = {"ranks": torch.distributed.get_world_size(), "zero_stage": engine.recipe.zero.stage}
+        if layout != here:
+            raise UserError(
+                f"{checkpoint}: was written by {layout['ranks']} ranks with zero.stage={layout['zero_stage']}, not "
+                f"{here['ranks']} with {here['zero_stage']}; resume as it was, or start a new run with init_from"
+            )
+
+    def load(self, checkpoint: Path, engine: ZeroEngine) -> dict:
+        """Read optimizers, averages and random state into an engine that has started from the same checkpoint.
+
+        Returns:
+            what :meth:`save` was given as `progress`.
+        """
+        if step_of(checkpoint) > 0:
+            for name, one in engine.engines.items():
+                one.load_checkpoint(str(checkpoint / _SHARES), tag=name)
+        engine.restore_averages(checkpoint)
+        restore_random_state(torch.load(checkpoint / f"random_{platform.rank():05d}.pt", weights_only=False))
+        return json.loads((checkpoint / "progress.json").read_text())
+
+
+def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
+    """Give a network, not yet sharded, the tensors of a checkpoint.
+
+    Raises:
+        UserError: they do not fit, naming the first that does not.
+    """
+    wanted, found = network.state_dict(), read_network(checkpoint, name, averaged=False)
+    for key in sorted(wanted.keys() | found.keys()):
+        here, there = (tuple(state[key].shape) if key in state else None for state in (wanted, found))
+        if here != there:
+            raise UserError(f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run")
+    network.load_state_dict(found)

@@ -1,0 +1,200 @@
+"""Codes beside speech: the same shards however they are made, and read by whoever names the codec that made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import save_file
+
+from data_pipelines.codes import extract
+from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
+from data_pipelines.shards import digest, index_shards, write_shards
+from omni_train.data.loader import build_loader
+from omni_train.data.sources import open_source
+from omni_train.errors import UserError
+from omni_train.models.codec import SpeechCodec
+from omni_train.recipe.schema import DataConfig, SourceConfig
+from omni_train.recipe.speech import RowKind
+from omni_train.training.codec_checkpoint import codec_hash, open_codec, write_codes
+from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, voice
+from tests.support.media import sound_file
+
+SAMPLES = [500 + 173 * n for n in range(23)]
+
+
+def checkpoint(folder: Path, seed: int, teacher_size: int = 0) -> Path:
+    """A codec whose codebooks have seen something, as a run writes it."""
+    torch.manual_seed(seed)
+    codec = SpeechCodec(CODEC, CODE2WAV, teacher_size).train()
+    codec(torch.stack([voice(60 * FRAME, seed) for seed in range(3)]), torch.Generator().manual_seed(seed))
+    codec.quantizer.update(torch.Generator().manual_seed(seed))
+    folder.mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in codec.state_dict().items()}, folder / "generator.safetensors"
+    )
+    torch.save(dataclasses.asdict(MODEL), folder / "model.pt")
+    (folder / "metadata.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("codec") / "step_00000001", 1)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """Speech in four shards, one sample without any and one that is damaged."""
+    folder = tmp_path_factory.mktemp("speech") / "speech"
+    samples = [
+        (
+            f"s-{n:03d}",
+            {"text": f"word {n}", "speech": "0.wav"},
+            {"0.wav": sound_file(voice(length, n).numpy()[:, None], 24000, "WAV")},
+        )
+        for n, length in enumerate(SAMPLES)
+    ]
+    samples.insert(4, ("t-000", {"text": "nobody says this"}))
+    samples.insert(9, ("d-000", {"text": "x", "speech": "0.wav"}, {"0.wav": b"RIFF what?"}))
+    write_shards(folder, "train", samples[:-6], 3)
+    write_shards(folder, "val", samples[-6:], 1)
+    index_shards(folder)
+    rehearsal_tokenizer.train(["what is said here"], folder / "tokenizer", 270)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded(speech, codec, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("coded") / "out"
+    write_codes(speech, str(codec), out, workers=1)
+    return out
+
+
+def contents(out: Path) -> dict[str, str]:
+    files = [file for file in out.rglob("*") if file.is_file()]
+    return {str(file.relative_to(out)): digest([file]) for file in files if file.suffix != ".sqlite"}
+
+
+def files_of(folder: Path, split: str) -> dict[str, dict[str, bytes]]:
+    source = open_source(SourceConfig(str(folder)), split, training=False)
+    (reader,) = source.build().dataset.join_readers
+    parts = [reader[index]["open"]() for index in range(len(source))]
+    return {json.loads(each["json"])["text"]: each for each in parts}
+
+
+def test_every_sample_keeps_its_files_and_its_speech_gets_the_codecs_codes(speech, codec, coded):
+    opened = open_codec(str(codec))
+    for split in ("train", "val"):
+        before, after = files_of(speech, split), files_of(coded, split)
+        assert list(before) == list(after)
+        for text, parts in after.items():
+            found = parts.pop("codes.npy", None)
+            assert parts == before[text]
+            assert (found is not None) == text.startswith("word")
+            if found is not None:
+                n = int(text.split()[1])
+                codes = np.load(io.BytesIO(found))
+                assert (codes.dtype, codes.shape) == (np.uint16, (4, -(-SAMPLES[n] // FRAME)))
+                heard, _ = soundfile.read(io.BytesIO(parts["0.wav"]), dtype="float32")
+                np.testing.assert_array_equal(codes, opened.codec.encode(torch.from_numpy(heard)[None])[0])
+
+
+def test_the_folder_and_each_shard_say_whose_codes_they_are(codec, coded):
+    record = json.loads((coded / "codec.json").read_text())
+    assert record["codec"] == codec_hash(str(codec)) == codec_hash(record["codec"])
+    assert record["shards"] == dict.fromkeys(sorted(file.name for file in coded.glob("*.tar")), record["codec"])
+
+
+def test_what_a_codec_is_called_follows_its_weights_and_sizes_alone(codec, tmp_path):
+    same, other = checkpoint(tmp_path / "same", 1), checkpoint(tmp_path / "other", 2)
+    assert codec_hash(str(same)) == codec_hash(str(codec)) != codec_hash(str(other))
+
+
+def test_more_processes_give_the_same_bytes(speech, codec, coded, tmp_path):
+    write_codes(speech, str(codec), tmp_path / "out", workers=2)
+    assert contents(tmp_path / "out") == contents(coded)
+
+
+def test_killed_and_started_again_it_gives_the_same_bytes(speech, codec, coded, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "omni_train", "data", "codes", f"data={speech}", f"codec={codec}", f"out={out}"]
+    process = subprocess.Popen(
+        [*command, "workers=1"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = {file.name: file.stat().st_mtime_ns for file in (out / ".coded").glob("*.tar.json")}
+    assert not (out / "codec.json").exists()
+    write_codes(speech, str(codec), out, workers=2)
+    assert contents(out) == contents(coded)
+    assert all((out / ".coded" / name).stat().st_mtime_ns == when for name, when in made.items())
+    again = subprocess.run([*command, "workers=1"], capture_output=True, check=True, text=True)
+    assert again.stdout.splitlines()[-1].endswith("in 4 shards; without codes: audio_damaged 1, no_speech 1")
+
+
+def data(folder: Path, codec: str) -> DataConfig:
+    return DataConfig(
+        name="coded",
+        path="unused",
+        sources=[SourceConfig(str(folder))],
+        tokenizer=str(folder / "tokenizer"),
+        rows=RowKind.crops,
+        row_tokens=12,
+        crop_seconds=4 * FRAME / 24000,
+        alignment=1,
+        streams=1,
+        workers=0,
+        codec=codec,
+    )
+
+
+def test_code2wav_reads_the_codes_beside_their_waveforms(coded, codec):
+    opened = open_codec(str(codec))
+    agree = []
+    for row in itertools.islice(build_loader(data(coded, opened.content_hash), MODEL, seed=3), 9):
+        assert (row.waveform.shape, row.codes.shape) == ((3, 4 * FRAME), (3, 4, 4))
+        begins = opened.codec.encode(row.waveform)[:, :, :1] == row.codes[:, :, :1]
+        agree.append(begins.float().mean())  # a causal encoder hears in a crop's first frame what follows silence
+    assert np.mean(agree) > 0.2
+
+
+def test_codes_of_another_codec_are_refused_in_one_line(coded, speech, tmp_path):
+    other = codec_hash(str(checkpoint(tmp_path / "other", 2)))
+    for folder, message in ((coded, "are of another codec"), (speech, "has no codes")):
+        with pytest.raises(UserError, match=message) as refused:
+            build_loader(data(folder, other), MODEL, seed=3)
+        assert "\n" not in str(refused.value)
+
+
+def test_folders_and_checkpoints_that_cannot_work_are_refused(speech, codec, coded, tmp_path):
+    other = checkpoint(tmp_path / "other", 2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    for words, message in (
+        ((speech, str(other), coded), "coded there with another codec"),
+        ((speech, str(codec), tmp_path / "mine"), "not empty"),
+        ((speech, str(codec), speech), "is data itself"),
+        ((tmp_path, str(codec), None), "no shards"),
+        ((speech, str(tmp_path), None), "no complete checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            write_codes(*words)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="workers=-1"):
+        extract(speech, str(codec), open_codec, tmp_path / "out", workers=-1)

@@ -1,0 +1,133 @@
+"""The recognizer's objective: figures that add up, CTC as torch has it, windows drawn by step."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from omni_train.recipe.schema import ParallelConfig
+from omni_train.recipe.speech import RecognitionConfig
+from tests.support.recognizer import CLIPS, TAG_END, VOCAB, recognizer_recipe, row_of, utterances
+
+ALIGNED = [(900, 3), (33, 1), (1200, 9), (16, 2), (300, 1)]  # the fourth has one audio token for two words
+
+
+def task_of(recipe):
+    from omni_train import platform
+    from omni_train.objectives import recognition
+
+    platform.parallel.initialize(ParallelConfig(), recipe.seed)
+    with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):
+        return recognition.Recognition(recipe)
+
+
+def outcomes(rank, world_size, recipe, training):
+    """Of a whole row, and of its clips by themselves, with the gradients of both."""
+    from omni_train import platform
+
+    task = task_of(recipe)
+    model = task.networks["model"].train(training)
+    found = []
+    for groups in ([utterances(recipe, ALIGNED)], [[one] for one in utterances(recipe, ALIGNED)]):
+        rows = [row_of(group) for group in groups]
+        total = sum(map(task.weight, rows))
+        model.zero_grad()
+        figures, loss = {}, 0.0
+        for row in rows:
+            out = task.run(task.networks, row, total, 5, training)
+            out.losses["model"].backward()
+            loss += float(out.losses["model"].detach())
+            for name, pair in out.figures.items():
+                figures[name] = [a + float(b) for a, b in zip(figures.get(name, (0, 0)), pair, strict=True)]
+        found.append((loss, figures, total, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    platform.parallel.destroy()
+    return found
+
+
+def test_losses_and_figures_do_not_depend_on_how_clips_share_rows(distributed):
+    recipe = recognizer_recipe(ctc=True, recognition=RecognitionConfig(ctc_weight=0.3))
+    (loss, figures, total, gradients), apart = distributed(1, outcomes, recipe, True)[0]
+    assert loss == pytest.approx(apart[0], rel=1e-5)
+    torch.testing.assert_close(gradients, apart[3], rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    assert set(figures) == {"loss", "ctc_loss", "ctc_unaligned"} == set(apart[1])
+    for name, pair in figures.items():
+        assert pair == pytest.approx(apart[1][name], rel=1e-5)
+    assert figures["loss"][1] == total == sum(words + 3 for _, words in ALIGNED)
+    assert figures["ctc_loss"][1] == sum(words for _, words in ALIGNED) - 2
+    assert figures["ctc_unaligned"] == [1, 5]
+    assert loss == pytest.approx((figures["loss"][0] + 0.3 * figures["ctc_loss"][0]) / total, rel=1e-5)
+
+
+def test_held_out_rows_tell_how_often_the_right_token_is_the_likeliest(distributed):
+    figures = distributed(1, outcomes, recognizer_recipe(), False)[0][0][1]
+    assert set(figures) == {"loss", "accuracy"}
+    right, count = figures["accuracy"]
+    assert count == figures["loss"][1] and 0 <= right < count
+
+
+def test_ctc_of_a_clip_among_others_is_torchs_of_it_alone():
+    from omni_train.objectives.recognition import ctc_losses
+
+    generator = torch.Generator().manual_seed(3)
+    lengths = [7, 1, 12, 3]
+    words = [torch.tensor(one) for one in ([4, 4, 9], [5], [1, 2, 3, 3, 3], [6, 6, 6])]
+    logits = torch.randn(sum(lengths), VOCAB + 1, generator=generator, requires_grad=True)
+    losses, aligned = ctc_losses(logits, lengths, words, VOCAB)
+    assert aligned == [True, True, True, False]  # three equal words need five audio tokens
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    for index, part in enumerate(logits.detach().split(lengths)):
+        own = part.clone().requires_grad_()
+        if not aligned[index]:
+            assert losses[index] == 0 and not gradient.split(lengths)[index].any()
+            continue
+        log_probs = own.log_softmax(-1)[:, None]
+        sizes = torch.tensor([lengths[index]]), torch.tensor([len(words[index])])
+        alone = torch.nn.functional.ctc_loss(log_probs, words[index][None], *sizes, blank=VOCAB, reduction="sum")
+        assert losses[index].item() == pytest.approx(alone.item(), rel=1e-5)
+        torch.testing.assert_close(gradient.split(lengths)[index], torch.autograd.grad(alone, own)[0])
+
+
+def windows(rank, world_size, recipe):
+    from omni_train import platform
+
+    task = task_of(recipe)
+    drawn = [task.window_frames(step, True) for step in range(40)]
+    fixed = {task.window_frames(step, False) for step in range(40)}
+    platform.parallel.destroy()
+    return drawn, fixed
+
+
+def test_windows_are_drawn_by_step_in_training_alone(distributed):
+    recipe = recognizer_recipe()
+    drawn, fixed = distributed(1, windows, recipe)[0]
+    assert set(drawn) == {32, 100, 0} and fixed == {48}
+    assert distributed(1, windows, recipe)[0][0] == drawn
+
+
+def overfit(rank, world_size, recipe):
+    from omni_train import platform
+    from omni_train.rollout.transcribe import transcribe
+
+    task = task_of(recipe)
+    model = task.networks["model"]
+    sequences = utterances(recipe, CLIPS[:3])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        task.run(task.networks, row_of(sequences), 30.0, step, True).losses["model"].backward()
+        optimizer.step()
+    written = transcribe(
+        model, [one.mel[0] for one in sequences], window_frames=48, start_token=2, stop_token=3, max_new_tokens=20
+    )
+    platform.parallel.destroy()
+    expected = [[int(label) for label in one.labels if label != -100] for one in sequences]
+    return [one.tokens for one in written], expected
+
+
+def test_a_few_clips_are_learned_by_heart(distributed):
+    recipe = recognizer_recipe(ctc=True, recognition=RecognitionConfig(ctc_weight=0.3))
+    written, expected = distributed(1, overfit, recipe)[0]
+    assert written == expected
