@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from omni_train.data.codes import content_hash, is_hash
 from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
-from omni_train.recipe.schema import ModelConfig
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
-from omni_train.training.checkpoint import resolve
+from omni_train.training.checkpoint import read_model_config
+from omni_train.training.checkpoint_store import resolve
+from omni_train.training.plain_checkpoint import read_network
 
 GENERATOR = "generator.safetensors"
 
@@ -31,7 +30,8 @@ class OpenCodec:
         self.sampling_rate = codec.config.sampling_rate
         # What codes mean does not depend on who taught them.
         tensors = {name: tensor for name, tensor in codec.state_dict().items() if not name.startswith("teacher.")}
-        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": asdict(codec.code2wav)})
+        decoder = None if codec.code2wav is None else asdict(codec.code2wav)
+        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": decoder})
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """A waveform (n,) float32 -> codes (N, frames)."""
@@ -40,7 +40,9 @@ class OpenCodec:
 
 
 def open_codec(path: str) -> OpenCodec:
-    """The codec of a checkpoint, or of a run's latest.
+    """The codec of a checkpoint, or of a run's latest, with averaged weights where it has some: those evaluation heard.
+
+    An imported Mimi has no decoder here, and makes codes all the same.
 
     Raises:
         UserError: there is no checkpoint, or it is of another network.
@@ -48,15 +50,12 @@ def open_codec(path: str) -> OpenCodec:
     checkpoint = resolve(path)
     if not (checkpoint / GENERATOR).exists():
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
-    written = torch.load(checkpoint / "model.pt", weights_only=True)
-    if not written.get("codec") or not written.get("code2wav"):
-        raise UserError(f"codec={path}: its model has no codec; give a checkpoint of network=codec")
-    model = ModelConfig(codec=CodecConfig(**written["codec"]), code2wav=Code2WavConfig(**written["code2wav"]))
-    tensors = load_file(checkpoint / GENERATOR)
+    model, tensors = read_model_config(checkpoint), read_network(checkpoint, "generator")
     if not any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    decodes = any(name.startswith("decoder.") for name in tensors)
     teacher = tensors.get("teacher.weight")
-    codec = SpeechCodec(model.codec, model.code2wav, 0 if teacher is None else len(teacher))
+    codec = SpeechCodec(model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher))
     codec.load_state_dict(tensors)
     return OpenCodec(codec.eval())
 

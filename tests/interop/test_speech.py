@@ -10,9 +10,12 @@ from transformers import MimiConfig, MimiModel
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeCode2Wav
 
 from omni_train.errors import UserError
+from omni_train.interop.convert import export_checkpoint, import_checkpoint
 from omni_train.interop.speech import read_code2wav, read_mimi, write_code2wav, write_mimi
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
+from omni_train.training.codec_checkpoint import open_codec
+from omni_train.training.plain_checkpoint import write_networks
 from tests.support.speech import CODE2WAV, CODEC, random_codes, randomized, sound
 
 
@@ -178,3 +181,55 @@ def test_codes_of_a_whole_model_are_heard(code2wav_folder):
     network = Code2Wav(config)
     network.load_state_dict(state)
     assert network(random_codes(1, 3)).std() > 0.01
+
+
+def test_mimi_is_converted_and_makes_its_codes(mimi_folder, tmp_path):
+    import_checkpoint("mimi", mimi_folder, tmp_path / "checkpoint", num_quantizers=4)
+    clip = sound(7001)
+    with torch.no_grad():
+        want = MimiModel.from_pretrained(mimi_folder).encode(clip[None, None], num_quantizers=4).audio_codes[0]
+    assert open_codec(str(tmp_path / "checkpoint")).encode(clip.numpy()).tolist() == want.tolist()
+    export_checkpoint("mimi", tmp_path / "out", tmp_path / "checkpoint")
+    original = tensors_of(mimi_folder)
+    out = tensors_of(tmp_path / "out")
+    assert same(out, {name: original[name] for name in out})
+    assert sum(name.endswith("embed_sum") for name in out) == 4
+    assert MimiModel.from_pretrained(tmp_path / "out").config.num_quantizers == 4
+
+
+def test_code2wav_is_converted_there_and_back(code2wav_folder, tmp_path):
+    import_checkpoint("qwen3_omni_code2wav", code2wav_folder, tmp_path / "checkpoint")
+    export_checkpoint("qwen3_omni_code2wav", tmp_path / "out", tmp_path / "checkpoint")
+    assert same(tensors_of(tmp_path / "out"), tensors_of(code2wav_folder))
+    for format in ("qwen3_omni_code2wav", "mimi"):
+        with pytest.raises(UserError, match="there is a checkpoint already"):
+            import_checkpoint(format, code2wav_folder, tmp_path / "checkpoint")
+
+
+def test_a_trained_codec_is_converted_to_both(tmp_path):
+    codec = randomized(SpeechCodec(CODEC, CODE2WAV, teacher_size=3))
+    trained = tmp_path / "step_00000007"
+    trained.mkdir()
+    write_networks(trained, {"generator": codec.state_dict()})
+    sizes = {"codec": dataclasses.asdict(CODEC), "code2wav": dataclasses.asdict(CODE2WAV)}
+    torch.save({"name": "small", **sizes}, trained / "model.pt")
+    (trained / "metadata.json").write_text("{}")
+    for format in ("mimi", "qwen3_omni_code2wav"):
+        export_checkpoint(format, tmp_path / format, trained)
+    clip = sound(1, 9001)
+    with torch.no_grad():
+        codes = MimiModel.from_pretrained(tmp_path / "mimi").encode(clip[:, None]).audio_codes
+        wave = Qwen3OmniMoeCode2Wav.from_pretrained(tmp_path / "qwen3_omni_code2wav")(codes)[:, 0]
+    torch.testing.assert_close(wave, codec.decode(codec.encode(clip)), rtol=0, atol=1e-5)
+
+
+def test_what_a_checkpoint_does_not_have_is_refused(mimi_folder, code2wav_folder, tmp_path):
+    import_checkpoint("mimi", mimi_folder, tmp_path / "mimi_checkpoint")
+    import_checkpoint("qwen3_omni_code2wav", code2wav_folder, tmp_path / "wave_checkpoint")
+    with pytest.raises(UserError, match="has no encoder; format=mimi needs one of network=codec"):
+        export_checkpoint("mimi", tmp_path / "out", tmp_path / "wave_checkpoint")
+    with pytest.raises(UserError, match="has no decoder; format=qwen3_omni_code2wav needs one"):
+        export_checkpoint("qwen3_omni_code2wav", tmp_path / "out", tmp_path / "mimi_checkpoint")
+    for format, folder in (("qwen3_omni_code2wav", code2wav_folder), ("qwen3_5", mimi_folder)):
+        with pytest.raises(UserError, match="num_quantizers=3: only format=mimi can leave codebooks"):
+            import_checkpoint(format, folder, tmp_path / "other", num_quantizers=3)
