@@ -41,7 +41,7 @@ class MelDistance:
             heard_BF = (frames_F < lengths_B[:, None]).to(one_BFM.dtype)
             heard_BF = heard_BF / heard_BF.sum(1, keepdim=True)
             linear.append(((one_BFM - other_BFM).abs().mean(2) * heard_BF).sum(1))
-            logs = (magnitudes.clamp_min(self.floor).log10() for magnitudes in (one_BFM, other_BFM))
+            logs = ((magnitudes + self.floor).log10() for magnitudes in (one_BFM, other_BFM))
             logarithmic.append(((next(logs) - next(logs)).abs().mean(2) * heard_BF).sum(1))
         return torch.stack(logarithmic).mean(0), torch.stack(linear).mean(0)
 
