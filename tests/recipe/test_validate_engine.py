@@ -9,7 +9,10 @@ from omni_train.recipe.validate import validate
 AUT = "stage=audio_encoder data=rehearsal_transcripts"
 
 REFUSED = [
-    ("engine=deepspeed", "engine=deepspeed: does not split a Thinker's tensors, layers and experts; set engine=megatron"),
+    (
+        "engine=deepspeed",
+        "engine=deepspeed: does not split a Thinker's tensors, layers and experts; set engine=megatron",
+    ),
     ("optimizer.ema_decay=0.9", "optimizer.ema_decay=0.9: only engine=deepspeed averages weights; set 0"),
     (
         f"{AUT} engine=megatron",
