@@ -20,6 +20,7 @@ import torch
 
 from omni_train import platform
 from omni_train.errors import UserError
+from omni_train.interop import speech_convert
 from omni_train.interop.config import from_hugging_face, merged, to_hugging_face
 from omni_train.interop.families import FAMILIES, Family
 from omni_train.interop.folder import Folder, read_json
@@ -46,7 +47,13 @@ _TENSORS = "tensors.json"
 """In a checkpoint's ``hf`` folder: name and dtype of every tensor of the folder that it was imported from."""
 
 
-def import_checkpoint(format: str, hf: Path, checkpoint: Path, parallel: ParallelConfig | None = None) -> None:
+def import_checkpoint(
+    format: str,
+    hf: Path,
+    checkpoint: Path,
+    parallel: ParallelConfig | None = None,
+    num_quantizers: int | None = None,
+) -> None:
     """Write a checkpoint, for `init_from=`, from a Hugging Face folder; parameters keep the folder's types.
 
     Tokenizer, chat template, generation and configuration files travel with it, and so do Talker and Code2Wav, which
@@ -54,17 +61,24 @@ def import_checkpoint(format: str, hf: Path, checkpoint: Path, parallel: Paralle
     Collective: under a launcher all ranks take part, in the layout that `parallel` says.
 
     Args:
-        format: qwen3_5_moe, qwen3_5 (dense), both with or without vision, or qwen3_omni_moe.
+        format: qwen3_5_moe, qwen3_5 (dense), both with or without vision, or qwen3_omni_moe; of speech, mimi (encoder
+            and quantiser) or qwen3_omni_code2wav (from a Qwen3-Omni or alone).
         hf: folder with config.json and safetensors files.
         checkpoint: folder to write step_00000000 into.
         parallel: layout to convert in; the checkpoint does not depend on it.
+        num_quantizers: of a Mimi, take the first so many codebooks.
 
     Raises:
         UserError: the folder is not of this format, or has a tensor too many or too few, or of another shape.
     """
-    family = _family(format)
     if (checkpoint / "latest").exists():
         raise UserError(f"checkpoint={checkpoint}: there is a checkpoint already; choose another folder")
+    if format in speech_convert.FORMATS:
+        speech_convert.import_speech(format, hf, checkpoint, num_quantizers)
+        return
+    family = _family(format)
+    if num_quantizers is not None:
+        raise UserError(f"num_quantizers={num_quantizers}: only format=mimi can leave codebooks; leave it out")
     folder = Folder(hf, carries=family.carries)
     model = from_hugging_face(format, folder.config, hf.resolve().name, folder.names)
     table = _table(family, model, folder.names)
@@ -102,7 +116,7 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     that never did gives its own types and a config.json made from its model. Under a launcher the ranks share the work.
 
     Args:
-        format: qwen3_5_moe, qwen3_5 (dense) or qwen3_omni_moe.
+        format: qwen3_5_moe, qwen3_5 (dense) or qwen3_omni_moe; of speech, mimi or qwen3_omni_code2wav.
         hf: folder to write; it must not hold a model yet.
         checkpoint: a step_XXXXXXXX folder, or a run's (its latest).
         max_file_gigabytes: size of one safetensors file; Talker and Code2Wav keep the files that they came in. Memory
@@ -114,10 +128,13 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     from omni_train.training.checkpoint import read_model_config
     from omni_train.training.checkpoint_store import resolve
 
-    family = _family(format)
-    platform.setup()
     if any(hf.glob("*.safetensors")):
         raise UserError(f"hf={hf}: there are safetensors files already; choose another folder")
+    if format in speech_convert.FORMATS:
+        speech_convert.export_speech(format, hf, checkpoint)
+        return
+    family = _family(format)
+    platform.setup()
     checkpoint = resolve(checkpoint)
     model = read_model_config(checkpoint)
     reader = CheckpointReader(checkpoint)
@@ -144,7 +161,8 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
 
 def _family(format: str) -> Family:
     if format not in FAMILIES:
-        raise UserError(f"format={format}: unknown; choose one of {', '.join(FAMILIES)}")
+        known = ", ".join([*FAMILIES, *speech_convert.FORMATS])
+        raise UserError(f"format={format}: unknown; choose one of {known}")
     return FAMILIES[format]
 
 

@@ -52,7 +52,13 @@ def codec_from_hugging_face(config: Mapping[str, Any]) -> CodecConfig:
 
 
 def codec_to_hugging_face(codec: CodecConfig) -> dict[str, Any]:
-    """A ``config.json`` of a MimiModel without a decoder."""
+    """A ``config.json`` of a MimiModel without a decoder.
+
+    Raises:
+        UserError: a MimiModel cannot have these sizes.
+    """
+    if codec.codebook_size & (codec.codebook_size - 1):
+        raise UserError(f"model.codec.codebook_size={codec.codebook_size}: format=mimi has powers of 2")
     return {
         "architectures": ["MimiModel"],
         "model_type": "mimi",

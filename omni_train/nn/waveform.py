@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -52,17 +51,23 @@ class CausalConv1d(torch.nn.Conv1d):
         Args:
             stream: of a signal in pieces; all but the last are multiples of the stride long.
         """
-        left, right = self.left, -x.shape[-1] % self.stride[0]
-        if stream is not None and left:
-            past = stream.get(self)
-            if past is None:
-                first = x[..., :1] if self.replicate else x.new_zeros(())
-                past = first.expand(*x.shape[:-1], left)
-            x, left = torch.cat([past, x], dim=-1), 0
+        missing = -x.shape[-1] % self.stride[0]
+        parts = [x]
+        if self.left:
+            past = stream.get(self) if stream is not None else None
+            parts.insert(0, self._beyond(x[..., :1], self.left) if past is None else past)
+        if missing:
+            parts.append(self._beyond(x[..., -1:], missing))
+        if len(parts) > 1:  # not F.pad, which goes over the memory twice
+            x = torch.cat(parts, dim=-1)
+        if stream is not None and self.left:
             stream[self] = x[..., x.shape[-1] - self.left :]
-        if left or right:
-            x = F.pad(x, (left, right), mode="replicate" if self.replicate else "constant")
         return super().forward(x)
+
+    def _beyond(self, nearest: Tensor, steps: int) -> Tensor:
+        """What lies before or after the signal, whose nearest step is (B, C, 1)."""
+        value = nearest if self.replicate else nearest.new_zeros(())
+        return value.expand(*nearest.shape[:-1], steps)
 
 
 class CausalTransposedConv1d(torch.nn.ConvTranspose1d):

@@ -7,8 +7,9 @@
       text_pretrain: []
       s2_general: [data=rehearsal_omni, init_from=text_pretrain]
 
-A stage takes the recipe ``stage=`` of its own name, unless its words choose another. `init_from` and the checkpoints of
-`init_parts` may name an earlier stage; a stage without `init_from` starts from the one before.
+A stage takes the recipe ``stage=`` of its own name, unless its words choose another. `init_from`, the checkpoints of
+`init_parts` and `codec_training.teacher` may name an earlier stage; a stage without `init_from` starts from the one
+before that trains the same network.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from omni_train.recipe.validate import validate
 _USAGE = """\
 omni-train pipeline name=NAME [run=RUN] [key=value …] [STAGE.key=value …] [--cfg job]
 
-Runs the stages of a pipeline one after the other, each from the checkpoint of the one before, in runs/RUN/STAGE. NAME
-is one of those below or a file of your own, and RUN is NAME until it is given. The same command again skips the stages
-that are complete and goes on with the first that is not. A word of `omni-train train` is for every stage, with STAGE.
-before it for that stage alone; --cfg job shows the composed stages and runs nothing.
+Runs the stages of a pipeline one after the other, in runs/RUN/STAGE, each from the checkpoint of the one before that
+trains the same network. NAME is one of those below or a file of your own, and RUN is NAME until it is given. The same
+command again skips the stages that are complete and goes on with the first that is not. A word of `omni-train train` is
+for every stage, with STAGE. before it for that stage alone; --cfg job shows the composed stages and runs nothing.
 
   launchers/local.sh 2 pipeline name=smoke run=mine schedule.steps=5 s2_general.schedule.steps=50
 
@@ -166,6 +167,9 @@ def _start(recipe: Recipe, before: dict[str, Recipe]) -> None:
     def directory(source: str) -> str:
         return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
 
-    start = recipe.init_from or next(reversed(before), None)
+    alike = [name for name, stage in before.items() if stage.network is recipe.network]
+    start = recipe.init_from or next(reversed(alike), None)
     recipe.init_from = start and directory(start)
     recipe.init_parts = {pattern: directory(source) for pattern, source in recipe.init_parts.items()}
+    teacher = recipe.codec_training.teacher
+    recipe.codec_training.teacher = teacher and directory(teacher)

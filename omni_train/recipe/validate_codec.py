@@ -50,8 +50,23 @@ def _model(recipe: Recipe) -> None:
     for part in ("codec", "code2wav") if recipe.network is NetworkName.codec else ("code2wav",):
         if getattr(model, part) is None:
             refuse(recipe, "network", f"model={model.name} has no model.{part}; choose a model with it")
+    wave = "model.code2wav"
+    heads = ("num_attention_heads", "num_key_value_heads")
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "sliding_window", "decoder_dim", *heads)
+    bounds(recipe, at_least={f"{wave}.{key}": 1 for key in (*sizes, "num_quantizers", "codebook_size")})
+    pairs = 2 * model.code2wav.num_attention_heads  # rotary embedding turns pairs of a head's dimensions
+    divides(recipe, pairs, f"2·{wave}.num_attention_heads", f"{wave}.hidden_size")
+    divides(recipe, model.code2wav.num_key_value_heads, f"{wave}.num_key_value_heads", f"{wave}.num_attention_heads")
+    halved = 2 ** len(model.code2wav.upsample_rates)
+    divides(recipe, halved, f"what each of {wave}.upsample_rates halves", f"{wave}.decoder_dim")
     if model.codec is None:
         return
+    codec = "model.codec"
+    sizes = ("num_filters", "hidden_size", "num_hidden_layers", "intermediate_size", "sliding_window", *heads)
+    bounds(recipe, at_least={f"{codec}.{key}": 1 for key in (*sizes, "head_dim", "compress", "codebook_dim")})
+    divides(recipe, 2, "a pair of dimensions", f"{codec}.head_dim")
+    divides(recipe, model.codec.num_key_value_heads, f"{codec}.num_key_value_heads", f"{codec}.num_attention_heads")
+    divides(recipe, model.codec.compress, f"{codec}.compress", f"{codec}.num_filters")
     # Two frames of the encoder become one of the codes.
     heard, spoken = 2 * prod(model.codec.upsampling_ratios), _frame_samples(recipe)
     if heard != spoken:

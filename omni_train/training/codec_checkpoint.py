@@ -13,7 +13,9 @@ from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
 from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import resolve
-from omni_train.training.plain_checkpoint import is_plain, read_network
+from omni_train.training.plain_checkpoint import read_network
+
+GENERATOR = "generator.safetensors"
 
 
 class OpenCodec:
@@ -28,7 +30,8 @@ class OpenCodec:
         self.sampling_rate = codec.config.sampling_rate
         # What codes mean does not depend on who taught them.
         tensors = {name: tensor for name, tensor in codec.state_dict().items() if not name.startswith("teacher.")}
-        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": asdict(codec.code2wav)})
+        decoder = None if codec.code2wav is None else asdict(codec.code2wav)
+        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": decoder})
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """A waveform (n,) float32 -> codes (N, frames)."""
@@ -37,20 +40,22 @@ class OpenCodec:
 
 
 def open_codec(path: str) -> OpenCodec:
-    """The codec of a checkpoint, or of a run's latest; its average over the steps where the run kept one.
+    """The codec of a checkpoint, or of a run's latest, with averaged weights where it has some: those evaluation heard.
+
+    An imported Mimi has no decoder here, and makes codes all the same.
 
     Raises:
         UserError: there is no checkpoint, or it is of another network.
     """
     checkpoint = resolve(path)
-    model = read_model_config(checkpoint)
-    if not is_plain(checkpoint) or model.codec is None or model.code2wav is None:
+    if not (checkpoint / GENERATOR).exists():
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
-    tensors = read_network(checkpoint, "generator")
+    model, tensors = read_model_config(checkpoint), read_network(checkpoint, "generator")
     if not any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    decodes = any(name.startswith("decoder.") for name in tensors)
     teacher = tensors.get("teacher.weight")
-    codec = SpeechCodec(model.codec, model.code2wav, 0 if teacher is None else len(teacher)).float()
+    codec = SpeechCodec(model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher))
     codec.load_state_dict(tensors)
     return OpenCodec(codec.eval())
 

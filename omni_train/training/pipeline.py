@@ -19,7 +19,7 @@ from omni_train.training.schedule import Schedule
 
 _LEARNED = (
     *("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer"),
-    *("network", "engine", "recognition"),
+    *("network", "engine", "recognition", "codec_training"),
 )
 """The keys that a run keeps from its first start to its end. Layout, length and what is watched may change."""
 
@@ -96,4 +96,10 @@ def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
         return str(Path(source, "checkpoints", resolve(source).name)) if source in runs else source
 
     parts = {pattern: checkpoint(source) for pattern, source in recipe.init_parts.items()}
-    return replace(recipe, init_from=recipe.init_from and checkpoint(recipe.init_from), init_parts=parts)
+    teacher = recipe.codec_training.teacher
+    return replace(
+        recipe,
+        init_from=recipe.init_from and checkpoint(recipe.init_from),
+        init_parts=parts,
+        codec_training=replace(recipe.codec_training, teacher=teacher and checkpoint(teacher)),
+    )

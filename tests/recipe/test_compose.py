@@ -36,12 +36,12 @@ PARTNERS = {
     "parallel/tp2_pp4_cp8_ep32": ["model=flash_35b_a3b"],
     "parallel/tp2_pp2_ep16": ["model=flash_35b_a3b"],
     "stage/s3_long_context": ["model=flash_35b_a3b"],
-    "data/aut_shards": ["network=recognizer"],
-    "data/rehearsal_transcripts": ["network=recognizer"],
-    "model/qwen3_omni_30b_a3b": RELEASED,
-    "data/rehearsal_crops": ["stage=codec"],
-    "data/speech_shards": ["stage=codec"],
+    "data/aut_shards": ["network=recognizer", "engine=deepspeed"],
+    "data/rehearsal_crops": ["network=codec", "engine=deepspeed"],
+    "data/speech_shards": ["network=codec", "engine=deepspeed"],
     "stage/code2wav": [f"data.codec={'a' * 64}"],
+    "data/rehearsal_transcripts": ["network=recognizer", "engine=deepspeed"],
+    "model/qwen3_omni_30b_a3b": RELEASED,
 }
 MODELS = [path.stem for path in TREE if path.parent == Path("model")]
 

@@ -10,7 +10,7 @@ REFUSED = [
     ("parallel.tensr=2", "parallel.tensr is not a key of the recipe; did you mean parallel.tensor?"),
     ("zzz=1", "zzz is not a key of the recipe; omni-train train --help lists them"),
     ("hydra.foo=1", "hydra.foo is not a key of the recipe; omni-train train --help lists them"),
-    ("+new.key=1", "new is not a key of the recipe; omni-train train --help lists them"),
+    ("+zzz.key=1", "zzz is not a key of the recipe; omni-train train --help lists them"),
     ("+parallel.tensors=1", "parallel.tensors is not a key of the recipe; did you mean parallel.tensor?"),
     ("++schedule.step=1", "schedule.step is not a key of the recipe; did you mean schedule.steps?"),
     (

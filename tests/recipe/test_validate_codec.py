@@ -17,6 +17,35 @@ REFUSED = [
         "data.rows=chats: network=codec learns from data.rows=crops; choose data that has them",
     ),
     # the two halves
+    (f"{CODEC} model.code2wav.decoder_dim=0", "model.code2wav.decoder_dim=0: must be at least 1"),
+    (
+        f"{CODEC} model.code2wav.hidden_size=124",
+        "model.code2wav.hidden_size=124: not a multiple of 2·model.code2wav.num_attention_heads=8; change one of "
+        "the two",
+    ),
+    (
+        f"{CODEC} model.code2wav.num_key_value_heads=3",
+        "model.code2wav.num_attention_heads=4: not a multiple of model.code2wav.num_key_value_heads=3; change one of "
+        "the two",
+    ),
+    (
+        f"{CODE2WAV} model.code2wav.decoder_dim=120",
+        "model.code2wav.decoder_dim=120: not a multiple of what each of model.code2wav.upsample_rates halves=16; "
+        "change one of the two",
+    ),
+    (f"{CODEC} model.codec.sliding_window=0", "model.codec.sliding_window=0: must be at least 1"),
+    (
+        f"{CODEC} model.codec.head_dim=33",
+        "model.codec.head_dim=33: not a multiple of a pair of dimensions=2; change one of the two",
+    ),
+    (
+        f"{CODEC} model.codec.num_key_value_heads=3",
+        "model.codec.num_attention_heads=4: not a multiple of model.codec.num_key_value_heads=3; change one of the two",
+    ),
+    (
+        f"{CODEC} model.codec.compress=3",
+        "model.codec.num_filters=8: not a multiple of model.codec.compress=3; change one of the two",
+    ),
     (f"{CODEC} model.codec=null", "network=codec: model=tiny has no model.codec; choose a model with it"),
     (f"{CODE2WAV} model.code2wav=null", "network=code2wav: model=tiny has no model.code2wav; choose a model with it"),
     (

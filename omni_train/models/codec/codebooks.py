@@ -32,6 +32,16 @@ class Usage(NamedTuple):
     """(N,) codewords that began anew."""
 
 
+class _Derived(NamedTuple):
+    """What is worked out of the buffers, once after each change."""
+
+    codewords: Tensor
+    """(N, K, D)."""
+    tables: Tensor
+    """(N, K, D + 2), see :func:`_nearest`."""
+    ready: bool
+
+
 def usage_of(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The first two fields of :class:`Usage`, from how often each codeword was used, (N, K)."""
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -55,18 +65,18 @@ class Codebooks(torch.nn.Module):
         self.register_buffer("initialized", torch.zeros(count))
         self.register_buffer("cluster_usage", torch.ones(count, size))
         self.register_buffer("embed_sum", torch.randn(count, size, dim))
-        self._derived: tuple[Tensor, bool] | None = None
+        self._derived: _Derived | None = None
         self._forget()
 
     @property
     def codewords(self) -> Tensor:
         """(N, K, D)."""
-        return self._derive()[0]
+        return self._derive().codewords
 
     @property
     def ready(self) -> bool:
         """Whether the codebooks were trained, or set by k-means at least."""
-        return self._derive()[1]
+        return self._derive().ready
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, n, T) codes of the first n codebooks -> (B, T, D), the sum of their codewords."""
@@ -84,10 +94,9 @@ class Codebooks(torch.nn.Module):
         Returns:
             (n, M) codes, and (n, M, D) the sums of the first 1 to n codewords.
         """
-        codewords, residual, codes, sums = self.codewords, x, [], []
-        for codebook in codewords[:count]:
-            # transformers' way to the last bit: a nearly equal distance decides all codes after it.
-            code = torch.cdist(residual[None], codebook[None])[0].argmin(-1)
+        residual, codes, sums = x, [], []
+        for codebook, table in zip(self.codewords[:count], self._derive().tables, strict=False):
+            code = _nearest(residual, table)
             codeword = F.embedding(code, codebook)
             residual = residual - codeword
             codes.append(code)
@@ -190,11 +199,12 @@ class Codebooks(torch.nn.Module):
         table = _all_gather(torch.cat([priority[:, None], x], dim=1)[kept])
         return table[table[:, 0].argsort(stable=True), 1:], int(total)
 
-    def _derive(self) -> tuple[Tensor, bool]:
-        """Codewords, and whether they mean anything: worked out once after each change."""
+    def _derive(self) -> _Derived:
         if self._derived is None:
             codewords = self.embed_sum / self.cluster_usage.clamp(min=_SMALLEST_USAGE)[..., None]
-            self._derived = codewords, bool(self.initialized.all())
+            norms = codewords.square().sum(-1, keepdim=True)
+            tables = torch.cat([codewords, torch.ones_like(norms), norms], dim=-1)
+            self._derived = _Derived(codewords, tables, bool(self.initialized.all()))
         return self._derived
 
     def _forget(self) -> None:
@@ -215,10 +225,19 @@ class Codebooks(torch.nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._derived = None
 
-    def __deepcopy__(self, memo):
-        copy = Codebooks(self.count, self.size, self.dim).to(self.embed_sum.device)
-        copy.load_state_dict(self.state_dict())
-        return copy.train(self.training)
+
+def _nearest(x: Tensor, table: Tensor) -> Tensor:
+    """(M,) the nearest codewords to x (M, D), by distances |x|² − 2·x·c + |c|² as one product.
+
+    It is what ``torch.cdist`` does, and so transformers, to the last bit, as a nearly equal distance decides all codes
+    after it; but the codewords' half of it, (c, 1, |c|²), is kept.
+
+    Args:
+        table: (K, D + 2).
+    """
+    norms = x.square().sum(-1, keepdim=True)
+    left = torch.cat([-2 * x, norms, torch.ones_like(norms)], dim=-1)
+    return (left[None] @ table.mT[None])[0].clamp_min_(0).sqrt_().argmin(-1)
 
 
 def _world_size() -> int:
@@ -239,8 +258,8 @@ def _all_gather(table: Tensor) -> Tensor:
     """Rows of all ranks, which may have different numbers of them."""
     if _world_size() == 1:
         return table
-    lengths = [torch.zeros((), dtype=torch.long, device=table.device) for _ in range(_world_size())]
-    dist.all_gather(lengths, torch.tensor(len(table), device=table.device))
+    lengths = [torch.zeros(1, dtype=torch.long, device=table.device) for _ in range(_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(table)], device=table.device))
     longest = max(int(length) for length in lengths)
     tables = [table.new_empty(longest, table.shape[1]) for _ in lengths]
     dist.all_gather(tables, F.pad(table, (0, 0, 0, longest - len(table))).contiguous())

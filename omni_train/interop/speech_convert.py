@@ -1,0 +1,100 @@
+"""``omni-train convert`` for the networks of speech: folders of transformers to whole-network checkpoints and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from omni_train import platform
+from omni_train.errors import UserError
+from omni_train.interop.folder import read_json
+from omni_train.interop.speech import State, read_code2wav, read_mimi, write_code2wav, write_mimi
+from omni_train.models.codec import SpeechCodec
+from omni_train.platform.logs import say
+from omni_train.recipe.schema import ModelConfig
+from omni_train.training.checkpoint import read_model_config
+from omni_train.training.checkpoint_store import resolve
+from omni_train.training.plain_checkpoint import read_network, write_networks
+
+FORMATS = ("mimi", "qwen3_omni_code2wav")
+_NETWORK = "generator"
+"""What training calls the network that speaks, beside those that judge it."""
+
+
+def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int | None = None) -> None:
+    """Write a checkpoint of one network from a folder: of encoder and quantiser (mimi), or of Code2Wav.
+
+    Args:
+        format: one of ``FORMATS``.
+        hf: folder with config.json and safetensors files.
+        checkpoint: folder to write step_00000000 into.
+        num_quantizers: of a Mimi, take the first so many codebooks; None for all.
+
+    Raises:
+        UserError: the folder is not of this format.
+    """
+    if format == "mimi":
+        config, state = read_mimi(hf, num_quantizers)
+        model = {"codec": asdict(config)}
+    elif num_quantizers is not None:
+        raise UserError(f"num_quantizers={num_quantizers}: only format=mimi can leave codebooks; leave it out")
+    else:
+        config, state = read_code2wav(hf)
+        model = {"code2wav": asdict(config)}
+    if platform.rank() > 0:
+        return
+    final = checkpoint / "step_00000000"
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "hf").mkdir(parents=True)
+    shutil.copy(hf / "config.json", partial / "hf")
+    write_networks(partial, {_NETWORK: state})
+    torch.save({"name": hf.resolve().name, **model}, partial / "model.pt")
+    (partial / "metadata.json").write_text(json.dumps({"format": format}))
+    partial.rename(final)
+    (checkpoint / "latest").symlink_to(final.name)
+    say(f"imported {len(state)} tensors from {hf}; start a run from them with init_from={checkpoint}")
+
+
+def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
+    """Write a folder from a checkpoint of network=codec or network=code2wav, or an imported one; averaged where it is.
+
+    A codec's decoder becomes a Code2Wav, with the quantiser's codewords folded into its embedding.
+
+    Args:
+        format: one of ``FORMATS``.
+        hf: folder to write.
+        checkpoint: a step_XXXXXXXX folder, or a run's (its latest).
+
+    Raises:
+        UserError: the checkpoint has no such network.
+    """
+    checkpoint = resolve(checkpoint)
+    model, state = read_model_config(checkpoint), read_network(checkpoint, _NETWORK)
+    came_from = checkpoint / "hf" / "config.json"
+    original = read_json(came_from) if came_from.exists() else None
+    encodes = any(name.startswith("encoder.") for name in state)
+    if format == "mimi":
+        if not encodes:
+            raise UserError(f"checkpoint={checkpoint}: has no encoder; format=mimi needs one of network=codec")
+        if platform.rank() == 0:
+            write_mimi(hf, model.codec, state, original)
+    else:
+        state = _folded(checkpoint, model, state) if encodes else state
+        if platform.rank() == 0:
+            write_code2wav(hf, model.code2wav, state, original)
+    if platform.rank() == 0:
+        say(f"exported {checkpoint} to {hf}")
+
+
+def _folded(checkpoint: Path, model: ModelConfig, state: State) -> State:
+    """The Code2Wav of a codec."""
+    if not any(name.startswith("decoder.") for name in state):
+        raise UserError(f"checkpoint={checkpoint}: has no decoder; format=qwen3_omni_code2wav needs one")
+    codec = SpeechCodec(model.codec, model.code2wav)
+    codec.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("teacher.")})
+    return codec.to_code2wav().state_dict()
