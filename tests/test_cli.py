@@ -45,7 +45,7 @@ def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(trainin
         (["tran"], "error: tran is not a command; choose one of train, pipeline, data, convert\n"),
         (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
         (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
-        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack\n"),
+        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack, codes\n"),
         (["convert"], "error: omni-train convert needs one of import, export\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
