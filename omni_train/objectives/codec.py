@@ -133,7 +133,8 @@ class CodecTraining(WaveTraining):
     def speak(self, generator, row, real_BS, lengths_B, training):
         # Of the row's own numbers: the same in every layout.
         drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
-        output = generator(real_BS, drawn, self.harder if training else None)
+        dtype = self.networks["generator"].bridge.weight.dtype
+        output = generator(real_BS.to(dtype), drawn, self.harder if training else None)
         parts = {"commitment": (self.config.commitment_weight, output.commitment.mean(1))}
         if self.teacher is not None:
             parts["semantic"] = (self.config.semantic_weight, self._semantic(output.semantic, real_BS, lengths_B))
@@ -151,7 +152,9 @@ class CodecTraining(WaveTraining):
     def after_step(self, networks: Mapping[str, torch.nn.Module], step: int) -> dict[str, float]:
         """Move the codebooks to what the global batch used. Collective."""
         generator = torch.Generator().manual_seed(_number(f"codebooks {self.seed} {step}".encode()))
-        usage = self.networks["generator"].quantizer.update(generator)
+        usage = self.networks["generator"].quantizer.update(
+            generator, self.config.codebook_decay, self.config.dead_usage
+        )
         return {
             "codebook_used": float(usage.used.mean()),
             "codebook_perplexity": float(usage.perplexity.mean()),

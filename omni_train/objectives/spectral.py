@@ -20,7 +20,7 @@ class MelDistance:
         windows: samples of each.
         bins: mel bins for each.
         sampling_rate: of the waveforms, in Hz.
-        floor: magnitude below which nothing is heard.
+        floor: magnitude that is added before the logarithm, so that what is below is hardly heard.
     """
 
     def __init__(self, windows: list[int], bins: list[int], sampling_rate: int, floor: float = 1e-5) -> None:

@@ -280,7 +280,9 @@ class EvaluationConfig:
     # Also the loss of the answers with their own media and with those of another sample: what hearing and seeing gain.
     swap_media: bool = False
     utterance_seconds: float = 20.0  # of each held-out utterance that the codec makes again; the rest is cut off
-    recognizer: str | None = None  # checkpoint that writes down originals and resyntheses, for their word error rates
+    # Of the codec: a recognizer's checkpoint that writes down originals and resyntheses, for their word error rates;
+    # null: the teacher, where that is one.
+    recognizer: str | None = None
 
 
 @dataclass

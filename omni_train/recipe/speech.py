@@ -145,8 +145,8 @@ class CodecTrainingConfig:
 
     mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])  # samples
     mel_bins: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])  # for each window
-    # Amplitude, of full scale 1, below which nothing is heard. The slope of the logarithm there is its reciprocal:
-    # where data have digital silence, a low floor makes silence the loudest part of the gradient.
+    # Amplitude, of full scale 1, added before the logarithm: what is below is hardly heard. Where recordings have
+    # digital silence a low floor makes that the loudest part of the gradient.
     mel_floor: float = 1.0e-5
     mel_weight: float = 15.0  # of the distance of log-mel spectrograms
     linear_mel_weight: float = 0.0  # of the distance of mel spectrograms as they are
@@ -160,4 +160,6 @@ class CodecTrainingConfig:
     teacher: str | None = None
     semantic_weight: float = 1.0  # of the cosine distance between the two
     quantized_fraction: float = 0.5  # of the crops; the others reach the decoder without the quantiser (Mimi)
+    codebook_decay: float = 0.99  # of the moving averages that codewords are; lower where latents move fast
+    dead_usage: float = 0.1  # codewords used less than this part of their codebook's mean begin anew
     quantizer_dropout: float = 0.5  # of the quantised crops, the fraction that keeps its first codebooks only

@@ -73,7 +73,8 @@ class CodecEvaluation:
             (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
             or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
-            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, with the same of characters (``cer``);
+            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, with the same of characters (``cer``), and
+            of all languages together without its name;
             the first rank's resyntheses that are kept, none elsewhere.
         """
         device = next(codec.parameters()).device
@@ -114,6 +115,7 @@ class CodecEvaluation:
                 score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text)
             for figure in errors.weights:
                 tally.add(f"{name}_{figure}", errors.sums[figure], errors.weights[figure])
+                tally.add(f"{name}_{figure.partition('_')[0]}", errors.sums[figure], errors.weights[figure])
 
     def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
         """Write the first pairs as sound and pictures."""
@@ -139,7 +141,8 @@ def _say_again(
         codes_1NT = torch.from_numpy(utterance.codes)[None].to(device)
         spoken_1S = codec(codes_1NT)
     else:
-        codes_1NT = codec.encode(torch.from_numpy(utterance.waveform)[None].to(device))
+        waveform_1S = torch.from_numpy(utterance.waveform)[None]
+        codes_1NT = codec.encode(waveform_1S.to(device, codec.bridge.weight.dtype))
         spoken_1S = codec.decode(codes_1NT)
     return codes_1NT[0].cpu(), spoken_1S[0, : len(utterance.waveform)].float().cpu().numpy()
 

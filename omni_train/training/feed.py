@@ -40,6 +40,11 @@ class Feed:
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
             raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
+        if data.codec is not None:
+            from omni_train.training.codec_checkpoint import codec_hash
+
+            self.recipe = replace(self.recipe, data=replace(data, codec=codec_hash(data.codec)))
+            data = self.recipe.data
         self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 

@@ -48,8 +48,8 @@ def build_evaluation(recipe: Recipe, feed: Feed) -> Callable:
     from omni_train.training.codec_evaluation import CodecEvaluation
 
     teacher = recipe.codec_training.teacher
-    listens = teacher is not None and not _is_wavlm(teacher)
-    transcribe = _teacher(recipe).transcribe if listens else None
+    recognizer = recipe.evaluation.recognizer or (None if teacher and _is_wavlm(teacher) else teacher)
+    transcribe = _listener(recognizer, recipe).transcribe if recognizer else None
     run = CodecEvaluation(recipe, Path(recipe.runs_dir, recipe.run), transcribe)
     return lambda networks: run(networks["generator"])
 
@@ -63,9 +63,14 @@ def _teacher(recipe: Recipe):
         from omni_train.objectives.semantic import WavLMTeacher
 
         return WavLMTeacher(teacher, platform.device())
+    return _listener(teacher, recipe)
+
+
+def _listener(checkpoint: str, recipe: Recipe):
+    """The recognizer of a checkpoint or a run."""
     from omni_train.training.listener import Listener
 
-    return Listener(resolve(teacher), recipe)
+    return Listener(resolve(checkpoint), recipe)
 
 
 def _is_wavlm(teacher: str) -> bool:

@@ -257,13 +257,15 @@ def test_a_mel_magnitude_is_an_amplitude():
 
 
 def test_mel_distance_is_decades_of_loudness():
-    distance = MelDistance([64, 256], [6, 20], 24000)
+    distance = MelDistance([64, 256], [6, 20], 24000, floor=1e-9)
     loud = voice(2400, 3)[None].repeat(2, 1) * 3
     lengths = torch.tensor([2400, 1300])
     assert distance(loud, loud, lengths)[0].tolist() == [0.0, 0.0]
     log_B, linear_B = distance(loud * 0.1, loud, lengths)
     torch.testing.assert_close(log_B, torch.ones(2), rtol=0.02, atol=0)
     assert linear_B.min() > 0
+    silent_B, _ = MelDistance([64], [6], 24000, floor=1e-2)(torch.zeros(2, 2400), loud * 1e-4, lengths)
+    assert silent_B.max() < 0.01
 
 
 def test_speech_is_resampled_for_the_teacher():
