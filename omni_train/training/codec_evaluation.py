@@ -73,8 +73,8 @@ class CodecEvaluation:
             (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
             or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
-            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, with the same of characters (``cer``), and
-            of all languages together without its name;
+            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
+            both of all languages together;
             the first rank's resyntheses that are kept, none elsewhere.
         """
         device = next(codec.parameters()).device
