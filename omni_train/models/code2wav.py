@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
-from omni_train.nn.waveform import CausalConv1d, CausalTransposedConv1d, SnakeBeta, Stream
+from omni_train.nn.waveform import CausalConv1d, CausalTransposedConv1d, SnakeBeta, Stream, keep_size
 from omni_train.recipe.speech import Code2WavConfig
 
 DILATIONS = (1, 3, 9)
+SOFTER = 0.01
+"""What the last convolution begins with: speech is far from full scale, and too loud costs more than too soft."""
+RESIDUAL = 0.1
+"""What a residual branch begins with, so that a sum of many is not larger than what came."""
 
 
 class Code2Wav(torch.nn.Module):
@@ -122,6 +126,12 @@ class WaveDecoder(torch.nn.Module):
             channels //= 2
         self.last_activation = SnakeBeta(channels)
         self.last = CausalConv1d(channels, 1, 7)
+        keep_size(self)
+        with torch.no_grad():
+            self.last.weight.mul_(SOFTER)
+            for stage in self.stages:
+                for unit in stage.units:
+                    unit.point.weight.mul_(RESIDUAL)
 
     def forward(self, hidden: Tensor, stream: Stream | None = None) -> Tensor:
         """(B, T, H) -> (B, S), not clamped."""

@@ -96,6 +96,23 @@ class CausalTransposedConv1d(torch.nn.ConvTranspose1d):
         return y[..., self.overlap : y.shape[-1] - self.overlap]
 
 
+@torch.no_grad()
+def keep_size(network: torch.nn.Module) -> None:
+    """Let every convolution of a network begin so that a signal leaves it as large as it came, and biases at 0.
+
+    With torch's own weights a signal shrinks by a factor at each layer. Behind the dozens of a codec it is a trace on
+    the constant of the biases, and training finds that constant long before it finds the signal.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+            summed = module.in_channels // module.groups * module.kernel_size[0]
+            if isinstance(module, torch.nn.ConvTranspose1d):
+                summed /= module.stride[0]
+            torch.nn.init.normal_(module.weight, std=summed**-0.5)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
 class _SnakeBeta(torch.autograd.Function):
     """Written out because autograd would keep four tensors of the input's size and go over memory twice as often."""
 

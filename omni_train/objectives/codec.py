@@ -152,7 +152,9 @@ class CodecTraining(WaveTraining):
     def after_step(self, networks: Mapping[str, torch.nn.Module], step: int) -> dict[str, float]:
         """Move the codebooks to what the global batch used. Collective."""
         generator = torch.Generator().manual_seed(_number(f"codebooks {self.seed} {step}".encode()))
-        usage = self.networks["generator"].quantizer.update(generator)
+        usage = self.networks["generator"].quantizer.update(
+            generator, self.config.codebook_decay, self.config.dead_usage
+        )
         return {
             "codebook_used": float(usage.used.mean()),
             "codebook_perplexity": float(usage.perplexity.mean()),

@@ -160,4 +160,6 @@ class CodecTrainingConfig:
     teacher: str | None = None
     semantic_weight: float = 1.0  # of the cosine distance between the two
     quantized_fraction: float = 0.5  # of the crops; the others reach the decoder without the quantiser (Mimi)
+    codebook_decay: float = 0.99  # of the moving averages that codewords are; lower where latents move fast
+    dead_usage: float = 0.1  # codewords used less than this part of their codebook's mean begin anew
     quantizer_dropout: float = 0.5  # of the quantised crops, the fraction that keeps its first codebooks only

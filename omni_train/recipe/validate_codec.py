@@ -19,9 +19,16 @@ _AT_LEAST = {
     "codec_training.semantic_weight": 0,
     "codec_training.quantized_fraction": 0,
     "codec_training.quantizer_dropout": 0,
+    "codec_training.codebook_decay": 0,
+    "codec_training.dead_usage": 0,
     "codec_training.discriminators.stft_channels": 1,
 }
-_AT_MOST = {"codec_training.quantized_fraction": 1, "codec_training.quantizer_dropout": 1}
+_AT_MOST = {
+    "codec_training.quantized_fraction": 1,
+    "codec_training.quantizer_dropout": 1,
+    "codec_training.codebook_decay": 1,
+    "codec_training.dead_usage": 1,
+}
 _ABOVE_ZERO = ("codec_training.mel_floor", "evaluation.utterance_seconds", "data.crop_seconds")
 
 

@@ -13,9 +13,7 @@ from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
 from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import resolve
-from omni_train.training.plain_checkpoint import read_network
-
-GENERATOR = "generator.safetensors"
+from omni_train.training.plain_checkpoint import is_plain, read_network
 
 
 class OpenCodec:
@@ -48,14 +46,17 @@ def open_codec(path: str) -> OpenCodec:
         UserError: there is no checkpoint, or it is of another network.
     """
     checkpoint = resolve(path)
-    if not (checkpoint / GENERATOR).exists():
+    model = read_model_config(checkpoint)
+    if not is_plain(checkpoint) or model.codec is None:
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
-    model, tensors = read_model_config(checkpoint), read_network(checkpoint, "generator")
+    tensors = read_network(checkpoint, "generator")
     if not any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
     decodes = any(name.startswith("decoder.") for name in tensors)
     teacher = tensors.get("teacher.weight")
-    codec = SpeechCodec(model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher))
+    codec = SpeechCodec(
+        model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher)
+    ).float()
     codec.load_state_dict(tensors)
     return OpenCodec(codec.eval())
 

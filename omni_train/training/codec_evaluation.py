@@ -73,7 +73,8 @@ class CodecEvaluation:
             (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
             or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
-            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, with the same of characters (``cer``);
+            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
+            both of all languages together;
             the first rank's resyntheses that are kept, none elsewhere.
         """
         device = next(codec.parameters()).device
@@ -114,6 +115,7 @@ class CodecEvaluation:
                 score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text)
             for figure in errors.weights:
                 tally.add(f"{name}_{figure}", errors.sums[figure], errors.weights[figure])
+                tally.add(f"{name}_{figure.partition('_')[0]}", errors.sums[figure], errors.weights[figure])
 
     def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
         """Write the first pairs as sound and pictures."""

@@ -16,7 +16,7 @@ def logits_of(model, row, window):
     from omni_train.models.recognizer import Heard, Spans, Utterances
 
     given = Utterances.from_batch(row)
-    hidden, lengths = model._encode(given.mel, given.mel_cu_seqlens, window)
+    hidden, lengths = model.hear(given.mel, given.mel_cu_seqlens, window)
     device = hidden.device
     return model.audio_decoder(given.tokens, Spans(given.lengths, device), Heard(hidden, Spans(lengths, device)))
 

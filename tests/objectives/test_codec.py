@@ -239,7 +239,7 @@ def test_the_losses_fall(teacher):
         losses.append({name: float(total) / 3 for name, (total, weight) in outcome.figures.items() if weight})
     assert losses[-1]["loss_mel"] < 0.6 * losses[0]["loss_mel"]
     if teacher:
-        assert losses[-1]["loss_semantic"] < 0.2 * losses[0]["loss_semantic"]
+        assert losses[-1]["loss_semantic"] < 0.6 * losses[0]["loss_semantic"]
 
 
 def test_mel_filters_are_transformers_own():

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
-from omni_train.nn.waveform import CausalConv1d, Stream
+from omni_train.nn.waveform import CausalConv1d, Stream, keep_size
 from omni_train.recipe.speech import CodecConfig
 
 LATENT_STRIDE = 2
-LOUDER = 10.0
 """Steps of the Transformer that make one frame of codes."""
+LOUDER = 10.0
+"""What the first convolution begins with: on speech of a tenth of full scale and less, ELU is a straight line."""
+RESIDUAL = 0.1
+"""What a residual branch begins with, so that a sum of many is not larger than what came."""
 
 
 class CodecEncoder(torch.nn.Module):
@@ -60,15 +63,12 @@ class CodecEncoder(torch.nn.Module):
             bias=False,
             replicate=True,
         )
-        for module in self.modules():  # as transformers does: a signal keeps its size through all layers
-            if isinstance(module, CausalConv1d):
-                torch.nn.init.kaiming_normal_(module.weight)
-                if module.bias is not None:
-                    torch.nn.init.zeros_(module.bias)
-        # Ours: speech is a tenth of full scale and less, where ELU beside biases as large as transformers draws them is
-        # a straight line, and what is linear in a waveform does not tell how loud it is: the codec learned nothing.
+        keep_size(self)
         with torch.no_grad():
             self.first.weight.mul_(LOUDER)
+            for stage in self.stages:
+                for unit in stage.units:
+                    unit.widen.weight.mul_(RESIDUAL)
 
     def forward(self, waveform: Tensor, stream: Stream | None = None) -> Tensor:
         """Encode.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_train.models.codec.codebooks import Codebooks, Usage
+from omni_train.nn.waveform import keep_size
 from omni_train.recipe.speech import CodecConfig
 
 
@@ -164,6 +165,7 @@ class ResidualQuantizer(torch.nn.Module):
         hidden, dim = config.hidden_size, config.codebook_dim
         self.input = torch.nn.Conv1d(hidden, dim, 1, bias=False)
         self.output = torch.nn.Conv1d(dim, hidden, 1, bias=False)
+        keep_size(self)
         self.codebooks = Codebooks(count, config.codebook_size, dim)
 
     def forward(self, latents: Tensor, draws: _Draws | None = None) -> _Part:
