@@ -17,6 +17,8 @@ setup: .venv/.installed ## make .venv with everything pinned in constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; torch is large, so the first time takes minutes"
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,dev]'
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pesq]' || \
+		echo "pesq was not installed, for want of a C compiler: PESQ of the codec's speech will not be measured" >&2
 	@touch $@
 
 # They compile against the torch that is there, so they are built outside pip's isolation, with our own build tools.

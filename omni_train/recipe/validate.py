@@ -11,7 +11,6 @@ from math import lcm
 from omni_train.errors import UserError
 from omni_train.recipe.refusals import bounds, divides, refuse, value
 from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
-from omni_train.recipe.speech import NetworkName
 from omni_train.recipe.validate_codec import check_codec
 from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
@@ -298,13 +297,5 @@ def _packages(recipe: Recipe) -> None:
             "optimizer.name",
             "needs the package emerging-optimizers; install the extra [muon] or use optimizer=adamw",
         )
-    speaks = recipe.network in (NetworkName.codec, NetworkName.code2wav)
-    for package in ("pystoi", "pesq"):
-        if speaks and recipe.evaluation.every and find_spec(package) is None:
-            refuse(
-                recipe,
-                "evaluation.every",
-                f"measures speech with the package {package}; install the extra [speech], or set evaluation.every=0",
-            )
     if recipe.tracking.mode is not WandbMode.disabled and find_spec("wandb") is None:
         refuse(recipe, "tracking.mode", "needs the package wandb; pip install it or use tracking=none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec, usage_of
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE
 from omni_train.objectives.spectral import MelDistance
+from omni_train.platform.logs import warn
 from omni_train.recipe.schema import Recipe
 from omni_train.rollout.scoring import Tally, score
 from omni_train.training.spectrograms import draw_spectrograms
@@ -169,14 +171,22 @@ def stoi(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float 
 
 def pesq(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:
     """Perceptual evaluation of speech quality, wide band (ITU-T P.862.2), 1 to 4.6; None where it finds no speech."""
-    from pesq import PesqError
-    from pesq import pesq as measure
-
+    try:
+        from pesq import PesqError
+        from pesq import pesq as measure
+    except ImportError:
+        _say_that_pesq_is_missing()
+        return None
     try:
         value = float(measure(16000, _heard(original, sampling_rate), _heard(spoken, sampling_rate), "wb"))
     except (PesqError, ValueError):
         return None
     return value if np.isfinite(value) else None
+
+
+@cache
+def _say_that_pesq_is_missing() -> None:
+    warn("the package pesq is not installed: PESQ is not measured, and counted as failed; install the extra [pesq]")
 
 
 def _heard(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:

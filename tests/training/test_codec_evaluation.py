@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import soundfile
@@ -121,7 +123,16 @@ def test_what_cannot_be_measured_is_counted_and_nothing_fails():
     assert pesq(silent, silent, 24000) is None
     assert stoi(spoken, silent, 24000) is None or stoi(spoken, silent, 24000) < 0.1
     assert stoi(spoken, spoken, 24000) == pytest.approx(1.0, abs=1e-6)
+    pytest.importorskip("pesq", reason="PESQ needs the extra [pesq]")
     assert pesq(spoken, spoken, 24000) > 4
+
+
+def test_a_missing_pesq_is_said_and_not_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pesq", None)
+    spoken = voice(24000, 2).numpy()
+    assert pesq(spoken, spoken, 24000) is None
+    assert pesq(spoken, spoken, 24000) is None
+    assert capsys.readouterr().err.count("the package pesq is not installed") == 1
 
 
 def test_utterances_of_unknown_text_are_not_recognized():
