@@ -96,10 +96,11 @@ def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
         return str(Path(source, "checkpoints", resolve(source).name)) if source in runs else source
 
     parts = {pattern: checkpoint(source) for pattern, source in recipe.init_parts.items()}
-    teacher = recipe.codec_training.teacher
+    teacher, listener = recipe.codec_training.teacher, recipe.evaluation.recognizer
     return replace(
         recipe,
         init_from=recipe.init_from and checkpoint(recipe.init_from),
         init_parts=parts,
         codec_training=replace(recipe.codec_training, teacher=teacher and checkpoint(teacher)),
+        evaluation=replace(recipe.evaluation, recognizer=listener and checkpoint(listener)),
     )
