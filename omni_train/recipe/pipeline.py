@@ -8,8 +8,8 @@
       s2_general: [data=rehearsal_omni, init_from=text_pretrain]
 
 A stage takes the recipe ``stage=`` of its own name, unless its words choose another. `init_from`, the checkpoints of
-`init_parts`, `codec_training.teacher` and `evaluation.recognizer` may name an earlier stage; a stage without `init_from`
-starts from the one before that trains the same network.
+`init_parts`, `codec_training.teacher` and `evaluation.recognizer` may name an earlier stage; a stage without an
+`init_from` starts from the one before that trains the same network.
 """
 
 from __future__ import annotations
