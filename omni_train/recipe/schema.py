@@ -289,7 +289,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     save_every: int = 1000  # steps; the last step is always saved
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
-    asynchronous: bool = True
+    asynchronous: bool = True  # of engine=megatron; the other's are small, and the run waits for them
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omni_train.recipe.refusals import bounds, refuse, value
-from omni_train.recipe.schema import EngineName, NetworkName, OptimizerName, Precision, Recipe
+from omni_train.recipe.schema import EngineName, NetworkName, OptimizerName, Precision, Recipe, Recompute
 
 _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 
@@ -36,5 +36,7 @@ def check_engine(recipe: Recipe) -> None:
         refuse(recipe, "zero.stage", "precision=bf16 keeps its fp32 weights in ZeRO's optimizer; set 1, 2 or 3")
     if recipe.zero.stage == 0 and recipe.zero.offload_optimizer:
         refuse(recipe, "zero.offload_optimizer", "zero.stage=0 has no optimizer of ZeRO's; set a stage from 1 to 3")
+    if recipe.network is not NetworkName.recognizer and recipe.recompute is not Recompute.none:
+        refuse(recipe, "recompute", f"network={recipe.network} keeps its activations; set recompute=none")
     if recipe.evaluation.swap_media:
         refuse(recipe, "evaluation.swap_media", f"network={recipe.network} answers no questions; set it to false")

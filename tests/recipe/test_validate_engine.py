@@ -38,6 +38,10 @@ REFUSED = [
         "zero.offload_optimizer=True: zero.stage=0 has no optimizer of ZeRO's; set a stage from 1 to 3",
     ),
     (
+        "stage=codec data=rehearsal_crops recompute=full",
+        "recompute=full: network=codec keeps its activations; set recompute=none",
+    ),
+    (
         f"{AUT} evaluation.swap_media=true",
         "evaluation.swap_media=True: network=recognizer answers no questions; set it to false",
     ),
