@@ -105,6 +105,9 @@ class MegatronEngine:
         run = Evaluation(self.recipe, feed)
         return lambda: run(self.chunks[0])
 
+    def close(self) -> None:
+        """Nothing is held beside the model."""
+
     def _global_sums(self, rows: list[PackedBatch]) -> GlobalSums:
         """Summed over the data ranks alone: the other ranks of a model group hold the same rows."""
         tokens, weights, counts = torch.zeros(len(MODALITIES)), torch.zeros(len(MODALITIES)), torch.zeros(2)

@@ -111,6 +111,7 @@ class Trainer:
             stop.close()
             if self.feed is not None:
                 self.feed.close()
+            self.engine.close()
             for open_file in [*callbacks, *([expert_load] if expert_load else [])]:
                 open_file.close()
 

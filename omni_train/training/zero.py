@@ -20,18 +20,24 @@ def import_deepspeed():
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if platform.has_cuda() else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(platform.local_rank()))  # it insists, also on a lone process
     import deepspeed
-    from deepspeed.utils import groups, logger
+    from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does, and needs no compiler
-    # It keeps the groups of the run before, which are gone.
-    deepspeed.comm.comm.cdb = None
-    for name, value in vars(groups).items():
-        if name.startswith("_") and isinstance(value, torch.distributed.ProcessGroup):
-            setattr(groups, name, None)
-    groups._WORLD_GROUP = None
+    forget_groups()
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
+
+
+def forget_groups() -> None:
+    """Let DeepSpeed forget the process groups of a run, which end with it, and their threads with them."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.comm.comm.cdb = None
+    for name, value in list(vars(groups).items()):
+        if name.startswith("_") and isinstance(value, torch.distributed.ProcessGroup | dict | list):
+            setattr(groups, name, type(value)() if isinstance(value, dict | list) else None)
 
 
 class AdamW(torch.optim.AdamW):

@@ -17,7 +17,7 @@ from omni_train.training.initial import initialize_networks
 from omni_train.training.optimizer import freeze, parameter_groups, set_learning_rate
 from omni_train.training.plain_checkpoint import read_network
 from omni_train.training.tasks import build_evaluation, build_task
-from omni_train.training.zero import import_deepspeed, wrap
+from omni_train.training.zero import forget_groups, import_deepspeed, wrap
 from omni_train.training.zero_checkpoint import ZeroStore, fill
 
 
@@ -180,6 +180,8 @@ class ZeroEngine:
         """Let go of DeepSpeed's engines."""
         for engine in self.engines.values():
             engine.destroy()
+        self.engines.clear()
+        forget_groups()
 
 
 def named_parameters(networks: dict[str, torch.nn.Module], alone: bool | None = None) -> Iterator:

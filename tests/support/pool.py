@@ -6,6 +6,7 @@ module imports torch only where it is used, so that a worker's environment is se
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -168,6 +169,8 @@ def _leave() -> None:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # What a model refers to in a circle keeps its groups alive, whose threads spin once the other end has gone.
+    gc.collect()
 
 
 def _describe(error: BaseException) -> str:
