@@ -235,9 +235,9 @@ def test_other_urls_take_the_name_that_the_storage_client_gives_them(monkeypatch
         sources.multistorageclient, "resolve_storage_client", {"s3://bucket/corpus/v1": (client, "corpus/v1")}.get
     )
     monkeypatch.setattr(sources, "EPath", str)
-    assert sources._energon_path("s3://bucket/corpus/v1") == "msc://_s3-bucket/corpus/v1"
-    assert sources._energon_path("msc://store/corpus//v1") == "msc://store/corpus//v1"
-    assert sources._energon_path("a/b") == "a/b"
+    assert sources.energon_path("s3://bucket/corpus/v1") == "msc://_s3-bucket/corpus/v1"
+    assert sources.energon_path("msc://store/corpus//v1") == "msc://store/corpus//v1"
+    assert sources.energon_path("a/b") == "a/b"
 
 
 def test_indexing_again_after_repair_is_enough(source, write):
