@@ -102,7 +102,7 @@ def test_cfg_job_shows_every_stage_and_runs_none(capsys):
 
 def test_help_lists_the_pipelines_with_their_stages(capsys):
     assert run(["--help"], job=pytest.fail) == 0
-    assert "smoke: text_pretrain → s1_audio_adapter → " in capsys.readouterr().out
+    assert "smoke: audio_encoder → codec → text_pretrain → s1_audio_adapter → " in capsys.readouterr().out
 
 
 def test_another_flag_is_refused():
