@@ -61,7 +61,9 @@ def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def test_every_part_has_a_gradient_of_its_own_loss_and_none_of_the_others():
-    task = with_codebooks(codec_training(teacher=Listener()))
+    # Not the hinge: while it bends nowhere, what real and what made speech do to a last bias cancels exactly.
+    config = dataclasses.replace(TRAINING, adversarial=AdversarialLoss.least_squares)
+    task = with_codebooks(codec_training(config, teacher=Listener()))
     losses = task.run(task.networks, wave_row(), 3.0, 1, training=True).losses
     assert set(losses) == {"generator", "discriminators"}
 
