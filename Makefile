@@ -37,7 +37,7 @@ smoke: setup rehearsal ## train a tiny Thinker through every stage, on every GPU
 	else launchers/local.sh 2 $(SMOKE); fi
 
 test: setup ## all tests
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: setup ## style, formatting and the walls between the rooms
 	.venv/bin/ruff check
