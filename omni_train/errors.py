@@ -18,6 +18,11 @@ class UserError(Exception):
     announced = False
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
 def announce(error: UserError) -> None:
     """Print the error on stderr, once for all the ranks that have it; a second call does nothing.
 

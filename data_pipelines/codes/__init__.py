@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from rich.progress import track
 
+from data_pipelines.making import Making, write_json
 from data_pipelines.shards import index_shards, write_files
 from omni_train.data.codes import CODES, RECORD
 from omni_train.data.crops import read_speech
 from omni_train.data.sample import SampleError, parse_sample
 from omni_train.errors import UserError
 from omni_train.recipe.schema import MediaConfig
-
-_DONE = ".coded"
-"""Folder with one file per finished shard: whose codes it has, and what has none. A shard without it is made again."""
 
 
 class Codec(Protocol):
@@ -51,7 +45,7 @@ class Job:
 
     data: Path
     codec: str
-    out: Path
+    making: Making
     open_codec: Callable[[str], Codec]
     content_hash: str
 
@@ -82,37 +76,13 @@ def extract(
     out = out or data.with_name(f"{data.name}_codes")
     if out.resolve() == data.resolve():
         raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
-    job = Job(data, codec, out, open_codec, open_codec(codec).content_hash)
-    _claim(out, {"codec": job.content_hash, "data": str(data.resolve()), "shards": shards})
-    todo = [name for name in shards if not _record(out, name).exists()]
+    making = Making(out, "coded")
+    job = Job(data, codec, making, open_codec, open_codec(codec).content_hash)
+    making.claim({"codec": job.content_hash, "data": str(data.resolve()), "shards": shards})
     context = multiprocessing.get_context("spawn")  # a fork would share threads and the device with this process
-    try:
-        with ProcessPoolExecutor(workers or os.cpu_count(), context, initializer=_open, initargs=(job,)) as pool:
-            futures = [pool.submit(_write, name) for name in todo]
-            for future in track(as_completed(futures), "coding", total=len(futures)):
-                future.result()
-    except BrokenProcessPool:
-        raise UserError(f"out={out}: a process was killed (memory?); the same command goes on from here") from None
+    jobs = {name: (name,) for name in shards}
+    making.make(_write, jobs, workers, mp_context=context, initializer=_open, initargs=(job,))
     _finish(job, shards)
-
-
-def _claim(out: Path, settings: dict) -> None:
-    """Say in ``out`` what is coded there, or refuse a folder that holds something else."""
-    note = out / _DONE / "settings.json"
-    if note.exists():
-        before = json.loads(note.read_text())
-        for key, value in settings.items():
-            if before.get(key) != value:
-                raise UserError(f"out={out}: coded there with another {key}; name another folder, or remove it")
-        return
-    if out.exists() and any(path.name != _DONE for path in out.iterdir()):
-        raise UserError(f"out={out} is not empty and was not made by this command; name another folder")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(note, settings)
-
-
-def _record(out: Path, shard: str) -> Path:
-    return out / _DONE / f"{shard}.json"
 
 
 _job: Job
@@ -131,7 +101,7 @@ def _open(job: Job) -> None:
 def _write(shard: str) -> None:
     """Make one shard and, last, the record that it is complete."""
     missing: dict[str, int] = {}
-    partial = _job.out / _DONE / f"{shard}.partial"
+    partial = _job.making.partial(shard)
 
     def files() -> Iterator[tuple[str, bytes]]:
         for key, parts in _samples(_job.data / shard):
@@ -142,8 +112,8 @@ def _write(shard: str) -> None:
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
 
     write_files(partial, files())
-    os.replace(partial, _job.out / shard)
-    _write_whole(_record(_job.out, shard), {"codec": _codec.content_hash, "missing": missing})
+    os.replace(partial, _job.making.out / shard)
+    _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing})
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -175,22 +145,15 @@ def _codes(parts: dict[str, bytes]) -> bytes:
 
 
 def _finish(job: Job, shards: list[str]) -> None:
-    records = {shard: json.loads(_record(job.out, shard).read_text()) for shard in shards}
-    index_shards(job.out)
+    out, records = job.making.out, job.making.records(shards)
+    index_shards(out)
     if (job.data / "tokenizer").is_dir():
-        shutil.copytree(job.data / "tokenizer", job.out / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(job.data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     whose = {shard: record["codec"] for shard, record in records.items()}
-    _write_whole(job.out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
+    write_json(out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
     missing: dict[str, int] = {}
     for record in records.values():
         for reason, count in record["missing"].items():
             missing[reason] = missing.get(reason, 0) + count
     told = ", ".join(f"{reason} {count:,}" for reason, count in sorted(missing.items())) or "none"
-    print(f"{job.out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")
-
-
-def _write_whole(file: Path, fields: dict) -> None:
-    """Write a file at once or not at all."""
-    fresh = file.with_name(f"{file.name}.new")
-    fresh.write_text(json.dumps(fields, indent=1) + "\n")
-    os.replace(fresh, file)
+    print(f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")

@@ -7,14 +7,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.progress import track
-
+from data_pipelines.making import Making
 from data_pipelines.pack.manifest import Line, Refused, line_offsets, read_line
 from data_pipelines.pack.statistics import Statistics, write_page
 from data_pipelines.shards import index_shards, write_shard
@@ -23,16 +20,13 @@ from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import MediaConfig, ModelConfig
 
-_DONE = ".packed"
-"""Folder with one file per finished shard: its statistics and what was refused. A shard without it is made again."""
-
 
 @dataclass(frozen=True)
 class Job:
     """What every process needs to know."""
 
     manifest: Path
-    out: Path
+    making: Making
     tokenizer: Path
     model: ModelConfig
     media: MediaConfig
@@ -76,37 +70,16 @@ def pack(
     Tokenizer(tokenizer)
     recipe = load_recipe([f"model={model}"])
     settings = {"row_tokens": row_tokens, "shard_samples": shard_samples, "val_fraction": val_fraction, "model": model}
-    _claim(out, settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
-    job = Job(manifest, out, tokenizer, recipe.model, recipe.data.media, row_tokens)
-    shards = list(_shards(line_offsets(manifest), manifest, shard_samples, val_fraction))
+    making = Making(out, "packed")
+    making.claim(settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
+    job = Job(manifest, making, tokenizer, recipe.model, recipe.data.media, row_tokens)
+    shards = dict(_shards(line_offsets(manifest), manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")
-    todo = [shard for shard in shards if not _record(out, shard[0]).exists()]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    try:
-        with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
-            futures = [pool.submit(_write, job, name, offsets) for name, offsets in todo]
-            for future in track(as_completed(futures), "packing", total=len(futures)):
-                future.result()
-    except BrokenProcessPool:
-        raise UserError(f"out={out}: a process was killed (memory?); the same command goes on from here") from None
-    _finish(out, [name for name, _ in shards], tokenizer)
-
-
-def _claim(out: Path, settings: dict) -> None:
-    """Say in ``out`` what is packed there, or refuse a folder that holds something else."""
-    note = out / _DONE / "settings.json"
-    if note.exists():
-        before = json.loads(note.read_text())
-        for key, value in settings.items():
-            if before.get(key) != value:
-                raise UserError(f"out={out}: packed there with another {key}; name another folder, or remove it")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"out={out} is not empty and was not packed by this command; name another folder")
-    note.parent.mkdir(parents=True)
-    note.write_text(json.dumps(settings, indent=2) + "\n")
+    making.make(_write, {name: (job, name, lines) for name, lines in shards.items()}, processes, mp_context=context)
+    _finish(making, shards, tokenizer)
 
 
 def _shards(
@@ -124,10 +97,6 @@ def _shards(
             yield f"{split}-{index:05d}", lines[start : start + shard_samples]
 
 
-def _record(out: Path, name: str) -> Path:
-    return out / _DONE / f"{name}.json"
-
-
 def _write(job: Job, name: str, lines: list[tuple[int, int]]) -> None:
     """Make one shard and, last, the record that it is complete."""
     tokenizer, statistics, refused = Tokenizer(job.tokenizer), Statistics(), []
@@ -143,21 +112,18 @@ def _write(job: Job, name: str, lines: list[tuple[int, int]]) -> None:
                     statistics.add(line)
                     yield line.key, line.fields, line.media
 
-    partial = job.out / _DONE / f"{name}.partial"
+    partial = job.making.partial(name)
     write_shard(partial, samples())
     if statistics.samples:
-        os.replace(partial, job.out / f"{name}.tar")
+        os.replace(partial, job.making.out / f"{name}.tar")
     else:
         partial.unlink()  # energon has no use for an empty shard
-    record = _record(job.out, name)
-    record.with_suffix(".new").write_text(json.dumps({"statistics": statistics.as_dict(), "refused": refused}))
-    os.replace(record.with_suffix(".new"), record)
+    job.making.record(name, {"statistics": statistics.as_dict(), "refused": refused})
 
 
-def _finish(out: Path, names: list[str], tokenizer: Path) -> None:
-    total, refused = Statistics(), []
-    for name in names:
-        record = json.loads(_record(out, name).read_text())
+def _finish(making: Making, names: Iterable[str], tokenizer: Path) -> None:
+    out, total, refused = making.out, Statistics(), []
+    for record in making.records(names).values():
         total.merge(record["statistics"])
         refused += record["refused"]
     with (out / "refused.jsonl").open("w") as file:

@@ -18,7 +18,7 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
 from omni_train.data.sample import SampleError
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import SourceConfig
 
 SLICE_SAMPLES = 100  # samples read in order before the reader jumps elsewhere in its share
@@ -113,8 +113,9 @@ def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFol
             max_samples_per_sequence=SLICE_SAMPLES if training else None,
         )
     except Exception as error:  # energon asserts and raises what it happens to meet
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data.sources: {source.path}: {line}; if its index is at fault, `{command}`") from None
+        raise UserError(
+            f"data.sources: {source.path}: {first_line(error)}; if its index is at fault, `{command}`"
+        ) from None
     if local is not None:
         present = {file for place in {(local / shard.name).parent for shard in folder.shards} for file in _files(place)}
         for shard in folder.shards:

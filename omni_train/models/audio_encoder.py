@@ -9,6 +9,7 @@ Axis letters: F mel frames, M mel bins, C channels, A audio tokens, H hidden, B 
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,11 @@ from omni_train.recipe.schema import AudioEncoderConfig
 
 CONVOLVED_FRAMES = 8192
 """Mel frames convolved at once, at most (or one chunk): the first convolution's output is 480·64/2 values a frame."""
+
+
+def drawn_window(audio: AudioEncoderConfig, seed: int, step: int) -> int:
+    """Frames that attend to each other in a step of training: drawn anew for each, the same for all its rows."""
+    return random.Random(f"audio window {seed} {step}").choice(audio.train_window_frames)
 
 
 class AudioEncoder(MegatronModule):

@@ -13,14 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
-from omni_train.nn.waveform import CausalConv1d, CausalTransposedConv1d, SnakeBeta, Stream, keep_size
+from omni_train.nn.waveform import (
+    RESIDUAL,
+    CausalConv1d,
+    CausalTransposedConv1d,
+    SnakeBeta,
+    Stream,
+    keep_size,
+)
 from omni_train.recipe.speech import Code2WavConfig
 
 DILATIONS = (1, 3, 9)
 SOFTER = 0.01
 """What the last convolution begins with: speech is far from full scale, and too loud costs more than too soft."""
-RESIDUAL = 0.1
-"""What a residual branch begins with, so that a sum of many is not larger than what came."""
 
 
 class Code2Wav(torch.nn.Module):

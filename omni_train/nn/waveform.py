@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+RESIDUAL = 0.1
+"""What a residual branch begins with, so that a sum of many is not larger than what came."""
+
 Stream = dict[torch.nn.Module, Any]
 """What a network remembers of a signal that it sees in pieces: an empty dictionary at its beginning, and from then on
 what each module put there. The pieces' outputs, one after another, are the output of the whole."""

@@ -7,7 +7,6 @@ on the decoder's: CTC pulls the encoder's outputs into the order of the words be
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from omni_train.data.batch import PackedBatch
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import tag_end
+from omni_train.models.audio_encoder import drawn_window
 from omni_train.models.recognizer import SpeechRecognizer, Utterances
 from omni_train.nn.cross_decoder import Spans
 from omni_train.objectives.task import Outcome, Task
@@ -32,14 +32,15 @@ class Recognition(Task):
 
     Args:
         recipe: a validated one with network=recognizer.
+        model: what is trained.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, model: SpeechRecognizer) -> None:
         self.seed, self.audio = recipe.seed, recipe.model.audio
         self.ctc_weight = recipe.recognition.ctc_weight
         self.blank = recipe.model.vocab_size
         self.tag_end = tag_end(Tokenizer(recipe.data.tokenizer))
-        self.networks = {"model": SpeechRecognizer(recipe)}
+        self.networks = {"model": model}
 
     def weight(self, row: PackedBatch) -> float:
         """Tokens with a label."""
@@ -66,10 +67,8 @@ class Recognition(Task):
         return Outcome({"model": loss}, figures)
 
     def window_frames(self, step: int, training: bool) -> int:
-        """Frames that attend to each other: the same for all rows of a step, drawn anew for each, in training."""
-        if not training:
-            return self.audio.eval_window_frames
-        return random.Random(f"audio window {self.seed} {step}").choice(self.audio.train_window_frames)
+        """Frames that attend to each other."""
+        return drawn_window(self.audio, self.seed, step) if training else self.audio.eval_window_frames
 
     def _spoken(self, labels: Tensor) -> Tensor:
         """The transcript among the labels of a clip: between the language tag and `<|im_end|>`."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 
 TEACHER_SAMPLING_RATE = 16000
 """Hz, of what every teacher hears."""
@@ -59,8 +59,9 @@ class WavLMTeacher:
                 raise UserError(f"codec_training.teacher={folder}: a {kind} model; give a folder of a WavLM model")
             self.model = WavLMModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"codec_training.teacher={folder}: no WavLM model can be read here: {reason}") from None
+            raise UserError(
+                f"codec_training.teacher={folder}: no WavLM model can be read here: {first_line(error)}"
+            ) from None
         self.model.requires_grad_(False)
         preprocessor = Path(folder) / "preprocessor_config.json"
         self.normalize = preprocessor.exists() and json.loads(preprocessor.read_text()).get("do_normalize", True)

@@ -28,9 +28,11 @@ class Task(ABC):
     Attributes:
         networks: name -> module, on this rank's device, the same on every rank. Each has an optimizer and a state in
             the checkpoint of its own; one that is nobody's input, such as discriminators, is trained beside the others.
+        teacher: a frozen network whose features they learn from; None: there is none.
     """
 
     networks: dict[str, torch.nn.Module]
+    teacher: Any = None
 
     @abstractmethod
     def weight(self, row: Any) -> float:

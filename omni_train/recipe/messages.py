@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import Recipe
 
 _HELP = "omni-train train --help lists them"
@@ -63,15 +63,15 @@ def one_line(error: BaseException) -> UserError:
         if isinstance(cause, MissingMandatoryValue) and cause.full_key:
             return UserError(f"{cause.full_key} has no value; give it: {cause.full_key}=…")
     for cause in chain:
-        sentence = _first_line(cause)
+        sentence = _sentence(cause)
         for pattern, message in _SENTENCES:
             if match := re.match(pattern, sentence):
                 return UserError(match.expand(message))
     for cause in chain:
         if isinstance(cause, OmegaConfBaseException):
-            return UserError(f"{_full_key(cause, error)}: {_first_line(cause)}")
+            return UserError(f"{_full_key(cause, error)}: {_sentence(cause)}")
     if isinstance(error, HydraException | ValueError):
-        return UserError(_first_line(error))
+        return UserError(_sentence(error))
     raise error
 
 
@@ -91,5 +91,5 @@ def _full_key(cause: OmegaConfBaseException, error: BaseException) -> str:
     return key
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+def _sentence(error: BaseException) -> str:
+    return first_line(error).rstrip(".")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import yaml
@@ -103,8 +103,7 @@ def load_pipeline(words: Sequence[str], world_size: int | None) -> Pipeline:
         overrides = [f"stage={stage}", *shared, *its_own, *for_all, *for_one[stage], f"run={run}/{stage}"]
         last = {word.partition("=")[0]: word for word in overrides}  # Hydra takes a group only once
         try:
-            recipe = load_recipe([*last.values()])
-            _start(recipe, stages)
+            recipe = _started(load_recipe([*last.values()]), stages)
             validate(recipe, world_size)
         except UserError as error:
             raise UserError(f"{stage}: {error}") from error
@@ -161,17 +160,24 @@ def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[
     return for_all, for_one
 
 
-def _start(recipe: Recipe, before: dict[str, Recipe]) -> None:
+def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
     """Put run directories in the place of stages' names, and the stage before where nothing is said."""
 
     def directory(source: str) -> str:
         return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
 
     alike = [name for name, stage in before.items() if stage.network is recipe.network]
-    start = recipe.init_from or next(reversed(alike), None)
-    recipe.init_from = start and directory(start)
-    recipe.init_parts = {pattern: directory(source) for pattern, source in recipe.init_parts.items()}
-    teacher = recipe.codec_training.teacher
-    recipe.codec_training.teacher = teacher and directory(teacher)
-    listener = recipe.evaluation.recognizer
-    recipe.evaluation.recognizer = listener and directory(listener)
+    recipe.init_from = recipe.init_from or next(reversed(alike), None)
+    return with_sources(recipe, directory)
+
+
+def with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """The recipe with every checkpoint that it names changed."""
+    teacher, recognizer = recipe.codec_training.teacher, recipe.evaluation.recognizer
+    return replace(
+        recipe,
+        init_from=recipe.init_from and change(recipe.init_from),
+        init_parts={pattern: change(source) for pattern, source in recipe.init_parts.items()},
+        codec_training=replace(recipe.codec_training, teacher=teacher and change(teacher)),
+        evaluation=replace(recipe.evaluation, recognizer=recognizer and change(recognizer)),
+    )

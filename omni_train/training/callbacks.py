@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from omni_train.data.sample import MEDIA, Medium
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import Recipe, WandbMode
 from omni_train.training.codec_evaluation import Resynthesis
 from omni_train.training.evaluation import Prediction
@@ -83,8 +83,9 @@ class Wandb(Callback):
                 config=asdict(recipe),
             )
         except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"tracking: wandb refuses: {reason}; log in, or choose tracking=wandb_offline") from error
+            raise UserError(
+                f"tracking: wandb refuses: {first_line(error)}; log in, or choose tracking=wandb_offline"
+            ) from error
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
         self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))

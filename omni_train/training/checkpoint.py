@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from omni_train import platform
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import (
     AudioEncoderConfig,
     CheckpointConfig,
@@ -114,8 +114,7 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
         cause = error
         if isinstance(error, CheckpointException):
             cause = next(iter(error.failures.values()))[0]  # what the first rank that failed met
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {reason}") from error
+        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(cause)}") from error
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:

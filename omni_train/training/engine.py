@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from omni_train import platform
 from omni_train.data.batch import MODALITIES, PackedBatch
+from omni_train.models.audio_encoder import drawn_window
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import build_chunks
 from omni_train.nn import balance
@@ -173,8 +173,7 @@ class MegatronEngine:
         """
         sums = self._global_sums(rows)
         if self.recipe.model.audio:
-            draw = random.Random(f"audio window {self.recipe.seed} {step}")
-            self._audio_window_frames = draw.choice(self.recipe.model.audio.train_window_frames)
+            self._audio_window_frames = drawn_window(self.recipe.model.audio, self.recipe.seed, step)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

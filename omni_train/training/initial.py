@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from omni_train.platform.logs import say
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import apply_model_state, check_architecture, load_sharded, model_state
 from omni_train.training.checkpoint_store import resolve
-from omni_train.training.plain_checkpoint import is_plain, shapes, whole_tensors
+from omni_train.training.plain_checkpoint import check_shapes, is_plain, shapes, whole_tensors
 
 RANDOM = "random"
 """In `init_parts`: the fresh initialisation, drawn from the recipe's seed."""
@@ -35,25 +35,17 @@ def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
         UserError: a path without a checkpoint, a part of another architecture, a parameter that its checkpoint does not
             have, or a pattern that matches no parameter.
     """
-    base = resolve(recipe.init_from) if recipe.init_from else None
-    parts = {pattern: None if source == RANDOM else resolve(source) for pattern, source in recipe.init_parts.items()}
     state = model_state(chunks)
     keys = {entry.key for chunk in state.values() for entry in chunk.values()}
-    origin = _origins(_of_all_ranks(keys), base, parts)
-    for checkpoint in dict.fromkeys([base, *parts.values()]):
-        taken = {key for key, source in origin.items() if source == checkpoint}
-        if checkpoint is not None and taken:
-            check_architecture(checkpoint, recipe.model, {key.partition(".")[0] for key in taken})
-            wanted = {
-                name: {local: entry for local, entry in chunk.items() if entry.key in taken}
-                for name, chunk in state.items()
-            }
-            _check_tensors(wanted, checkpoint)
-            apply_model_state(chunks, load_sharded(wanted, checkpoint), strict=False)
-        if taken:
-            modules = ", ".join(sorted({key.partition(".")[0] for key in taken}))
-            say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")
-    return base
+    for checkpoint, taken in _sources(recipe, _of_all_ranks(keys)):
+        check_architecture(checkpoint, recipe.model, {key.partition(".")[0] for key in taken})
+        wanted = {
+            name: {local: entry for local, entry in chunk.items() if entry.key in taken}
+            for name, chunk in state.items()
+        }
+        _check_tensors(wanted, checkpoint)
+        apply_model_state(chunks, load_sharded(wanted, checkpoint), strict=False)
+    return resolve(recipe.init_from) if recipe.init_from else None
 
 
 def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe) -> None:
@@ -62,32 +54,33 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
     Raises:
         UserError: as there, or a checkpoint of Megatron's shards.
     """
+    states = {name: network.state_dict() for name, network in networks.items()}
+    places = {
+        (key if len(networks) == 1 else f"{name}.{key}"): (name, key) for name, state in states.items() for key in state
+    }
+    for checkpoint, taken in _sources(recipe, sorted(places)):
+        if not is_plain(checkpoint):
+            raise UserError(f"{checkpoint}: was written by engine=megatron; give one of network={recipe.network}")
+        found = whole_tensors(checkpoint)
+        for name, state in states.items():
+            keys = [key for whose, key in map(places.get, taken) if whose == name]
+            check_shapes(checkpoint, {key: state[key] for key in keys}, found)
+            networks[name].load_state_dict({key: found[key] for key in keys}, strict=False)
+
+
+def _sources(recipe: Recipe, keys: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Each checkpoint that the recipe starts from, and the keys to take from it; says it when they have been taken."""
     base = resolve(recipe.init_from) if recipe.init_from else None
     parts = {pattern: None if source == RANDOM else resolve(source) for pattern, source in recipe.init_parts.items()}
-    places = {
-        (key if len(networks) == 1 else f"{name}.{key}"): (network, key)
-        for name, network in networks.items()
-        for key in network.state_dict()
-    }
-    origin = _origins(sorted(places), base, parts)
+    origin = _origins(keys, base, parts)
     for checkpoint in dict.fromkeys([base, *parts.values()]):
-        taken = [name for name, source in origin.items() if source == checkpoint]
-        if checkpoint is not None and taken:
-            if not is_plain(checkpoint):
-                raise UserError(f"{checkpoint}: was written by engine=megatron; give one of network={recipe.network}")
-            found = whole_tensors(checkpoint)
-            for name in taken:
-                network, key = places[name]
-                here = tuple(network.state_dict()[key].shape)
-                there = tuple(found[key].shape) if key in found else None
-                if here != there:
-                    raise UserError(
-                        f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run"
-                    )
-                network.load_state_dict({key: found[key]}, strict=False)
-        if taken:
-            modules = ", ".join(sorted({name.partition(".")[0] for name in taken}))
-            say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")
+        taken = [key for key in keys if origin[key] == checkpoint]
+        if not taken:
+            continue
+        if checkpoint is not None:
+            yield checkpoint, taken
+        modules = ", ".join(sorted({key.partition(".")[0] for key in taken}))
+        say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")
 
 
 def _of_all_ranks(values: set) -> list:

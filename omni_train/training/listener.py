@@ -41,8 +41,8 @@ class Listener:
     def __init__(self, checkpoint: Path, recipe: Recipe) -> None:
         if not is_plain(checkpoint) or (model := read_model_config(checkpoint)).recognizer is None:
             raise UserError(
-                f"codec_training.teacher={checkpoint}: no recognizer; give a checkpoint of network=recognizer, or a "
-                "folder of a WavLM model"
+                f"{checkpoint}: no recognizer; evaluation.recognizer is a checkpoint of network=recognizer, "
+                "codec_training.teacher is one too or a folder of a WavLM model"
             )
         settings = replace(recipe, model=model, precision=Precision.fp32, recompute=Recompute.none)
         self.model = SpeechRecognizer(settings)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from omni_train import platform
 from omni_train.errors import UserError
 from omni_train.platform.logs import say
 from omni_train.recipe.compose import read_recipe
-from omni_train.recipe.pipeline import Pipeline
+from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import read_progress
 from omni_train.training.checkpoint_store import resolve, step_of
@@ -95,12 +95,4 @@ def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
     def checkpoint(source: str) -> str:
         return str(Path(source, "checkpoints", resolve(source).name)) if source in runs else source
 
-    parts = {pattern: checkpoint(source) for pattern, source in recipe.init_parts.items()}
-    teacher, listener = recipe.codec_training.teacher, recipe.evaluation.recognizer
-    return replace(
-        recipe,
-        init_from=recipe.init_from and checkpoint(recipe.init_from),
-        init_parts=parts,
-        codec_training=replace(recipe.codec_training, teacher=teacher and checkpoint(teacher)),
-        evaluation=replace(recipe.evaluation, recognizer=listener and checkpoint(listener)),
-    )
+    return with_sources(recipe, checkpoint)

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 
 AVERAGED = "_ema"
 
@@ -43,12 +43,19 @@ def read_network(checkpoint: Path, name: str, averaged: bool = True) -> dict[str
     try:
         return load_file(path)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read, use another checkpoint: {one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read, use another checkpoint: {first_line(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def check_shapes(checkpoint: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint in which a wanted tensor is missing or has another shape.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for key, tensor in sorted(wanted.items()):
+        here, there = tuple(tensor.shape), tuple(found[key].shape) if key in found else None
+        if here != there:
+            raise UserError(f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run")
 
 
 def read_plain_progress(checkpoint: Path) -> dict:

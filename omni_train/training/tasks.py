@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from omni_train import platform
+from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Task
 from omni_train.recipe.schema import NetworkName, Recipe
 from omni_train.training.checkpoint_store import resolve
 from omni_train.training.feed import Feed
+
+if TYPE_CHECKING:
+    from omni_train.objectives.semantic import Teacher
+
+
+def build_networks(recipe: Recipe, teacher: Teacher | None = None) -> dict[str, torch.nn.Module]:
+    """The recipe's networks, fresh, on this rank's device; a codec has a head for the teacher's features."""
+    model, where = recipe.model, (platform.device(), params_dtype(recipe.precision))
+    if recipe.network is NetworkName.recognizer:
+        from omni_train.models.recognizer import SpeechRecognizer
+
+        return {"model": SpeechRecognizer(recipe)}
+    from omni_train.models.code2wav import Code2Wav
+    from omni_train.models.codec import SpeechCodec
+    from omni_train.models.discriminators import Discriminators
+
+    if recipe.network is NetworkName.code2wav:
+        generator = Code2Wav(model.code2wav)
+    else:
+        generator = SpeechCodec(model.codec, model.code2wav, teacher.size if teacher else 0)
+    judges = Discriminators(recipe.codec_training.discriminators)
+    return {"generator": generator.to(*where), "discriminators": judges.to(*where)}
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -21,25 +47,23 @@ def build_task(recipe: Recipe) -> Task:
     if recipe.network is NetworkName.recognizer:
         from omni_train.objectives.recognition import Recognition
 
-        return Recognition(recipe)
-    from omni_train.models.code2wav import Code2Wav
-    from omni_train.models.codec import SpeechCodec
-    from omni_train.models.discriminators import Discriminators
-    from omni_train.models.thinker.config import params_dtype
+        return Recognition(recipe, **build_networks(recipe))
     from omni_train.objectives.codec import Code2WavTraining, CodecTraining
 
-    model, training, where = recipe.model, recipe.codec_training, (platform.device(), params_dtype(recipe.precision))
-    judges = Discriminators(training.discriminators).to(*where)
+    training, codec = recipe.codec_training, recipe.model.codec
     if recipe.network is NetworkName.code2wav:
-        rate = model.codec.sampling_rate if model.codec else 24000
-        return Code2WavTraining(Code2Wav(model.code2wav).to(*where), judges, training, rate)
+        rate = codec.sampling_rate if codec else 24000
+        return Code2WavTraining(*build_networks(recipe).values(), training, rate)
     teacher = _teacher(recipe)
-    codec = SpeechCodec(model.codec, model.code2wav, teacher.size if teacher else 0).to(*where)
-    return CodecTraining(codec, judges, training, recipe.seed, teacher)
+    return CodecTraining(*build_networks(recipe, teacher).values(), training, recipe.seed, teacher)
 
 
-def build_evaluation(recipe: Recipe, feed: Feed) -> Callable:
-    """What answers held-out questions with plain networks: returns figures, and what is to be shown."""
+def build_evaluation(recipe: Recipe, feed: Feed, teacher: Teacher | None = None) -> Callable:
+    """What answers held-out questions with plain networks: returns figures, and what is to be shown.
+
+    Args:
+        teacher: of the task; a recognizer among them also listens, where the recipe names no other.
+    """
     if recipe.network is NetworkName.recognizer:
         from omni_train.training.recognition_evaluation import RecognitionEvaluation
 
@@ -47,10 +71,9 @@ def build_evaluation(recipe: Recipe, feed: Feed) -> Callable:
         return lambda networks: run(networks["model"])
     from omni_train.training.codec_evaluation import CodecEvaluation
 
-    teacher = recipe.codec_training.teacher
-    recognizer = recipe.evaluation.recognizer or (None if teacher and _is_wavlm(teacher) else teacher)
-    transcribe = _listener(recognizer, recipe).transcribe if recognizer else None
-    run = CodecEvaluation(recipe, Path(recipe.runs_dir, recipe.run), transcribe)
+    recognizer = recipe.evaluation.recognizer
+    listener = _listener(recognizer, recipe) if recognizer else teacher
+    run = CodecEvaluation(recipe, Path(recipe.runs_dir, recipe.run), getattr(listener, "transcribe", None))
     return lambda networks: run(networks["generator"])
 
 

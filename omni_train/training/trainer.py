@@ -117,12 +117,13 @@ class Trainer:
 
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
-        every, has_experts = self.recipe.tracking.expert_load_every, self.recipe.network is NetworkName.thinker
-        has_experts = has_experts and self.recipe.model.num_experts > 0
-        if every and has_experts and self.step % every == 0:
-            loads = self.engine.expert_loads()
-            if file is not None:
-                file.on_metrics({"step": self.step, "load_by_layer": loads})
+        every = self.recipe.tracking.expert_load_every
+        routed = self.recipe.network is NetworkName.thinker and self.recipe.model.num_experts > 0
+        if not routed or not every or self.step % every:
+            return
+        loads = self.engine.expert_loads()
+        if file is not None:
+            file.on_metrics({"step": self.step, "load_by_layer": loads})
 
     def _train_step(self, count: int) -> dict[str, float]:
         start = time.perf_counter()

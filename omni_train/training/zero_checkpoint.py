@@ -13,7 +13,14 @@ from omni_train.errors import UserError
 from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 from omni_train.training.checkpoint import described, random_state, restore_random_state
 from omni_train.training.checkpoint_store import Store, step_of
-from omni_train.training.plain_checkpoint import AVERAGED, is_plain, read_network, write_networks
+from omni_train.training.plain_checkpoint import (
+    AVERAGED,
+    check_shapes,
+    is_plain,
+    read_network,
+    read_plain_progress,
+    write_networks,
+)
 
 if TYPE_CHECKING:
     from omni_train.training.zero_engine import ZeroEngine
@@ -85,7 +92,7 @@ class ZeroStore(Store):
                 one.load_checkpoint(str(checkpoint / _SHARES), tag=name)
         engine.restore_averages(checkpoint)
         restore_random_state(torch.load(checkpoint / f"random_{platform.rank():05d}.pt", weights_only=False))
-        return json.loads((checkpoint / "progress.json").read_text())
+        return read_plain_progress(checkpoint)
 
 
 def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
@@ -95,8 +102,6 @@ def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
         UserError: they do not fit, naming the first that does not.
     """
     wanted, found = network.state_dict(), read_network(checkpoint, name, averaged=False)
-    for key in sorted(wanted.keys() | found.keys()):
-        here, there = (tuple(state[key].shape) if key in state else None for state in (wanted, found))
-        if here != there:
-            raise UserError(f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run")
+    check_shapes(checkpoint, wanted, found)
+    check_shapes(checkpoint, found, wanted)
     network.load_state_dict(found)

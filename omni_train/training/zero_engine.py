@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omni_train.training.engine import StepResult
 from omni_train.training.initial import initialize_networks
 from omni_train.training.optimizer import freeze, parameter_groups, set_learning_rate
 from omni_train.training.plain_checkpoint import read_network
-from omni_train.training.tasks import build_evaluation, build_task
+from omni_train.training.tasks import build_evaluation, build_networks, build_task
 from omni_train.training.zero import forget_groups, import_deepspeed, wrap
 from omni_train.training.zero_checkpoint import ZeroStore, fill
 
@@ -36,6 +36,7 @@ class ZeroEngine:
         for network in self.task.networks.values():
             for tensor in (*network.parameters(), *network.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
+        self._parameters = sum(parameter.numel() for _, parameter in named)
         self.decay = recipe.optimizer.ema_decay
         self._averages: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._plain: dict[str, torch.nn.Module] | None = None
@@ -78,8 +79,7 @@ class ZeroEngine:
 
     def flops(self, rows: list) -> float:
         """Of a step over these rows: forward and backward are six operations per parameter and token, roughly."""
-        count = sum(full_shape(p).numel() for network in self.task.networks.values() for p in network.parameters())
-        return 6.0 * count * sum(map(self.task.tokens, rows))
+        return 6.0 * self._parameters * sum(map(self.task.tokens, rows))
 
     def restore_averages(self, checkpoint: Path) -> None:
         """Read the averaged weights of a checkpoint, where this run keeps some."""
@@ -144,13 +144,13 @@ class ZeroEngine:
 
     def evaluation(self, feed):
         """What answers held-out questions: a call returns figures and this rank's predictions that are to be shown."""
-        run = build_evaluation(self.recipe, feed)
+        run = build_evaluation(self.recipe, feed, self.task.teacher)
         return lambda: run(self.plain_networks())
 
     def plain_networks(self) -> dict[str, torch.nn.Module]:
         """Whole copies of the networks on every rank, outside DeepSpeed, with averaged weights where there are any."""
         if self._plain is None:
-            copies = build_task(self.recipe).networks
+            copies = build_networks(self.recipe, self.task.teacher)
             states = self.states(averaged=bool(self._averages))
             for name, network in copies.items():
                 network.load_state_dict(states[name])
@@ -164,8 +164,8 @@ class ZeroEngine:
 
         result = {}
         for name, network in self.task.networks.items():
-            state = {key: buffer.detach().clone() for key, buffer in network.named_buffers()}
-            state = {key: value for key, value in state.items() if key in _persistent(network)}
+            kept = network.state_dict().keys()  # not every buffer is
+            state = {key: buffer.detach().clone() for key, buffer in network.named_buffers() if key in kept}
             for key, parameter in network.named_parameters():
                 if averaged and parameter in self._averages:
                     state[key] = _whole(parameter, self._averages[parameter])
@@ -223,26 +223,14 @@ def _whole(parameter: torch.nn.Parameter, mine: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)[: shape.numel()].view(shape)
 
 
-def _persistent(network: torch.nn.Module) -> set[str]:
-    """Names of the buffers that belong to the network's state."""
-    names = set()
-    for prefix, module in network.named_modules():
-        kept = module._buffers.keys() - module._non_persistent_buffers_set
-        names |= {f"{prefix}.{name}" if prefix else name for name in kept}
-    return names
-
-
-def to_device(value: Any) -> Any:
+def to_device(row: Any) -> Any:
     """A row with its tensors on this rank's device."""
+    values = {entry.name: getattr(row, entry.name) for entry in fields(row)}
     device = platform.device()
-    if is_dataclass(value):
-        tensors = {
-            entry.name: getattr(value, entry.name).to(device, non_blocking=True)
-            for entry in fields(value)
-            if isinstance(getattr(value, entry.name), torch.Tensor)
-        }
-        return replace(value, **tensors)
-    return value
+    tensors = {
+        name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)
+    }
+    return replace(row, **tensors)
 
 
 def _summed(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig
 from tests.distributed.test_checkpoints import plain_tensors
 from tests.support.pool import RankFailed
-from tests.support.recognizer import build, recognizer_recipe
+from tests.support.recognizer import recognizer_recipe, write_recognizer
 from tests.support.thinker import encoders, small_recipe
 
 
@@ -173,27 +173,18 @@ def test_an_encoder_that_does_not_fit_or_is_not_there_is_refused(
         distributed(2, write, ParallelConfig(tensor=2), tmp_path / "run", options, encoders(**audio) | model)
 
 
-def write_recognizer(rank, world_size, folder):
-    """Write a recognizer as the ZeRO engine does; the tensors of its audio encoder."""
+def audio_encoder(rank, world_size, folder):
+    """Write a recognizer; the tensors of its audio encoder."""
     from omni_train import platform
-    from omni_train.training.checkpoint import described
-    from omni_train.training.plain_checkpoint import write_networks
 
-    recipe = recognizer_recipe()
-    model = build(recipe)
-    checkpoint = Path(folder, "step_00000000")
-    checkpoint.mkdir(parents=True)
-    state = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    write_networks(checkpoint, {"model": state})
-    torch.save(described(recipe.model), checkpoint / "model.pt")
-    (checkpoint / "metadata.json").write_text("{}")
+    state = write_recognizer(recognizer_recipe(), Path(folder, "step_00000000"))
     platform.parallel.destroy()
     return {key: value for key, value in state.items() if key.startswith("audio_encoder.")}
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["one rank", "TP2"])
 def test_a_thinker_takes_its_audio_encoder_from_a_recognizer_in_any_layout(distributed, tmp_path, parallel):
-    (heard,) = distributed(1, write_recognizer, tmp_path / "aut")
+    (heard,) = distributed(1, audio_encoder, tmp_path / "aut")
     options = {"init_parts": {"audio_encoder.*": str(tmp_path / "aut" / "step_00000000")}}
     audio = {"audio": recognizer_recipe().model.audio}
     started = distributed(parallel.tensor, write, parallel, tmp_path / "run", options, audio)[0]
@@ -205,7 +196,7 @@ def test_a_thinker_takes_its_audio_encoder_from_a_recognizer_in_any_layout(distr
 
 
 def test_a_recognizer_of_another_size_is_refused_by_name(distributed, tmp_path):
-    distributed(1, write_recognizer, tmp_path / "aut")
+    distributed(1, audio_encoder, tmp_path / "aut")
     options = {"init_parts": {"audio_encoder.*": str(tmp_path / "aut" / "step_00000000")}}
     other = {"audio": replace(recognizer_recipe().model.audio, intermediate_size=40)}
     with pytest.raises(RankFailed, match=r"a checkpoint of another architecture: its model\.audio is "):

@@ -16,11 +16,12 @@ ALIGNED = [(900, 3), (33, 1), (1200, 9), (16, 2), (300, 1)]  # the fourth has on
 
 def task_of(recipe):
     from omni_train import platform
+    from omni_train.models.recognizer import SpeechRecognizer
     from omni_train.objectives import recognition
 
     platform.parallel.initialize(ParallelConfig(), recipe.seed)
     with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):
-        return recognition.Recognition(recipe)
+        return recognition.Recognition(recipe, SpeechRecognizer(recipe))
 
 
 def outcomes(rank, world_size, recipe, training):

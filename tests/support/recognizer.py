@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from omni_train.data.batch import IGNORE, MODALITIES, PackedBatch
@@ -47,6 +49,21 @@ def build(recipe: Recipe):
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     torch.manual_seed(19)
     return randomized(SpeechRecognizer(recipe))
+
+
+def write_recognizer(recipe: Recipe, checkpoint: Path) -> dict:
+    """Write a recognizer with random parameters as the ZeRO engine does; its tensors."""
+    import torch
+
+    from omni_train.training.checkpoint import described
+    from omni_train.training.plain_checkpoint import write_networks
+
+    state = {key: value for key, value in build(recipe).state_dict().items() if isinstance(value, torch.Tensor)}
+    checkpoint.mkdir(parents=True)
+    write_networks(checkpoint, {"model": state})
+    torch.save(described(recipe.model), checkpoint / "model.pt")
+    (checkpoint / "metadata.json").write_text("{}")
+    return state
 
 
 def utterance(recipe: Recipe, frames: int, words: int, seed: int) -> TokenSequence:

@@ -12,7 +12,7 @@ import torch
 from data_pipelines.rehearsal.tokenizer import train
 from tests.support.media import tone
 from tests.support.pool import RankFailed
-from tests.support.recognizer import build, recognizer_recipe
+from tests.support.recognizer import recognizer_recipe, write_recognizer
 
 
 def listen(rank, world_size, folder, no_recognizer=False):
@@ -21,26 +21,21 @@ def listen(rank, world_size, folder, no_recognizer=False):
     from omni_train.data.features.mel import log_mel
     from omni_train.training.checkpoint import described
     from omni_train.training.listener import Listener
-    from omni_train.training.plain_checkpoint import write_networks
 
     recipe = recognizer_recipe(vocab_size=384)
     recipe.data = dataclasses.replace(recipe.data, tokenizer=str(Path(folder) / "tokenizer"))
     recipe.evaluation.max_new_tokens = 5
-    model = build(recipe).eval()
     checkpoint = Path(folder, f"step_0000000{int(no_recognizer)}")
-    checkpoint.mkdir()
+    written = write_recognizer(recipe, checkpoint)
     if no_recognizer:
-        recipe.model = dataclasses.replace(recipe.model, recognizer=None)
-    state = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    write_networks(checkpoint, {"model": state})
-    torch.save(described(recipe.model), checkpoint / "model.pt")
-    (checkpoint / "metadata.json").write_text("{}")
+        torch.save(described(dataclasses.replace(recipe.model, recognizer=None)), checkpoint / "model.pt")
     listener = Listener(checkpoint, recipe)
+    assert all(torch.equal(tensor, written[key]) for key, tensor in listener.model.named_parameters())
     clips = [tone(seconds, hertz=300 * seconds).astype(np.float32).reshape(-1) for seconds in (0.9, 0.05, 0.4)]
     features = listener(list(map(torch.from_numpy, clips)))
     mel = torch.from_numpy(log_mel(clips[0], recipe.model.audio.num_mel_bins))
     with torch.no_grad():
-        alone, _ = model.hear(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)
+        alone, _ = listener.model.hear(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)
     texts = listener.transcribe(clips)
     platform.parallel.destroy()
     return features, alone, texts, listener.rate, listener.size
@@ -63,5 +58,5 @@ def test_a_listener_hears_what_its_recognizer_hears(distributed, folder):
 
 
 def test_what_is_no_recognizer_is_refused_in_one_line(distributed, folder):
-    with pytest.raises(RankFailed, match=r"codec_training\.teacher=\S+: no recognizer; give a checkpoint of network="):
+    with pytest.raises(RankFailed, match=r"UserError: \S+: no recognizer; evaluation.recognizer is a checkpoint"):
         distributed(1, listen, folder, True)

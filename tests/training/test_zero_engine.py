@@ -104,6 +104,7 @@ def train(rank, world_size, zero, folder, steps, save_at, poison=None):
     recipe = recipe_of(zero)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     zero_engine.build_task = Duel
+    zero_engine.build_networks = lambda recipe, teacher: Duel(recipe).networks
     engine = zero_engine.ZeroEngine(recipe)
     store = engine.open_store(Path(folder))
     store.config = CheckpointConfig(keep=0)

@@ -15,15 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
-from omni_train.nn.waveform import CausalConv1d, Stream, keep_size
+from omni_train.nn.waveform import RESIDUAL, CausalConv1d, Stream, keep_size
 from omni_train.recipe.speech import CodecConfig
 
 LATENT_STRIDE = 2
 """Steps of the Transformer that make one frame of codes."""
 LOUDER = 10.0
 """What the first convolution begins with: on speech of a tenth of full scale and less, ELU is a straight line."""
-RESIDUAL = 0.1
-"""What a residual branch begins with, so that a sum of many is not larger than what came."""
 
 
 class CodecEncoder(torch.nn.Module):

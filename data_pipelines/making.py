@@ -1,0 +1,96 @@
+"""Shards made side by side by several processes; a command that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from omni_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Making:
+    """The notes of a folder of shards in the making, which are in its folder ``.DONE``.
+
+    ``settings.json`` says how the shards are made, and each finished one has a record; one without it is made again.
+    """
+
+    out: Path
+    done: str  # what has happened to a finished shard: packed, coded
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Say how the shards of this folder are made.
+
+        Raises:
+            UserError: there are others in it.
+        """
+        note = self._notes / "settings.json"
+        if note.exists():
+            before = json.loads(note.read_text())
+            for key, value in settings.items():
+                if before.get(key) != value:
+                    raise UserError(
+                        f"out={self.out}: {self.done} there with another {key}; name another folder, or remove it"
+                    )
+            return
+        if self.out.exists() and any(path != self._notes for path in self.out.iterdir()):
+            raise UserError(f"out={self.out} is not empty and was not {self.done} by this command; name another folder")
+        self._notes.mkdir(parents=True, exist_ok=True)
+        write_json(note, settings)
+
+    def make(self, write: Callable, jobs: dict[str, tuple], processes: int, **pool) -> None:
+        """Call ``write(*arguments)`` for every shard that has no record yet; the call writes it last.
+
+        Args:
+            write: importable by name.
+            jobs: shard -> arguments.
+            processes: that work side by side; 0 for one per core.
+            pool: options of ``ProcessPoolExecutor``.
+
+        Raises:
+            UserError: a process was killed.
+        """
+        todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
+        try:
+            with ProcessPoolExecutor(processes or os.cpu_count(), **pool) as executor:
+                futures = [executor.submit(write, *arguments) for arguments in todo]
+                for future in track(as_completed(futures), "shards", total=len(futures)):
+                    future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"out={self.out}: a process was killed (memory?); the same command goes on from here"
+            ) from None
+
+    def partial(self, shard: str) -> Path:
+        """Where a shard is written before it is complete."""
+        return self._notes / f"{shard}.partial"
+
+    def record(self, shard: str, fields: dict[str, Any]) -> None:
+        """Note that a shard is complete, and what is to be known of it."""
+        write_json(self._record(shard), fields)
+
+    def records(self, shards: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Shard -> what was noted of it."""
+        return {shard: json.loads(self._record(shard).read_text()) for shard in shards}
+
+    @property
+    def _notes(self) -> Path:
+        return self.out / f".{self.done}"
+
+    def _record(self, shard: str) -> Path:
+        return self._notes / f"{shard}.json"
+
+
+def write_json(file: Path, fields: dict[str, Any]) -> None:
+    """Write a file at once or not at all."""
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(json.dumps(fields, indent=1) + "\n")
+    os.replace(fresh, file)
