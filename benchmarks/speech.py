@@ -22,7 +22,7 @@ from omni_train.recipe.speech import Code2WavConfig, CodecConfig
 
 SECONDS = 8  # of speech
 RATE, FRAMES = 24000, 100  # samples a second, and frames in those seconds
-REPEATS = 5
+REPEATS = 9
 STEPS = 12  # of AuT, the first two not counted
 FRAMES_PER_HOUR = 360_000  # mel frames
 

@@ -89,7 +89,7 @@ def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
 
 
 def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a figure of the evaluations each, as every stage logged it last."""
+    """Header and rows: a figure of the evaluations each, its name first, as every stage logged it last."""
     last = {name: _last_values(steps) for name, steps in stages.items()}
     keys = sorted({key for values in last.values() for key in values if key.startswith("eval_") and key != "eval_loss"})
     shown = [name for name, values in last.items() if any(key in values for key in keys)]
@@ -98,6 +98,19 @@ def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
         for key in keys
     ]
     return ["held-out", *shown], rows
+
+
+def summary(rows: list[list[str]]) -> list[list[str]]:
+    """The rows of :func:`figures_cells` that are not of one language or codebook among several."""
+    names = {row[0] for row in rows}
+
+    def is_part(name: str) -> bool:
+        """Languages and codebooks are named in two characters; of a language there is also the figure of all."""
+        words = name.split()
+        wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) == 2]
+        return any(whole in names or whole.startswith("codebook") for whole in wholes)
+
+    return [row for row in rows if not is_part(row[0])]
 
 
 def report(directory: Path, console: Console | None = None) -> None:
@@ -117,12 +130,14 @@ def report(directory: Path, console: Console | None = None) -> None:
     folder.mkdir(exist_ok=True)
     draw_losses(stages, folder / "losses.png")
     text = [f"# {directory.name}", "![losses](losses.png)"]
-    for title, (header, rows) in (("Stages", stages_cells(stages)), ("Evaluation", figures_cells(stages))):
+    tables = {"Stages": stages_cells(stages), "Evaluation": figures_cells(stages)}
+    for title, (header, rows) in tables.items():
         if rows:
-            console.print(_table(title, header, rows))
+            console.print(_table(title, header, summary(rows) if title == "Evaluation" else rows))
             lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
             text += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    console.print(f"all figures and curves: {folder / 'report.md'}")
 
 
 def _last_values(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -74,6 +74,20 @@ def test_a_pipeline_is_a_table_of_its_stages_with_the_losses_last_logged(pipelin
     assert len(body) == 3
 
 
+def test_parts_of_a_figure_that_is_there_as_a_whole_are_in_the_report_alone(pipeline, capsys):
+    figures = {"eval_wer": 0.5, "eval_wer_en": 0.75, "eval_wer_window_100": 0.625, "eval_wer_en_window_100": 0.875}
+    figures |= {"eval_codebook_used_03": 0.0625, "eval_codebook_used_least": 0.03125, "eval_stoi_failed": 0.125}
+    with (pipeline / "second" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": 2.75} | figures) + "\n")
+    assert main([str(pipeline)]) == 0
+    printed, written = capsys.readouterr().out, (pipeline / "report" / "report.md").read_text()
+    for figure in ("0.500", "0.625", "0.031", "0.125"):
+        assert figure in printed
+    for figure in ("0.250", "0.750", "0.875", "0.062"):
+        assert figure not in printed
+        assert f"| {figure} |" in written
+
+
 def test_a_pipelines_report_is_written_beside_its_stages_with_curves(pipeline):
     assert main([str(pipeline)]) == 0
     text = (pipeline / "report" / "report.md").read_text()
