@@ -135,3 +135,11 @@ def _media(recipe: Recipe) -> None:
             refuse(recipe, "data.media.video_timestamps", "data.media.positions=qwen3_omni has none; set false")
         if interval:
             refuse(recipe, "data.media.audio_timestamp_seconds", "data.media.positions=qwen3_omni has none; set []")
+        audio = recipe.model.audio
+        if audio is not None and (audio.num_convolutions, audio.chunk_frames) != (3, 100):
+            refuse(
+                recipe,
+                "data.media.positions",
+                "has 13 ids a second, the audio tokens of 3 convolutions over chunks of 100 frames, and model.audio "
+                "makes others; choose absolute or contiguous",
+            )

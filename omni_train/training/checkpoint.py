@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import random
 import shutil
 from dataclasses import asdict
@@ -118,8 +120,15 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
-    """The model that a checkpoint holds."""
-    written = torch.load(checkpoint / "model.pt", weights_only=True)
+    """The model that a checkpoint holds.
+
+    Raises:
+        UserError: the checkpoint does not say it.
+    """
+    try:
+        written = torch.load(checkpoint / "model.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint}: its model.pt cannot be read, use another: {first_line(error)}") from error
     config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
     for name, kind in _PARTS.items():
         if part := getattr(config, name):
@@ -193,7 +202,7 @@ class CheckpointStore(Store):
         if platform.rank() == 0:
             torch.save(described(self.model), partial / "model.pt")
             if self.carried is not None:
-                shutil.copytree(self.carried, partial / "hf")
+                shutil.copytree(self.carried, partial / "hf", copy_function=_link)
         torch.save(random_state(), partial / f"random_{platform.rank():05d}.pt")
 
         state = model_state(chunks) if state is None else state
@@ -248,6 +257,14 @@ class CheckpointStore(Store):
         if random_state.exists():
             restore_random_state(torch.load(random_state, weights_only=False))
         return state["progress"]
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name, or a copy where there can be none: a Talker is gigabytes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def random_state() -> dict:

@@ -55,7 +55,8 @@ class MegatronEngine:
         self.recipe = recipe
         self.objective = LanguageModelling(recipe.loss_chunk_tokens, recipe.model.mtp_loss_weight)
         modules = build_chunks(recipe)
-        freeze([pair for module in modules for pair in module.named_parameters()], recipe.trainable)
+        named = [pair for module in modules for pair in module.global_parameters()]
+        freeze(named, recipe.trainable)
         self.config = modules[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -72,7 +73,7 @@ class MegatronEngine:
         self.config.finalize_model_grads_func = lambda model, _tokens=None, **options: finalize_model_grads(
             model, None, **options
         )
-        self.optimizer = build_optimizer(recipe, self.chunks)
+        self.optimizer = build_optimizer(recipe, self.chunks, named)
         self._run = get_forward_backward_func()
         self._audio_window_frames = 0
 

@@ -11,13 +11,8 @@ import torch
 from omni_train.errors import UserError
 from omni_train.recipe.schema import OptimizerConfig, OptimizerName, Recipe
 
-
-def public_name(name: str) -> str:
-    """A parameter's name without the wrappers', as recipes match it."""
-    return name.removeprefix("module.")
-
-
 Named = Iterable[tuple[str, torch.nn.Parameter]]
+"""Parameters with their names as recipes match them: those of the whole model, without wrappers."""
 
 
 def freeze(named: Named, trainable: list[str]) -> None:
@@ -28,7 +23,7 @@ def freeze(named: Named, trainable: list[str]) -> None:
     """
     matched = dict.fromkeys(trainable, False)
     for name, parameter in named:
-        hits = [pattern for pattern in trainable if fnmatch.fnmatchcase(public_name(name), pattern)]
+        hits = [pattern for pattern in trainable if fnmatch.fnmatchcase(name, pattern)]
         matched.update(dict.fromkeys(hits, True))
         parameter.requires_grad_(bool(hits))
     everywhere: list = [None] * torch.distributed.get_world_size()
@@ -48,7 +43,7 @@ def _factors(config: OptimizerConfig, name: str, parameter: torch.nn.Parameter) 
     """(learning-rate factor, weight-decay factor) of a parameter."""
     decay = 0.0 if _never_decayed(name, parameter) else 1.0
     for group in config.groups:
-        if fnmatch.fnmatchcase(public_name(name), group.match):
+        if fnmatch.fnmatchcase(name, group.match):
             return group.lr_factor, decay * group.weight_decay_factor
     return 1.0, decay
 
@@ -62,8 +57,13 @@ def parameter_groups(config: OptimizerConfig, named: Named) -> list[dict]:
     return [{"params": members, "lr_mult": lr, "wd_mult": wd} for (lr, wd), members in groups.items()]
 
 
-def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
-    """Megatron's distributed optimizer over wrapped model chunks, in the recipe's parameter groups."""
+def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named):
+    """Megatron's distributed optimizer over wrapped model chunks, in the recipe's parameter groups.
+
+    Args:
+        chunks: this rank's.
+        named: their parameters.
+    """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
@@ -75,16 +75,11 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module]):
     muon = config.name is OptimizerName.muon
     dtype = params_dtype(recipe.precision)
     overrides = {}
-    factors = {
-        _factors(config, name, parameter)
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad
-    }
-    for pair in sorted(factors - {(1.0, 1.0)}):
+    factors = {parameter: _factors(config, name, parameter) for name, parameter in named if parameter.requires_grad}
+    for pair in sorted({*factors.values()} - {(1.0, 1.0)}):
         matches = ParamWithNamePredicate(
             name=f"lr_factor={pair[0]},weight_decay_factor={pair[1]}",
-            fn=lambda parameter, name, pair=pair: _factors(config, name, parameter) == pair,
+            fn=lambda parameter, name, pair=pair: factors.get(parameter) == pair,
         )
         overrides[ParamKey(with_name_predicate=matches)] = {"lr_mult": pair[0], "wd_mult": pair[1]}
     options = MegatronOptimizerConfig(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Recompute
+from omni_train.recipe.schema import CheckpointConfig, OptimizerConfig, ParallelConfig, ParamGroupConfig, Recompute
 from tests.support.thinker import encoders, global_batches, media_batches, small_recipe
 
 LAYOUTS = {
@@ -159,9 +159,33 @@ def test_multi_token_prediction_trains_alike_in_every_layout(distributed, initia
         assert all("mtp_loss" in metrics for metrics in history)
 
 
-def test_tied_embeddings_train_alike_over_pipeline_stages(distributed, tmp_path):
-    tied = {"tie_word_embeddings": True}
-    expected = distributed(1, train, ParallelConfig(), tmp_path, None, "tied", tied)[0]
-    start = tmp_path / "tied" / "step_00000000"
-    for history in distributed(2, train, ParallelConfig(pipeline=2), tmp_path, start, None, tied):
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def initial_tied(distributed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied")
+    plain = distributed(1, train, ParallelConfig(), folder, None, "initial", TIED)[0]
+    return folder, folder / "initial" / "step_00000000", plain
+
+
+def test_tied_embeddings_train_alike_over_pipeline_stages(distributed, initial_tied):
+    folder, start, expected = initial_tied
+    for history in distributed(2, train, ParallelConfig(pipeline=2), folder, start, None, TIED):
         assert_same(expected, history)
+
+
+@pytest.mark.parametrize("trainable", [["decoder.layers.2.*", "embedding.*"], ["decoder.layers.[06].*"]], ids=str)
+def test_names_mean_the_same_parameters_on_every_pipeline_stage(distributed, initial_tied, trainable):
+    """Layers are counted over all stages, and the last stage's copy of the embedding goes by the first's name."""
+    folder, start, _ = initial_tied
+    groups = [ParamGroupConfig(match="decoder.layers.6.*", lr_factor=40.0, weight_decay_factor=0.0)]
+    chosen = TIED | {
+        "trainable": trainable,
+        "optimizer": OptimizerConfig(lr=3e-4, clip_grad=0.7, eps=1e-5, groups=groups),
+    }
+    expected = distributed(1, train, ParallelConfig(), folder, start, None, chosen)[0]
+    for name in ("PP2", "PP2-VPP2"):
+        world_size, parallel = LAYOUTS[name]
+        for history in distributed(world_size, train, parallel, folder, start, None, chosen):
+            assert_same(expected, history)

@@ -49,6 +49,13 @@ def test_a_checkpoint_with_a_damaged_file(trained, tmp_path):
     assert "cannot be read" in line
 
 
+def test_a_checkpoint_that_does_not_say_of_what_it_is(trained, tmp_path):
+    unnamed = tmp_path / "step_00000000"
+    shutil.copytree((trained.folder / "start" / "checkpoints" / "latest").resolve(), unnamed)
+    (unnamed / "model.pt").unlink()
+    assert "its model.pt cannot be read" in refusal(trained, "run=unnamed", f"init_from={unnamed}")
+
+
 def test_a_tokenizer_larger_than_the_vocabulary(trained):
     line = refusal(trained, "run=vocab", "model.vocab_size=256")
     assert "320 tokens, more than model.vocab_size=256" in line

@@ -125,6 +125,11 @@ REFUSED = [
         "data.media.positions=qwen3_omni data.media.video_timestamps=false",
         "data.media.audio_timestamp_seconds=[10.0, 30.0]: data.media.positions=qwen3_omni has none; set []",
     ),
+    (
+        "data.media.positions=qwen3_omni data.media.video_timestamps=false data.media.audio_timestamp_seconds=[]",
+        "data.media.positions=qwen3_omni: has 13 ids a second, the audio tokens of 3 convolutions over chunks of 100 "
+        "frames, and model.audio makes others; choose absolute or contiguous",
+    ),
 ]
 
 

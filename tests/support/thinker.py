@@ -50,14 +50,14 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         initializer_range=0.08,
     )
     model |= {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
-    options = dict(seed=77, precision=Precision.fp32, loss_chunk_tokens=40) | changes
+    optimizer = OptimizerConfig(lr=3e-4, clip_grad=0.7, eps=1e-5)
+    options = dict(seed=77, precision=Precision.fp32, loss_chunk_tokens=40, optimizer=optimizer) | changes
     return Recipe(
         stage="test",
         run="test",
         model=ModelConfig(**model),
         parallel=parallel or ParallelConfig(),
         data=DataConfig(name="test", path="", tokenizer="", row_tokens=row_tokens, alignment=8),
-        optimizer=OptimizerConfig(lr=3e-4, clip_grad=0.7, eps=1e-5),
         schedule=ScheduleConfig(steps=4, global_batch=2, decay=Decay.constant, warmup_fraction=0.0),
         **options,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -100,6 +100,16 @@ class Thinker(LanguageModule):
             self.mtp = MultiTokenPrediction(config, submodules, groups)
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
+
+    def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """`named_parameters`, by the names that they have where one rank holds the whole model."""
+        for name, parameter in self.named_parameters():
+            words = name.split(".")
+            if words[:2] == ["decoder", "layers"]:
+                words[2] = str(self.decoder.layers[int(words[2])].layer_number - 1)
+            elif words[0] == "output_layer" and self.share_embeddings_and_output_weights:
+                words = ["embedding", "word_embeddings", "weight"]  # the last stage's copy of the first's
+            yield ".".join(words), parameter
 
     def set_input_tensor(self, input_tensor) -> None:
         """Take the hidden states of the stage before, as the pipeline schedules hand them over."""
