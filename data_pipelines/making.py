@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -56,22 +57,29 @@ class Making:
             pool: options of ``ProcessPoolExecutor``.
 
         Raises:
-            UserError: a process was killed.
+            UserError: a process was killed, or the same command is still running elsewhere.
         """
-        todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
-        try:
-            with ProcessPoolExecutor(processes or os.cpu_count(), **pool) as executor:
-                futures = [executor.submit(write, *arguments) for arguments in todo]
-                for future in track(as_completed(futures), "shards", total=len(futures)):
-                    future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"out={self.out}: a process was killed (memory?); the same command goes on from here"
-            ) from None
+        with (self._notes / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
+            except BlockingIOError:
+                raise UserError(f"out={self.out}: another command is at work there; wait for it, or stop it") from None
+            for leftover in self._notes.glob("*.partial"):
+                leftover.unlink()
+            todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
+            try:
+                with ProcessPoolExecutor(processes or os.cpu_count(), **pool) as executor:
+                    futures = [executor.submit(write, *arguments) for arguments in todo]
+                    for future in track(as_completed(futures), "shards", total=len(futures)):
+                        future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    f"out={self.out}: a process was killed (memory?); the same command goes on from here"
+                ) from None
 
     def partial(self, shard: str) -> Path:
-        """Where a shard is written before it is complete."""
-        return self._notes / f"{shard}.partial"
+        """Where this process writes a shard; another, whose command was killed, may still be at the same one."""
+        return self._notes / f"{shard}.{os.getpid()}.partial"
 
     def record(self, shard: str, fields: dict[str, Any]) -> None:
         """Note that a shard is complete, and what is to be known of it."""

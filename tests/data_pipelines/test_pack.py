@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -142,3 +143,12 @@ def test_a_folder_of_something_else_or_of_other_settings_is_refused(packed, mani
         pack(manifest, tmp_path, tokenizer, **OPTIONS)
     with pytest.raises(UserError, match="another row_tokens"):
         pack(manifest, packed, tokenizer, **OPTIONS | {"row_tokens": 512})
+
+
+def test_a_folder_in_which_another_command_is_at_work_is_refused(packed, manifest, tokenizer):
+    with (packed / ".packed" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another command is at work there"):
+            pack(manifest, packed, tokenizer, **OPTIONS)
+    pack(manifest, packed, tokenizer, **OPTIONS)
+    assert not list((packed / ".packed").glob("*.partial"))
