@@ -14,9 +14,14 @@ import torch
 from omni_train.data.batch import WaveRow
 from omni_train.data.codes import codes_of
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
-from omni_train.data.media import read_audio
-from omni_train.data.sample import Sample, SampleError, speech_of
+from omni_train.data.media import audio_seconds, read_audio
+from omni_train.data.sample import Medium, Sample, SampleError, speech_of
 from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
+
+AROUND = 0.1
+"""Seconds that are read on both sides of a crop, because resampling begins and ends with what it does not know."""
+GRID = 0.02
+"""Reading begins at a multiple of these seconds: a whole number of samples at all usual rates."""
 
 
 @dataclass
@@ -44,11 +49,7 @@ def read_speech(sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, 
     Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and the reasons of
     ``omni_train.data.media``.
     """
-    speech = speech_of(sample)
-    if speech is None:
-        raise SampleError("no_speech")
-    if speech.file not in parts:
-        raise SampleError("media_missing")
+    speech = _speech(sample, parts)
     return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate)
 
 
@@ -57,18 +58,47 @@ def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, mode
 
     Raises SampleError as ``read_speech`` and ``omni_train.data.codes.codes_of``.
     """
-    waveform = read_speech(sample, parts, data.media, codec_sampling_rate(model))
     per_frame, frames = codec_frame_samples(model), crop_frames(data.crop_seconds, model)
-    step = 1 if data.codec is None else per_frame
-    places = max(-(-len(waveform) // step) - frames * per_frame // step, 0) + 1
-    start = int(np.random.default_rng(draw).integers(places)) * step
-    piece = waveform[start : start + frames * per_frame]
-    codes = None
-    if data.codec is not None:
-        first = start // per_frame
+    if data.codec is None:
+        piece, codes = _cut(sample, parts, data.media, codec_sampling_rate(model), frames * per_frame, draw), None
+    else:  # all of it: codes fit the length of the whole
+        waveform = read_speech(sample, parts, data.media, codec_sampling_rate(model))
+        first = _drawn(draw, -(-len(waveform) // per_frame) - frames)
+        piece = waveform[first * per_frame :][: frames * per_frame]
         codes = codes_of(parts, model, samples=len(waveform))[:, first : first + frames]
         codes = np.pad(codes, ((0, 0), (0, frames - codes.shape[1])))
     return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
+
+
+def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
+    speech = speech_of(sample)
+    if speech is None:
+        raise SampleError("no_speech")
+    if speech.file not in parts:
+        raise SampleError("media_missing")
+    return speech
+
+
+def _cut(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, rate: int, samples: int, draw: int
+) -> np.ndarray:
+    """At most ``samples`` of a sample's speech, from where ``draw`` says; only they are decoded, and what is around."""
+    speech = _speech(sample, parts)
+    file, begin = parts[speech.file], speech.start or 0.0
+    seconds = audio_seconds(file)
+    if seconds is None:
+        waveform = read_speech(sample, parts, media, rate)
+        return waveform[_drawn(draw, len(waveform) - samples) :][:samples]
+    end = seconds if speech.end is None else min(speech.end, seconds)
+    first = _drawn(draw, round((end - begin) * rate) - samples)
+    start = max(0, int((first / rate - AROUND) / GRID)) * GRID
+    stop = min(begin + (first + samples) / rate + AROUND, end)
+    return read_audio(file, media, begin + start, stop, rate)[first - round(start * rate) :][:samples]
+
+
+def _drawn(draw: int, last: int) -> int:
+    """A place from 0 to ``last``, which may be below 0 where there is but one."""
+    return int(np.random.default_rng(draw).integers(max(last, 0) + 1))
 
 
 def pack_crops(crops: list[Crop]) -> WaveRow:

@@ -15,11 +15,15 @@ import torch
 
 from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.batch import WaveRow
+from omni_train.data.crops import read_crop
 from omni_train.data.loader import build_loader, evaluation_rows, redistribute
+from omni_train.data.media import audio, read_audio
+from omni_train.data.sample import parse_sample
 from omni_train.data.utterances import held_out_utterances
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig, RowKind
+from tests.data.media.test_audio import encoded, noise
 from tests.data.test_loader import take, through_a_file
 from tests.support.media import sound_file
 
@@ -129,6 +133,36 @@ def test_what_is_drawn_for_a_crop_is_its_own(data):
     rows = take(build_loader(data, MODEL, seed=SEED), 60)
     draws = torch.cat([row.draws for row in rows]).tolist()
     assert len(set(draws)) == len(draws) and min(draws) >= 0
+
+
+RECORDINGS = [("wav", 24000), ("flac", 44100), ("wav", 22050), ("mp3", 44100), ("m4a", 48000), ("ogg", 16000)]
+
+
+@pytest.mark.parametrize(("kind", "rate"), RECORDINGS)
+def test_a_crop_of_a_long_recording_is_that_of_the_whole_and_decodes_no_more(data, monkeypatch, kind, rate):
+    file = encoded(kind, noise(30.0, rate), rate)
+    content = [{"type": "audio", "audio": f"0.{kind}", "start": 2.5, "end": 26.0}]
+    chat = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "ka"}]}
+    data = dataclasses.replace(data, crop_seconds=1.5)
+    whole = read_audio(file, data.media, 2.5, 26.0, 24000)
+    decoded, waveform_of = [], audio.waveform_of
+
+    def counted(blocks, media, sampling_rate):
+        blocks = list(blocks)
+        decoded.append(sum(len(block) for _, block in blocks) / rate)
+        return waveform_of(iter(blocks), media, sampling_rate)
+
+    monkeypatch.setattr(audio, "waveform_of", counted)
+    for draw in range(5):
+        crop = read_crop(parse_sample(json.dumps(chat).encode()), {f"0.{kind}": file}, data, MODEL, draw)
+        assert crop.length == len(crop.waveform) == 36000
+        first = int(np.random.default_rng(draw).integers(len(whole) - 36000 + 1))
+        near = whole[first : first + 36000]
+        if kind in ("wav", "flac"):
+            np.testing.assert_allclose(crop.waveform, near, atol=1e-5)
+        else:  # what a lossy decoder makes depends a little on where it begins
+            assert np.corrcoef(crop.waveform, near)[0, 1] > 0.999
+    assert len(decoded) == 5 and max(decoded) < 1.5 + 0.3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

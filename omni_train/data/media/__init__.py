@@ -16,8 +16,8 @@ readers whatever the bytes are, and nothing stays open. Reasons, with the medium
 =================== ====================================================================================
 """
 
-from omni_train.data.media.audio import read_audio
+from omni_train.data.media.audio import audio_seconds, read_audio
 from omni_train.data.media.image import read_image
 from omni_train.data.media.video import Video, read_video
 
-__all__ = ["Video", "read_audio", "read_image", "read_video"]
+__all__ = ["Video", "audio_seconds", "read_audio", "read_image", "read_video"]

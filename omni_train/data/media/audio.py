@@ -58,10 +58,7 @@ def read_audio(
 
     Only that part is decoded, in blocks. Raises SampleError with a reason of ``omni_train.data.media``.
     """
-    if not data:
-        raise SampleError("audio_empty")
-    if breaks_off(data):
-        raise SampleError("audio_damaged")
+    _refuse_broken(data)
     start = max(start or 0.0, 0.0)
     with refused_as("audio_unreadable"):
         if data[:4] in LIBSNDFILE:
@@ -76,6 +73,25 @@ def read_audio(
             blocks = stream_blocks(_frames_after(container, stream, origin + start), stream, origin, start, end)
             whole = _complete(blocks, _declared_seconds(container, stream), start, end)
             return waveform_of(whole, media, sampling_rate)
+
+
+def _refuse_broken(data: bytes) -> None:
+    if not data:
+        raise SampleError("audio_empty")
+    if breaks_off(data):
+        raise SampleError("audio_damaged")
+
+
+def audio_seconds(data: bytes) -> float | None:
+    """How long a sound is, as its header says; None where it does not. Raises SampleError as ``read_audio``."""
+    _refuse_broken(data)
+    with refused_as("audio_unreadable"):
+        if data[:4] in LIBSNDFILE:
+            with soundfile.SoundFile(_Bytes(data)) as file:
+                return file.frames / file.samplerate if file.frames < UNKNOWN_LENGTH else None
+        with open_container(data) as container:
+            stream = next(iter(container.streams.audio), None)
+            return None if stream is None else _declared_seconds(container, stream)
 
 
 def waveform_of(blocks: Iterator[Block], media: MediaConfig, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
