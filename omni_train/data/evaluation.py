@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,8 +12,8 @@ from typing import Any
 from omni_train.data.batch import PackedBatch
 from omni_train.data.chat import TokenSequence, prompt, tokenize
 from omni_train.data.packing import aligned, best_fit, pack
-from omni_train.data.sample import Chat, Medium, SampleError, parse_sample
-from omni_train.data.sources import ShardFolder, open_source
+from omni_train.data.sample import Chat, Medium, SampleError
+from omni_train.data.sources import ShardFolder, first_samples, open_source
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_prompt
 from omni_train.errors import UserError
@@ -40,6 +41,7 @@ def held_out_questions(
     split: str = "val",
     data_rank: int = 0,
     data_world_size: int = 1,
+    refused: Counter[str] | None = None,
 ) -> list[Question]:
     """This rank's share of the chats among the first ``evaluation.samples`` samples of each source.
 
@@ -47,13 +49,17 @@ def held_out_questions(
     together are the same for any number of ranks; what cannot be read is left out. With ``data.rows=transcripts`` they
     are clips, and the answer is what is said in them.
 
+    Args:
+        refused: counts what is left out, by its reason; over all ranks each sample once.
+
     Raises:
         UserError: no source has a chat with an answer there, or the split is missing.
     """
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer, refused = Tokenizer(data.tokenizer), Counter() if refused is None else refused
     ask = transcript_prompt if data.rows is RowKind.transcripts else prompt
     sources = [open_source(source, split, training=False) for source in data.sources]
-    chats = [list(_chats(source, evaluation.samples)) for source in sources]
+    unread = refused if data_rank == 0 else Counter()  # which every rank finds
+    chats = [list(_chats(source, evaluation.samples, unread)) for source in sources]
     if not any(chats):
         raise UserError(
             f"evaluation.every={evaluation.every}: the first {evaluation.samples} samples of the {split} split of each "
@@ -70,7 +76,8 @@ def held_out_questions(
                 given, answer = ask(
                     chat, tokenizer, max_tokens=data.row_tokens, media=data.media, model=model, parts=parts
                 )
-            except SampleError:
+            except SampleError as error:
+                refused[error.reason] += 1
                 continue
             shown = data_rank == 0 and len(found) < evaluation.print_samples
             found.append(
@@ -110,9 +117,8 @@ def answer_rows(
     tokenizer = Tokenizer(data.tokenizer)
     sequences: list[TokenSequence] = []
     for source in data.sources:
-        chats = [
-            (chat, read) for _, chat, read in _chats(open_source(source, split, training=False), evaluation.samples)
-        ]
+        folder = open_source(source, split, training=False)
+        chats = [(chat, read) for _, chat, read in _chats(folder, evaluation.samples, Counter())]
         for place, (chat, read) in enumerate(chats):
             other = _partner(chats, place)
             if other is None:
@@ -172,14 +178,10 @@ def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: i
     return rows
 
 
-def _chats(source: ShardFolder, samples: int) -> Iterator[tuple[int, Chat, Callable[[], dict[str, bytes]]]]:
+def _chats(
+    source: ShardFolder, samples: int, refused: Counter[str]
+) -> Iterator[tuple[int, Chat, Callable[[], dict[str, bytes]]]]:
     """(number, chat, what reads its files) of those among the first samples that have an answer."""
-    (reader,) = source.build().dataset.join_readers
-    for index in range(min(samples, len(source))):
-        read = reader[index]["open"]
-        try:
-            chat = parse_sample((read() or {})["json"])
-        except (SampleError, KeyError):
-            continue
+    for index, chat, read in first_samples(source, samples, refused):
         if isinstance(chat, Chat) and any(turn.role == "assistant" for turn in chat.turns):
             yield index, chat, read

@@ -7,6 +7,8 @@ media, and a restored stream reads nothing twice.
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from megatron.energon.flavors.webdataset.itar import ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
-from omni_train.data.sample import SampleError
+from omni_train.data.sample import Sample, SampleError, parse_sample
 from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import SourceConfig
 
@@ -123,6 +125,30 @@ def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFol
                 if file not in present:
                     raise UserError(f"data.sources: {file} is missing but in the index; restore it, or `{command}`")
     return folder
+
+
+def first_samples(
+    folder: ShardFolder, samples: int, refused: Counter[str]
+) -> Iterator[tuple[int, Sample, Callable[[], dict[str, bytes]]]]:
+    """(number, sample, what reads its files) of the first ``samples`` in shard order.
+
+    Args:
+        refused: counts those that cannot be read, by reason.
+    """
+    (reader,) = folder.build().dataset.join_readers
+    for index in range(min(samples, len(folder))):
+        read = reader[index]["open"]
+        try:
+            parts = read()
+            if parts is None:
+                continue
+            if "json" not in parts:
+                raise SampleError("no_json")
+            sample = parse_sample(parts["json"])
+        except SampleError as error:
+            refused[error.reason] += 1
+            continue
+        yield index, sample, read
 
 
 def energon_path(path: str) -> EPath:

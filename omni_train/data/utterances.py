@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 from omni_train.data.codes import codes_of
 from omni_train.data.crops import read_speech
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate
-from omni_train.data.sample import Document, Sample, SampleError, parse_sample, speech_of
-from omni_train.data.sources import open_source
+from omni_train.data.sample import Document, Sample, SampleError, speech_of
+from omni_train.data.sources import first_samples, open_source
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
 
@@ -38,33 +38,35 @@ def held_out_utterances(
     split: str = "val",
     data_rank: int = 0,
     data_world_size: int = 1,
+    refused: Counter[str] | None = None,
 ) -> list[Utterance]:
     """This rank's share of the speech among the first ``evaluation.samples`` samples of each source.
 
     Each is cut off after ``evaluation.utterance_seconds``. The same at every call, and all ranks' shares together are
     the same for any number of ranks; what cannot be read is left out.
 
+    Args:
+        refused: counts what is left out, by its reason; over all ranks each sample once.
+
     Raises:
         UserError: no source has speech there, or the split is missing.
     """
     found: list[Utterance] = []
+    refused = Counter() if refused is None else refused
+    unread = refused if data_rank == 0 else Counter()  # which every rank finds
     speech = 0
     for source in data.sources:
         folder = open_source(source, split, training=False)
-        (reader,) = folder.build().dataset.join_readers
-        for index in range(min(evaluation.samples, len(folder))):
-            try:
-                parts = reader[index]["open"]() or {}
-                sample = parse_sample(parts["json"])
-            except (SampleError, KeyError):
-                continue
+        for index, sample, read in first_samples(folder, evaluation.samples, unread):
             if speech_of(sample) is None:
                 continue
             speech += 1
             if speech % data_world_size == (data_rank + 1) % data_world_size:
-                with suppress(SampleError):
+                try:
                     name = f"{PurePath(source.path).name}/{index}"
-                    found.append(_utterance(name, sample, parts, data, model, evaluation))
+                    found.append(_utterance(name, sample, read(), data, model, evaluation))
+                except SampleError as error:
+                    refused[error.reason] += 1
     if not speech:  # on every rank alike
         raise UserError(
             f"evaluation.every={evaluation.every}: no speech among the first {evaluation.samples} samples of the "

@@ -26,6 +26,11 @@ class Tally:
     sums: Counter[str] = field(default_factory=Counter)
     weights: Counter[str] = field(default_factory=Counter)
 
+    @classmethod
+    def of_refused(cls, reasons: Mapping[str, int]) -> Tally:
+        """How many samples cannot be read, as ``skipped_REASON``."""
+        return cls(Counter({f"skipped_{reason}": count for reason, count in reasons.items()}))
+
     def add(self, name: str, value: float, weight: float | None = None) -> None:
         """Count `value` under `name`, towards a mean where it has a weight."""
         self.sums[name] += value

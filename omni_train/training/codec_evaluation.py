@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -55,12 +56,14 @@ class CodecEvaluation:
         training = recipe.codec_training
         self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
         self.kept, self.directory, self.transcribe = recipe.evaluation.print_samples, directory / "report", transcribe
+        self.refused: Counter[str] = Counter()
         self.utterances = held_out_utterances(
             recipe.data,
             recipe.model,
             recipe.evaluation,
             data_rank=platform.parallel.data_rank(),
             data_world_size=platform.parallel.data_world_size(),
+            refused=self.refused,
         )
 
     @torch.no_grad()
@@ -80,7 +83,7 @@ class CodecEvaluation:
             the first rank's resyntheses that are kept, none elsewhere.
         """
         device = next(codec.parameters()).device
-        tally, counts_NK = Tally(), torch.zeros(self.codebooks)
+        tally, counts_NK = Tally.of_refused(self.refused), torch.zeros(self.codebooks)
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for utterance in self.utterances:
             codes_NT, spoken = _say_again(codec, utterance, device)

@@ -29,7 +29,7 @@ class Evaluation:
     def __init__(self, recipe: Recipe, feed: Feed) -> None:
         self.config, self.row_tokens = recipe.evaluation, recipe.data.row_tokens
         self.tokenizer = Tokenizer(recipe.data.tokenizer)
-        self.questions = feed.questions()
+        self.questions, self.refused = feed.questions()
 
     def __call__(self, model) -> tuple[dict[str, float], list[Prediction]]:
         """Collective.
@@ -49,7 +49,7 @@ class Evaluation:
             stop_tokens=ends,
             row_tokens=self.row_tokens,
         )
-        tally, predictions = Tally(), []
+        tally, predictions = Tally.of_refused(self.refused), []
         for question, written in zip(self.questions, generated, strict=True):
             text = self.tokenizer.decode([token for token in written.tokens if token not in ends]).strip()
             score(tally, question.meta, question.answer, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -107,10 +108,16 @@ class Feed:
         """This data rank's part of `count` held-out rows, the same ones at every call."""
         return self._share_rows(lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part()))
 
-    def questions(self) -> list[Question]:
-        """This data rank's part of the held-out questions, the same ones at every call."""
-        recipe = self.recipe
-        return self._share(lambda: held_out_questions(recipe.data, recipe.model, recipe.evaluation, **_my_part()))
+    def questions(self) -> tuple[list[Question], Counter[str]]:
+        """This data rank's part of the held-out questions, the same ones at every call, and how many are left out of
+        it by reason."""
+        data, model, evaluation = self.recipe.data, self.recipe.model, self.recipe.evaluation
+
+        def read() -> tuple[list[Question], Counter[str]]:
+            refused: Counter[str] = Counter()
+            return held_out_questions(data, model, evaluation, refused=refused, **_my_part()), refused
+
+        return self._share(read)
 
     def answers(self, swapped: bool) -> list[PackedBatch]:
         """This data rank's rows of the held-out chats with media, with their own or with those of others."""

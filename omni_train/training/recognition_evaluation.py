@@ -21,7 +21,7 @@ class RecognitionEvaluation:
     def __init__(self, recipe: Recipe, feed: Feed) -> None:
         self.config, self.recognition = recipe.evaluation, recipe.recognition
         self.tokenizer = Tokenizer(recipe.data.tokenizer)
-        self.questions = feed.questions()
+        self.questions, self.refused = feed.questions()
 
     def __call__(self, model: SpeechRecognizer) -> tuple[dict[str, float], list[Prediction]]:
         """Collective.
@@ -52,7 +52,7 @@ class RecognitionEvaluation:
             max_new_tokens=self.config.max_new_tokens,
             beam=self.recognition.beam,
         )
-        tally, predictions = Tally(), []
+        tally, predictions = Tally.of_refused(self.refused), []
         for question, transcript in zip(self.questions, transcripts, strict=True):
             words = [token for token in transcript.tokens if token != self.tokenizer.im_end]
             language, text = split_tag(words, self.tokenizer)

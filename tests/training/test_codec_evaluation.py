@@ -36,6 +36,8 @@ def recipe(tmp_path_factory) -> Recipe:
         fields["meta"] = {"task": "transcribe", "language": "en"}
         files = {"0.flac": sound_file(voice(length, n).numpy()[:, None], 24000)}
         samples.append((f"s-{n:03d}", fields, files))
+    samples.insert(1, ("s-101", fields, {"0.flac": b"fLaC no sound"}))
+    samples.append(("s-102", {"messages": 7}))
     write_shards(root / "shards", "val", samples, 1)
     index_shards(root / "shards")
     data = DataConfig(
@@ -87,6 +89,7 @@ def evaluated(rank, world_size, recipe: Recipe, directory, parrot: bool):
 def test_a_codec_that_repeats_what_it_heard_is_perfect(distributed, recipe, tmp_path):
     ((figures, kept),) = distributed(1, evaluated, recipe, tmp_path, True)
     assert figures["eval_utterances"] == UTTERANCES
+    assert figures["eval_skipped_audio_unreadable"] == figures["eval_skipped_unknown_schema"] == 1
     assert figures["eval_mel_distance"] == 0
     assert figures["eval_stoi"] == pytest.approx(1.0, abs=1e-6)
     assert figures["eval_stoi_failed"] == 0

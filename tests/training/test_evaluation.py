@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +67,18 @@ def test_questions_are_the_chats_of_the_first_samples_shared_among_the_ranks(wor
 
     recipe = recipe_for(world)
 
-    def names(rank=0, ranks=1):
-        found = held_out_questions(recipe.data, recipe.model, recipe.evaluation, data_rank=rank, data_world_size=ranks)
+    def names(rank=0, ranks=1, refused=None):
+        share = dict(data_rank=rank, data_world_size=ranks, refused=refused)
+        found = held_out_questions(recipe.data, recipe.model, recipe.evaluation, **share)
         return [question.name for question in found], found
 
-    everything, questions = names()
+    alone, together = Counter(), Counter()
+    everything, questions = names(refused=alone)
     assert everything[:4] == ["speech/0", "images/0", "text/3", "speech/1"]
     assert len(everything) == 6 + 6 + 1 - 1  # a document is no question, and sample 4 no sound
     assert "speech/4" not in everything
-    assert sorted(names(0, 2)[0] + names(1, 2)[0]) == sorted(everything)
+    assert sorted(names(0, 2, together)[0] + names(1, 2, together)[0]) == sorted(everything)
+    assert alone == together == {"audio_unreadable": 1}
     speech, image, text = questions[:3]
     assert (image.text, image.answer, image.meta["task"]) == ("What color is it?", "red", "color")
     assert [len(question.prompt.mel) for question in (speech, image, text)] == [1, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def evaluate(rank, world_size, world):
     class Feed:
         def questions(self):
             share = dict(data_rank=rank, data_world_size=world_size)
-            return held_out_questions(recipe.data, recipe.model, recipe.evaluation, **share)
+            return held_out_questions(recipe.data, recipe.model, recipe.evaluation, **share), Counter(no_audio=rank + 1)
 
     figures, predictions = RecognitionEvaluation(recipe, Feed())(model)
     assert model.training
@@ -62,6 +63,7 @@ def evaluate(rank, world_size, world):
 def test_figures_are_the_same_on_any_number_of_ranks_and_tell_the_windows_apart(distributed, world):
     ((figures, shown),) = distributed(1, evaluate, world)
     assert [name for name, _ in shown] == ["speech/0", "speech/1"]
+    assert figures.pop("eval_skipped_no_audio") == figures.pop("eval_skipped_no_audio_window_48") == 1
     whole = {"answers_transcribe", "cer", "cer_en", "cer_zh", "language", "wer", "wer_en"}
     assert set(figures) == {f"eval_{name}{window}" for name in whole for window in ("", "_window_48")}
     assert figures["eval_answers_transcribe"] == 6
@@ -69,4 +71,5 @@ def test_figures_are_the_same_on_any_number_of_ranks_and_tell_the_windows_apart(
     low, high = sorted((figures["eval_cer_en"], figures["eval_cer_zh"]))
     assert low <= figures["eval_cer"] <= high
     for found, _ in distributed(2, evaluate, world):
+        assert found.pop("eval_skipped_no_audio") == found.pop("eval_skipped_no_audio_window_48") == 1 + 2
         assert found == pytest.approx(figures, rel=1e-6)
