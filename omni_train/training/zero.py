@@ -30,10 +30,15 @@ def import_deepspeed():
 
 
 def forget_groups() -> None:
-    """Let DeepSpeed forget the process groups of a run, which end with it, and their threads with them."""
+    """Let DeepSpeed forget the process groups of a run, which end with it, and their threads with them.
+
+    It also counts parameters anew, whose numbers must be the same on all ranks, whatever ran on some of them before.
+    """
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
+    Init.param_id = 0
     deepspeed.comm.comm.cdb = None
     for name, value in list(vars(groups).items()):
         if name.startswith("_") and isinstance(value, torch.distributed.ProcessGroup | dict | list):
@@ -106,6 +111,8 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
             "managed_gradient_accumulation": False,  # our steps are the boundaries
             "gradient_clipping": optimizer.clip_grad if config.stage else 0.0,
             "bf16": {"enabled": recipe.precision is Precision.bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},  # its default adds bf16 gradients in bf16
+            "communication_data_type": "fp32",
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from omni_train.errors import UserError
+from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Outcome, Task
-from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, ZeroConfig
+from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
 from tests.support.pool import RankFailed
 from tests.support.thinker import small_recipe
 
@@ -77,8 +78,8 @@ class Duel(Task):
         return {}
 
 
-def recipe_of(zero: ZeroConfig):
-    recipe = small_recipe(engine=EngineName.deepspeed)
+def recipe_of(zero: ZeroConfig, precision: Precision):
+    recipe = small_recipe(engine=EngineName.deepspeed, precision=precision)
     recipe.zero = zero
     recipe.trainable = ["maker.layers.*", "judge.*"]
     recipe.optimizer.groups = [ParamGroupConfig(match="judge.*", lr_factor=0.5)]
@@ -87,21 +88,23 @@ def recipe_of(zero: ZeroConfig):
     return recipe
 
 
-def batches(steps: int) -> list[list[Points]]:
+def batches(steps: int, dtype: torch.dtype = torch.float32) -> list[list[Points]]:
     """Four rows of 2 to 5 points a step."""
     draw = torch.Generator().manual_seed(31)
-    return [
-        [Points(torch.randn(size, 13, generator=draw), torch.randn(size, 5, generator=draw)) for size in (3, 5, 2, 4)]
-        for _ in range(steps)
-    ]
+
+    def points(size: int, width: int) -> torch.Tensor:
+        return torch.randn(size, width, generator=draw).to(dtype)
+
+    return [[Points(points(size, 13), points(size, 5)) for size in (3, 5, 2, 4)] for _ in range(steps)]
 
 
-def train(rank, world_size, zero, folder, steps, save_at, poison=None):
+def train(rank, world_size, zero, folder, steps, save_at, poison=None, precision=Precision.fp32):
     """Metrics of each step from where `folder` stands."""
     from omni_train import platform
     from omni_train.training import zero_engine
 
-    recipe = recipe_of(zero)
+    recipe = recipe_of(zero, precision)
+    dtype = params_dtype(precision)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     zero_engine.build_task = Duel
     zero_engine.build_networks = lambda recipe, teacher: Duel(recipe).networks
@@ -116,14 +119,14 @@ def train(rank, world_size, zero, folder, steps, save_at, poison=None):
         done = engine.resume(store, start)["step"]
     out = []
     for step in range(done, steps):
-        rows = batches(steps)[step][rank::world_size]
+        rows = batches(steps, dtype)[step][rank::world_size]
         if step == poison:
             rows[0].inputs[0, 0] = float("inf")
         result = engine.train_step(rows, 1e-2, step)
         out.append({**result.metrics, "tokens": result.tokens, "updated": result.updated})
         if step + 1 in save_at:
             engine.save(store, step + 1, {"step": step + 1}, None)
-    held_out = engine.evaluate(batches(1)[0][rank::world_size])
+    held_out = engine.evaluate(batches(1, dtype)[0][rank::world_size])
     plain = engine.plain_networks()["maker"]
     seen = float(plain.seen)
     averaged = plain(batches(1)[0][0].inputs)
@@ -169,6 +172,18 @@ def test_every_stage_takes_the_steps_of_one_rank_and_resumes_exactly(distributed
         assert resumed == (straight[0][3:], *straight[1:])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_trains_like_fp32_and_resumes_exactly(distributed, tmp_path, stage):
+    in_fp32, *_ = distributed(2, train, zero_of(stage), tmp_path / "fp32", 5, [])[0]
+    straight = distributed(2, train, zero_of(stage), tmp_path / "bf16", 5, [3], None, Precision.bf16)[0]
+    for mine, theirs in zip(straight[0], in_fp32, strict=True):
+        assert mine["updated"]
+        for name in ("loss", "grad_norm", "grad_norm_judge"):
+            assert mine[name] == pytest.approx(theirs[name], rel=0.03), name
+    resumed = distributed(2, train, zero_of(stage), tmp_path / "bf16", 5, [], None, Precision.bf16)[0]
+    assert resumed == (straight[0][3:], *straight[1:])
+
+
 def test_a_step_that_is_not_finite_changes_nothing(distributed, tmp_path):
     for world, stage in ((1, 0), (2, 1), (2, 3)):
         folder = tmp_path / f"{world} {stage}"
@@ -176,6 +191,56 @@ def test_a_step_that_is_not_finite_changes_nothing(distributed, tmp_path):
         assert [one["updated"] for one in steps] == [True, False, True]
         before, after = (load_file(folder / f"step_0000000{n}" / "maker.safetensors") for n in (1, 2))
         assert all(torch.equal(before[key], after[key]) for key in before if key != "seen")
+
+
+class Total(Task):
+    """The gradient of the weights is the sum of all inputs over the sum of the weights."""
+
+    def __init__(self, recipe) -> None:
+        self.networks = {"model": torch.nn.Linear(8, 1, bias=False).to(params_dtype(recipe.precision))}
+
+    def weight(self, row: Points) -> float:
+        return 1.0
+
+    def tokens(self, row: Points) -> float:
+        return 1.0
+
+    def run(self, networks, row, total_weight, step, training) -> Outcome:
+        out = networks["model"](row.inputs).float().sum()
+        return Outcome({"model": out / total_weight}, {"loss": (out.detach(), 1.0)})
+
+
+def add_up(rank, world_size, stage):
+    """Gradient norm of one large row and 63 small ones, and of the same with something that is no number."""
+    from omni_train import platform
+    from omni_train.training import zero_engine
+
+    recipe = small_recipe(engine=EngineName.deepspeed, zero=ZeroConfig(stage=stage), precision=Precision.bf16)
+    recipe.optimizer.clip_grad = 0.0
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    zero_engine.build_task = Total
+    engine = zero_engine.ZeroEngine(recipe)
+    engine.start()
+    rows = [Points(torch.full((1, 8), value, dtype=torch.bfloat16), torch.zeros(1)) for value in [256.0] + [0.5] * 63]
+    before = engine.states()["model"]["weight"]
+    result = engine.train_step(rows[rank::world_size], 1e-2)
+    after = engine.states()["model"]["weight"]
+    rows[-1].inputs[0, 0] = float("nan")
+    poisoned = engine.train_step(rows[rank::world_size], 1e-2)
+    last = engine.states()["model"]["weight"]
+    engine.close()
+    platform.parallel.destroy()
+    assert result.updated and not torch.equal(before, after) and after.dtype == torch.float32
+    assert not poisoned.updated and torch.equal(after, last)
+    return result.metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_in_bf16_add_up_in_fp32(distributed, stage):
+    """Half of a bf16 step of 256 is lost 63 times where they are added in bf16."""
+    for ranks in (1, 2):
+        for norm in distributed(ranks, add_up, stage):
+            assert norm == pytest.approx((256 + 63 * 0.5) / 64 * 8**0.5, rel=1e-4)
 
 
 def test_another_number_of_ranks_is_refused_by_name(distributed, tmp_path):
