@@ -13,7 +13,7 @@ from data_pipelines.pack.manifest import Line
 from omni_train.data.batch import MODALITIES
 from omni_train.data.lengths import FRAMES_PER_SECOND
 
-FIGURES = ("samples", "tokens", "audio_tokens", "vision_tokens", "audio_seconds", "video_seconds")
+FIGURES = ("samples", "tokens", "audio_tokens", "vision_tokens", "audio_seconds", "video_seconds", "speech_seconds")
 LENGTHS = [2**power for power in range(4, 21)]  # upper ends of the bins, in tokens
 SECONDS = [2.0**power for power in range(-1, 17)]
 
@@ -48,6 +48,7 @@ class Statistics:
             vision_tokens=sum(len(sequence.vision_slots) for sequence in line.sequences),
             audio_seconds=sum(clips),
             video_seconds=line.video_seconds,
+            speech_seconds=line.speech_seconds,
         )
         self.lengths[modality][int(np.searchsorted(LENGTHS, tokens))] += 1
         for seconds in clips:
@@ -75,8 +76,9 @@ def write_page(out: Path, statistics: Statistics, refused: dict[str, int]) -> No
     (out / "statistics.json").write_text(json.dumps(statistics.as_dict() | {"refused": refused}, indent=1) + "\n")
     lines = [
         f"# {out.name}\n",
-        "| modality | language | samples | tokens | audio tokens | vision tokens | hours of sound | hours of video |",
-        "|---|---|" + "---:|" * 6,
+        "| modality | language | samples | tokens | audio tokens | vision tokens "
+        "| hours of sound | hours of video | hours of speech to learn |",
+        "|---|---|" + "---:|" * 7,
     ]
     for name, group in sorted(statistics.groups.items()):
         counts = " | ".join(f"{int(group[figure]):,}" for figure in FIGURES[:4])

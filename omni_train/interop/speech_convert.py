@@ -57,7 +57,10 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
     (partial / "metadata.json").write_text(json.dumps({"format": format}))
     partial.rename(final)
     (checkpoint / "latest").symlink_to(final.name)
-    say(f"imported {len(state)} tensors from {hf}; start a run from them with init_from={checkpoint}")
+    say(
+        f"imported {len(state)} tensors from {hf}; start a run from them with init_from={checkpoint}, which says what "
+        "has to start fresh beside them"
+    )
 
 
 def export_speech(format: str, hf: Path, checkpoint: Path) -> None:

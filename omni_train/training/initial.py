@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from omni_train.platform.logs import say
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import apply_model_state, check_architecture, load_sharded, model_state
 from omni_train.training.checkpoint_store import resolve
-from omni_train.training.plain_checkpoint import check_shapes, is_plain, shapes, whole_tensors
+from omni_train.training.plain_checkpoint import check_shapes, is_plain, shapes, tensors_of, whole_tensors
 
 RANDOM = "random"
 """In `init_parts`: the fresh initialisation, drawn from the recipe's seed."""
@@ -54,22 +54,30 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
     Raises:
         UserError: as there, or a checkpoint of Megatron's shards.
     """
-    states = {name: network.state_dict() for name, network in networks.items()}
-    places = {
-        (key if len(networks) == 1 else f"{name}.{key}"): (name, key) for name, state in states.items() for key in state
-    }
-    for checkpoint, taken in _sources(recipe, sorted(places)):
+    states = {name: tensors_of(network) for name, network in networks.items()}
+    alone = len(networks) == 1
+    places = {(key if alone else f"{name}.{key}"): (name, key) for name, state in states.items() for key in state}
+    for checkpoint, taken in _sources(recipe, sorted(places), depth=1 if alone else 2):
         if not is_plain(checkpoint):
             raise UserError(f"{checkpoint}: was written by engine=megatron; give one of network={recipe.network}")
         found = whole_tensors(checkpoint)
+        if missing := [name for name in taken if places[name][1] not in found]:
+            known = {places[name][0] for name in taken if places[name][1] in found}
+            parts = [name for name in missing if places[name][0] in known and not alone]
+            rest = [name for name in missing if name not in parts]  # of networks that it does not have at all
+            raise _missing(checkpoint, missing[0], [*_modules(rest, 1), *_modules(parts, 2)])
         for name, state in states.items():
             keys = [key for whose, key in map(places.get, taken) if whose == name]
             check_shapes(checkpoint, {key: state[key] for key in keys}, found)
             networks[name].load_state_dict({key: found[key] for key in keys}, strict=False)
 
 
-def _sources(recipe: Recipe, keys: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Each checkpoint that the recipe starts from, and the keys to take from it; says it when they have been taken."""
+def _sources(recipe: Recipe, keys: list[str], depth: int = 1) -> Iterator[tuple[Path, list[str]]]:
+    """Each checkpoint that the recipe starts from, and the keys to take from it; says it when they have been taken.
+
+    Args:
+        depth: words of a key that name its module.
+    """
     base = resolve(recipe.init_from) if recipe.init_from else None
     parts = {pattern: None if source == RANDOM else resolve(source) for pattern, source in recipe.init_parts.items()}
     origin = _origins(keys, base, parts)
@@ -79,8 +87,20 @@ def _sources(recipe: Recipe, keys: list[str]) -> Iterator[tuple[Path, list[str]]
             continue
         if checkpoint is not None:
             yield checkpoint, taken
-        modules = ", ".join(sorted({key.partition(".")[0] for key in taken}))
+        modules = ", ".join(_modules(taken, depth))
         say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")
+
+
+def _modules(keys: Iterable[str], depth: int) -> list[str]:
+    return sorted({".".join(key.split(".")[:depth]) for key in keys})
+
+
+def _missing(checkpoint: Path, key: str, modules: list[str]) -> UserError:
+    fresh = ",".join(f"{module}.*:{RANDOM}" for module in modules)
+    return UserError(
+        f"{checkpoint}: has no {key}; 'init_parts={{{fresh}}}' starts what is missing fresh, "
+        f"a checkpoint in place of {RANDOM} takes it from there"
+    )
 
 
 def _of_all_ranks(values: set) -> list:
@@ -115,11 +135,7 @@ def _check_tensors(wanted: dict, checkpoint: Path) -> None:
     tensors = [tensor for part in built for tensor in nested_values(part) if isinstance(tensor, ShardedTensor)]
     missing = _of_all_ranks({tensor.key for tensor in tensors if tensor.key not in written})
     if missing:
-        fresh = ",".join(f"{module}.*:{RANDOM}" for module in sorted({key.partition(".")[0] for key in missing}))
-        raise UserError(
-            f"{checkpoint}: has no {missing[0]}; 'init_parts={{{fresh}}}' starts what is missing fresh, "
-            f"a checkpoint in place of {RANDOM} takes it from there"
-        )
+        raise _missing(checkpoint, missing[0], _modules(missing, 1))
     both = {(tensor.key, written[tensor.key], tensor.global_shape) for tensor in tensors}
     for key, there, here in _of_all_ranks({(key, there, here) for key, there, here in both if there != here}):
         raise UserError(

@@ -40,20 +40,30 @@ def read_network(checkpoint: Path, name: str, averaged: bool = True) -> dict[str
     path = checkpoint / f"{name}{AVERAGED}.safetensors"
     if not averaged or not path.exists():
         path = checkpoint / f"{name}.safetensors"
+    if not path.exists():
+        others = ", ".join(file.stem for file in _files(checkpoint)) or "none"
+        raise UserError(
+            f"{checkpoint}: has no network '{name}' but {others}: it is of another network= than what is asked for here"
+        )
     try:
         return load_file(path)
     except Exception as error:
         raise UserError(f"{path}: cannot be read, use another checkpoint: {first_line(error)}") from error
 
 
+def tensors_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The network's state without what Megatron's layers add to it that is no tensor."""
+    return {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
 def check_shapes(checkpoint: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a checkpoint in which a wanted tensor is missing or has another shape.
+    """Refuse a checkpoint in which a tensor of those that both have is of another shape.
 
     Raises:
         UserError: naming the first.
     """
-    for key, tensor in sorted(wanted.items()):
-        here, there = tuple(tensor.shape), tuple(found[key].shape) if key in found else None
+    for key in sorted(wanted.keys() & found.keys()):
+        here, there = tuple(wanted[key].shape), tuple(found[key].shape)
         if here != there:
             raise UserError(f"{checkpoint}: its {key} is {there}, the recipe's is {here}; choose the model of that run")
 

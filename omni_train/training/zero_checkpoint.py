@@ -19,6 +19,7 @@ from omni_train.training.plain_checkpoint import (
     is_plain,
     read_network,
     read_plain_progress,
+    tensors_of,
     write_networks,
 )
 
@@ -101,7 +102,8 @@ def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
     Raises:
         UserError: they do not fit, naming the first that does not.
     """
-    wanted, found = network.state_dict(), read_network(checkpoint, name, averaged=False)
+    wanted, found = tensors_of(network), read_network(checkpoint, name, averaged=False)
+    if other := sorted(wanted.keys() ^ found.keys()):
+        raise UserError(f"{checkpoint}: {other[0]} is not both there and in the recipe; choose the model of that run")
     check_shapes(checkpoint, wanted, found)
-    check_shapes(checkpoint, found, wanted)
     network.load_state_dict(found)

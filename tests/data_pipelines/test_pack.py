@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -152,3 +153,40 @@ def test_a_folder_in_which_another_command_is_at_work_is_refused(packed, manifes
             pack(manifest, packed, tokenizer, **OPTIONS)
     pack(manifest, packed, tokenizer, **OPTIONS)
     assert not list((packed / ".packed").glob("*.partial"))
+
+
+def test_the_speech_of_a_sample_is_packed_with_it_and_what_has_no_meaning_refused(tokenizer, tmp_path):
+    wave = np.random.default_rng(5).normal(0, 0.1, 24000 * 3).astype(np.float32)
+    soundfile.write(tmp_path / "said.flac", wave, 24000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    heard = {"type": "audio", "audio": "said.flac"}
+    lines = [
+        {"text": "one two three", "speech": "said.flac"},
+        chat(heard) | {"speech": "said.flac"},
+        {"text": "one", "speech": "nowhere.wav"},
+        {"text": "one", "speech": "empty.wav"},
+        {"text": "one", "speech": 7},
+        {"text": "one", "speach": "said.flac"},
+        {"text": "one", "audio": "said.flac"},
+        chat(heard | {"strat": 1.0}),
+    ]
+    manifest = tmp_path / "all.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pack(manifest, tmp_path / "out", tokenizer, processes=1, **OPTIONS | {"val_fraction": 0.0})
+    refused = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
+    assert {line["line"]: line["reason"] for line in refused} == {
+        3: "media_missing",
+        4: "audio_empty",
+        5: "unknown_schema",
+        6: "unknown_key_speach",
+        7: "unknown_key_audio",
+        8: "unknown_key_strat",
+    }
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        names = tar.getnames()
+        assert names == ["000000000.json", "000000000.0.flac", "000000001.json", "000000001.0.flac"]
+        fields = [json.load(tar.extractfile(name)) for name in names[::2]]
+        assert tar.extractfile(names[1]).read() == (tmp_path / "said.flac").read_bytes()
+    assert [one["speech"] for one in fields] == ["0.flac", "0.flac"]
+    groups = json.loads((tmp_path / "out" / "statistics.json").read_text())["groups"]
+    assert sum(group["speech_seconds"] for group in groups.values()) == pytest.approx(6.0)

@@ -208,3 +208,11 @@ def test_installed_recipes_are_found_before_those_of_a_checkout(tmp_path, monkey
         place.mkdir(parents=True)
         (place / "config.yaml").touch()
         assert recipes_dir() == place
+
+
+@pytest.mark.parametrize("stage", ["audio_encoder", "codec", "s1_vision_encoder", "s2_general", "s3_long_context"])
+def test_what_is_typed_for_a_group_is_not_changed_by_the_stage(stage):
+    own = load_recipe([f"stage={stage}"])
+    typed = load_recipe([f"stage={stage}", "schedule=smoke", "data=rehearsal"])
+    assert typed.schedule == load_recipe(["schedule=smoke"]).schedule != own.schedule
+    assert (own.data.streams, typed.data.streams) == (256, 8)

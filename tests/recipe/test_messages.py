@@ -32,7 +32,7 @@ REFUSED = [
     ("data.sources=[{weight:1}]", "data.sources[0].path has no value; give it: data.sources[0].path=…"),
     ("trainable=abc", "trainable: Invalid value assigned: str is not a ListConfig, list or tuple"),
     ("model.name={a:1}", "model.name: Cannot convert 'dict' to string: '{'a': 1}'"),
-    ("schedule=nosuch", "schedule=nosuch: no such recipe; choose one of constant, cosine, smoke, wsd"),
+    ("tracking=nosuch", "tracking=nosuch: no such recipe; choose one of none, wandb, wandb_offline"),
     ("parallel=3", "a group takes the name of a recipe, not int; omni-train train --help lists them"),
     ("~model", "model.name has no value; give it: model.name=…"),
     ("run=???", "run has no value; give it: run=…"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
 from tests.support.pool import RankFailed
+from tests.support.recognizer import TAG_END, recognizer_recipe, row_of, utterances
 from tests.support.thinker import small_recipe
 
 
@@ -241,6 +243,60 @@ def test_gradients_in_bf16_add_up_in_fp32(distributed, stage):
     for ranks in (1, 2):
         for norm in distributed(ranks, add_up, stage):
             assert norm == pytest.approx((256 + 63 * 0.5) / 64 * 8**0.5, rel=1e-4)
+
+
+def recognize(rank, world_size, stage, folder, steps, options):
+    """Train a recognizer, whose layers are Megatron's, from where `folder` stands; its tensors before and after."""
+    from omni_train import platform
+    from omni_train.objectives import recognition
+    from omni_train.training import tasks, zero_engine
+
+    zero_engine.build_task, zero_engine.build_networks = tasks.build_task, tasks.build_networks
+    recipe = recognizer_recipe(engine=EngineName.deepspeed, zero=zero_of(stage), **options)
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):
+        engine = zero_engine.ZeroEngine(recipe)
+    store = engine.open_store(Path(folder))
+    start = store.latest()
+    done = 0
+    if start is None:
+        engine.initialize(store)
+    else:
+        done = engine.resume(store, start)["step"]
+    before, losses = engine.states()["model"], []
+    for step in range(done, steps):
+        losses.append(engine.train_step([row_of(utterances(recipe))], 1e-3, step).metrics["loss"])
+        engine.save(store, step + 1, {"step": step + 1}, None)
+    after = engine.states()["model"]
+    engine.close()
+    platform.parallel.destroy()
+    return before, after, losses
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_a_recognizer_resumes_and_starts_others(distributed, tmp_path, ranks, stage):
+    _, third, losses = distributed(ranks, recognize, stage, tmp_path / "straight", 3, {})[0]
+    _, second, _ = distributed(ranks, recognize, stage, tmp_path / "run", 2, {})[0]
+    resumed, again, rest = distributed(ranks, recognize, stage, tmp_path / "run", 3, {})[0]
+    for found, expected in ((resumed, second), (again, third)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert rest == losses[2:]
+
+    def start(name: str, **options) -> dict:
+        return distributed(ranks, recognize, stage, tmp_path / name, 0, {"seed": 5} | options)[0][0]
+
+    source, fresh = str(tmp_path / "run" / "step_00000003"), start("fresh")
+    whole = start("whole", init_from=source)
+    part = start("part", init_parts={"audio_encoder.*": source})
+    for key, tensor in third.items():
+        assert torch.equal(whole[key], tensor), key
+        assert torch.equal(part[key], tensor if key.startswith("audio_encoder.") else fresh[key]), key
+    assert not all(torch.equal(fresh[key], third[key]) for key in third)
+    with pytest.raises(
+        RankFailed, match=r"has no \S+; 'init_parts=\{ctc_\S*\.\*:random\}' starts what is missing fresh"
+    ):
+        start("missing", init_from=source, ctc=True)
 
 
 def test_another_number_of_ranks_is_refused_by_name(distributed, tmp_path):
