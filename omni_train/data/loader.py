@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -132,7 +133,10 @@ class Loader:
     def _start(self) -> Iterator:
         rows = Rows(self._open_stream, copy.deepcopy(self._states), self._rows)
         workers = self.config.workers
-        with warnings.catch_warnings():
+        # What is garbage by now goes here, and a worker collects none before it has set its inheritance aside: FFmpeg's
+        # filters wait for ever for threads of this process when a worker frees them.
+        gc.collect()
+        with warnings.catch_warnings(), _no_collection():
             # A worker inherits the open sources, and touches nothing that threads of this process hold (gloo, CUDA).
             warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the recipe says how many
@@ -279,8 +283,20 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _init_worker(worker: int) -> None:
-    gc.freeze()  # what the parent owns (CUDA tensors, process groups) must not be finalised here
+    gc.freeze()  # what the parent owns (CUDA tensors, process groups, filters) must not be finalised here
+    gc.enable()
     # Signals go to the whole job; the training process decides when to stop, and then asks by SIGTERM of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import io
 import itertools
 import os
@@ -217,6 +218,42 @@ def test_workers_fork_safely_beside_process_groups(config, distributed):
     expected = take(build_loader(config, MODEL, seed=SEED), 20)
     one, other = distributed(2, _first_rows, dataclasses.replace(config, workers=2))
     assert_same([row for step in zip(one, other, strict=True) for row in step], expected)
+
+
+class Held:
+    """Something of this process that must not be freed in another."""
+
+    def __init__(self, diary: Path) -> None:
+        self.itself, self.diary, self.owner = self, diary, os.getpid()
+
+    def __del__(self) -> None:
+        with self.diary.open("a") as file:
+            file.write("owner\n" if os.getpid() == self.owner else "worker\n")
+
+
+def test_workers_free_nothing_of_the_process_that_they_come_from(config, tmp_path, monkeypatch):
+    """A collection between a worker's fork and its first line is rare, and hangs it where FFmpeg had threads."""
+    fork, usual = os.fork, gc.get_threshold()
+
+    def fork_and_collect() -> int:
+        child = fork()
+        if child == 0 and gc.isenabled():
+            gc.collect()
+        return child
+
+    monkeypatch.setattr(os, "fork", fork_and_collect)
+    gc.set_threshold(10**9)
+    try:
+        for _ in range(20):
+            Held(tmp_path / "diary")  # refers to itself: only the collector frees it
+        loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
+        take(loader, 3)
+        loader.close()
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*usual)
+    gc.collect()
+    assert (tmp_path / "diary").read_text() == 20 * "owner\n"
 
 
 def test_evaluation_rows_are_the_same_every_time_and_shared_among_ranks(config):
