@@ -174,7 +174,7 @@ def _joined(blocks: Iterator[Block]) -> Iterator[Block]:
 def _frame_blocks(
     frames: Iterator[av.AudioFrame], tick: float, origin: float, start: float, end: float | None
 ) -> Iterator[Block]:
-    convert = av.AudioResampler(format="fltp")
+    convert = av.AudioResampler(format="fltp", threads=1)  # its threads would not be there in a forked process
     clock, begun = None, False
     with refused_as("audio_damaged"):
         for frame in frames:

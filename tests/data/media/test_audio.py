@@ -1,5 +1,11 @@
 """Waveforms of every kind of file."""
 
+import gc
+import io
+import os
+from pathlib import Path
+
+import av
 import numpy as np
 import pytest
 import soxr
@@ -94,3 +100,24 @@ def test_a_wav_file_of_a_writer_that_could_not_go_back_is_whole(media):
     at = data.index(b"data") + 4
     data[4:8] = data[at : at + 4] = b"\xff\xff\xff\xff"
     assert len(read_audio(bytes(data), media)) == 16000
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by Linux's /proc")
+def test_what_was_read_keeps_no_threads(media):
+    """A process forked from this one would wait for them for ever."""
+    buffer = io.BytesIO()
+    samples = np.round(noise(1.0, 16000).T * 32767).astype(np.int16)
+    with av.open(buffer, "w", format="matroska") as output:
+        stream = output.add_stream("pcm_s16le", rate=16000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1).copy(), format="s16", layout="stereo")
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    gc.collect()
+    before = set(os.listdir("/proc/self/task"))
+    gc.disable()  # what holds threads would be freed with them
+    try:
+        assert len(read_audio(buffer.getvalue(), media)) == 16000
+        assert set(os.listdir("/proc/self/task")) <= before
+    finally:
+        gc.enable()
