@@ -18,7 +18,7 @@ from data_pipelines.making import Making, write_json
 from data_pipelines.shards import index_shards, write_files
 from omni_train.data.codes import CODES, RECORD
 from omni_train.data.crops import read_speech
-from omni_train.data.sample import SampleError, parse_sample
+from omni_train.data.sample import SampleError, sample_in
 from omni_train.errors import UserError
 from omni_train.recipe.schema import MediaConfig
 
@@ -135,9 +135,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _codes(parts: dict[str, bytes]) -> bytes:
-    if "json" not in parts:
-        raise SampleError("no_json")
-    waveform = read_speech(parse_sample(parts["json"]), parts, MediaConfig(), _codec.sampling_rate)
+    waveform = read_speech(sample_in(parts), parts, MediaConfig(), _codec.sampling_rate)
     codes = np.asarray(_codec.encode(waveform))
     buffer = io.BytesIO()
     np.save(buffer, codes.astype(np.uint16))

@@ -17,6 +17,7 @@ optional and kept as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,13 @@ def speech_of(sample: Sample) -> Medium | None:
     if sample.speech is not None:
         return Medium("audio", sample.speech)
     return next((medium for medium in getattr(sample, "media", ()) if medium.kind == "audio"), None)
+
+
+def sample_in(parts: Mapping[str, bytes]) -> Sample:
+    """The sample that the files of a key describe. Raises SampleError as ``parse_sample``, or ``no_json``."""
+    if "json" not in parts:
+        raise SampleError("no_json")
+    return parse_sample(parts["json"])
 
 
 def parse_sample(data: bytes) -> Sample:

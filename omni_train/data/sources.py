@@ -19,7 +19,7 @@ from megatron.energon.flavors.webdataset.itar import ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
-from omni_train.data.sample import Sample, SampleError, parse_sample
+from omni_train.data.sample import Sample, SampleError, sample_in
 from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import SourceConfig
 
@@ -142,9 +142,7 @@ def first_samples(
             parts = read()
             if parts is None:
                 continue
-            if "json" not in parts:
-                raise SampleError("no_json")
-            sample = parse_sample(parts["json"])
+            sample = sample_in(parts)
         except SampleError as error:
             refused[error.reason] += 1
             continue

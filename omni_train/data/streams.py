@@ -30,7 +30,7 @@ from omni_train.data.blend import TokenBlend, Tokenized
 from omni_train.data.chat import TokenSequence, tokenize
 from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
-from omni_train.data.sample import SampleError, parse_sample
+from omni_train.data.sample import SampleError, sample_in
 from omni_train.data.sources import ShardFolder, StreamConfig
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_sequence
@@ -194,9 +194,7 @@ def sequence_reader(
         parts = raw["open"]()
         if parts is None:
             return []
-        if "json" not in parts:
-            raise SampleError("no_json")
-        sample = parse_sample(parts["json"])
+        sample = sample_in(parts)
         if config.rows is RowKind.crops:
             return [read_crop(sample, parts, config, model, draw=number_drawn(seed, raw))]
         if config.rows is RowKind.transcripts:
