@@ -131,11 +131,12 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """(T, H, D) queries, (T, K, D) keys and values of this rank's tokens -> (T, H, D)."""
         boundaries_q = boundaries_k = packed_seq_params.cu_seqlens_q
+        longest = packed_seq_params.max_seqlen_kv
         if not self.causal:
-            return packed_bidirectional_attention(query, key, value, boundaries_q, self.softmax_scale)
+            return packed_bidirectional_attention(query, key, value, boundaries_q, self.softmax_scale, longest)
         if (size := self.context_group.size()) > 1:
             wanted, boundaries_q, boundaries_k = context_key_indices(boundaries_k, self.context_group.rank(), size)
             wanted = context_restore_indices(packed_seq_params.cu_seqlens_q, size)[wanted]
             both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.context_group)
             key, value = both.index_select(0, wanted).unbind(1)
-        return packed_causal_attention(query, key, value, boundaries_q, boundaries_k, self.softmax_scale)
+        return packed_causal_attention(query, key, value, boundaries_q, boundaries_k, self.softmax_scale, longest)

@@ -5,15 +5,20 @@ Axis letters: T tokens, H query heads, K key/value heads, D head dimension, N se
 
 from __future__ import annotations
 
+import inspect
 from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# torch 2.11's has no grouped heads yet: they are repeated for it.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
 
 
 def packed_causal_attention(
@@ -23,6 +28,7 @@ def packed_causal_attention(
     boundaries_q: torch.Tensor,
     boundaries_k: torch.Tensor,
     scale: float | None = None,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """softmax(q·kᵀ·scale)·v within each sequence; its last query sees all its keys, the one before all but one, ….
 
@@ -35,10 +41,13 @@ def packed_causal_attention(
         boundaries_q: (N+1,) where each sequence's queries begin and end.
         boundaries_k: (N+1,) the same of its keys, which are at least as many.
         scale: D^-½ by default.
+        longest: no sequence has more keys; where it is known, a GPU need not be waited for.
 
     Returns:
         (Tq, H, D).
     """
+    if _varlen_takes(query):
+        return _varlen(query, key, value, boundaries_q, boundaries_k, scale, longest, causal=True)
     queries = list(pairwise(boundaries_q.tolist()))
     keys = queries if boundaries_k is boundaries_q else list(pairwise(boundaries_k.tolist()))
     if query.device.type == "cpu":
@@ -52,6 +61,7 @@ def packed_bidirectional_attention(
     value: torch.Tensor,
     boundaries: torch.Tensor,
     scale: float | None = None,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """softmax(q·kᵀ·scale)·v within each sequence; every query sees all keys of its sequence.
 
@@ -62,10 +72,13 @@ def packed_bidirectional_attention(
         query, key, value: (T, H, D).
         boundaries: (N+1,) where each sequence begins and ends.
         scale: D^-½ by default.
+        longest: no sequence is longer; where it is known, a GPU need not be waited for.
 
     Returns:
         (T, H, D).
     """
+    if _varlen_takes(query):
+        return _varlen(query, key, value, boundaries, boundaries, scale, longest, causal=False)
     runs = [(length, len(list(run))) for length, run in groupby(boundaries.diff().tolist()) if length]
     # One split instead of a slice per run: the gradient of a slice is as long as the row.
     split = [x.split([length * count for length, count in runs]) for x in (query, key, value)]
@@ -76,8 +89,25 @@ def packed_bidirectional_attention(
     return torch.cat(parts)
 
 
+def _varlen_takes(query: torch.Tensor) -> bool:
+    """Whether torch's FlashAttention over packed sequences has a kernel for these queries."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+
+
+def _varlen(query, key, value, boundaries_q, boundaries_k, scale, longest, causal):
+    """One kernel for all sequences; its causal triangle ends at the last key, as ours does."""
+    if longest is None:
+        longest = int(boundaries_k.diff().max())
+    if _GROUPED is None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    window = (-1, 0) if causal else (-1, -1)
+    ends = (boundaries_q.int(), boundaries_k.int())
+    return varlen_attn(query, key, value, *ends, longest, longest, scale=scale, window_size=window, **_GROUPED or {})
+
+
 def _sequence_by_sequence(query, key, value, queries, keys, scale):
-    """Torch's own choice of kernel for each sequence; none of those on a GPU holds the whole matrix."""
+    """Torch's own choice of kernel for each sequence, for fp32 on a GPU: none of those holds the whole matrix."""
     # Not enable_gqa: the memory-efficient kernel, the one for fp32, does not know it.
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -20,7 +20,6 @@ from omni_train.nn import balance
 from omni_train.objectives.language_modelling import LanguageModelling
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import CheckpointStore
-from omni_train.training.evaluation import Evaluation
 from omni_train.training.flops import step_flops
 from omni_train.training.initial import initialize
 from omni_train.training.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
@@ -103,6 +102,8 @@ class MegatronEngine:
 
     def evaluation(self, feed):
         """What answers held-out questions: a call returns figures and this rank's predictions that are to be shown."""
+        from omni_train.training.evaluation import Evaluation  # which reads files: the step needs none
+
         run = Evaluation(self.recipe, feed)
         return lambda: run(self.chunks[0])
 

@@ -13,10 +13,10 @@ from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Task
 from omni_train.recipe.schema import NetworkName, Recipe
 from omni_train.training.checkpoint_store import resolve
-from omni_train.training.feed import Feed
 
 if TYPE_CHECKING:
     from omni_train.objectives.semantic import Teacher
+    from omni_train.training.feed import Feed
 
 
 def build_networks(recipe: Recipe, teacher: Teacher | None = None) -> dict[str, torch.nn.Module]:
