@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gpu_check import scenarios
-from benchmarks.gpu_check.interpreter import fla_kernels
+from benchmarks.gpu_check.fla_kernels import first_configuration, fla_kernels
 from benchmarks.gpu_check.report import Report
 from omni_train import platform
 from omni_train.recipe.schema import Precision, Recompute
@@ -69,10 +69,11 @@ def steps(report: Report, reference: Reference) -> None:
     metrics = reference.metrics()
     platform.init_distributed()
     start = scenarios.initial(reference.folder, "thinker")
-    if platform.has_cuda():
-        _on_a_gpu(report, metrics, reference.folder, start)
-    else:
-        _on_the_cpu(report, metrics, start)
+    with first_configuration():
+        if platform.has_cuda():
+            _on_a_gpu(report, metrics, reference.folder, start)
+        else:
+            _on_the_cpu(report, metrics, start)
 
 
 def _on_a_gpu(report: Report, metrics: dict, folder: Path, start: Path) -> None:
@@ -145,9 +146,6 @@ def _on_the_cpu(report: Report, metrics: dict, start: Path) -> None:
     if fla is None:
         report.left_out("steps with interpreted kernels", "flash-linear-attention is not installed")
         return
-    from omni_train.nn.backend import backend
-
-    backend()  # which puts our own kernels in place
     from megatron.core.ssm.gated_delta_net import common, gdn
 
     for module in (common, gdn):

@@ -63,9 +63,23 @@ def backend() -> Backend:
 def _install_delta_rule(on_gpu: bool) -> None:
     """fla's kernels on a GPU that has them, ours elsewhere."""
     if on_gpu and importlib.util.find_spec("fla"):
-        return  # Megatron has bound them at import
+        _repair_fla()  # Megatron has bound the rest at import
+        return
     if on_gpu:
         warn("flash-linear-attention is not installed: Gated DeltaNet runs on plain torch, many times slower")
     from omni_train.nn.delta_rule import install_cpu_kernels
 
     install_cpu_kernels()
+
+
+def _repair_fla() -> None:
+    """Replace the one kernel that this Triton compiles wrongly on a Hopper GPU, where it does."""
+    from fla import utils
+    from fla.ops.gated_delta_rule import chunk
+
+    broken = utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1
+    if broken and not importlib.util.find_spec("tilelang"):
+        from omni_train.nn.hopper_repair import chunk_bwd_dqkwg
+
+        warn("Triton before 3.7.1 compiles a kernel of Gated DeltaNet wrongly on this GPU: plain torch takes its place")
+        chunk.chunk_bwd_dqkwg = chunk_bwd_dqkwg

@@ -13,6 +13,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 
+from omni_train import platform
 from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import media
@@ -187,9 +188,8 @@ def build_chunks(recipe: Recipe) -> list[Thinker]:
     """This rank's parts of the Thinker: one, or one per virtual pipeline stage. Process groups must exist."""
     config = transformer_config(recipe)
     rank, parallel = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel
-    if parallel.virtual_pipeline == 1:
-        return [Thinker(recipe, config, stage=rank, virtual_stage=None)]
-    return [
-        Thinker(recipe, config, stage=virtual * parallel.pipeline + rank, virtual_stage=virtual)
-        for virtual in range(parallel.virtual_pipeline)
-    ]
+    stages = [(rank, None)]
+    if parallel.virtual_pipeline > 1:
+        stages = [(virtual * parallel.pipeline + rank, virtual) for virtual in range(parallel.virtual_pipeline)]
+    # Megatron makes some tensors on the CPU, its routers among them.
+    return [Thinker(recipe, config, stage, virtual).to(platform.device()) for stage, virtual in stages]

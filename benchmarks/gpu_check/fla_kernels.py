@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from omni_train import platform
 
@@ -26,6 +28,9 @@ def fla_kernels() -> FlaKernels | None:
     """The kernels, None where the package is not installed."""
     if importlib.util.find_spec("fla") is None:
         return None
+    from omni_train.nn.backend import backend
+
+    backend()  # which mends what this GPU's Triton breaks
     if not platform.has_cuda():
         _prepare_interpreter()
     from fla.modules.convolution import causal_conv1d
@@ -36,13 +41,30 @@ def fla_kernels() -> FlaKernels | None:
 
 
 def _prepare_interpreter() -> None:
-    """What the interpreter lacks for these kernels: time to measure them by, and numbers of loops that are tensors."""
+    """The interpreter gives plain numbers to a loop that asks its counter for `.to`."""
     import triton.language as tl
     from fla.ops.common import chunk_delta_h
-    from triton.runtime.autotuner import Autotuner
 
-    Autotuner._bench = lambda self, *_, **__: [0.0]  # the first configuration will do
-    # Its loop calls `.to` on the counter, which Python's range gives as a plain number.
     chunk_delta_h.range = lambda *bounds: (
         tl.full((), number, tl.int32) for number in builtins.range(*map(int, bounds))
     )
+
+
+@contextlib.contextmanager
+def first_configuration() -> Iterator[None]:
+    """Kernels run in the first of their configurations: trying all takes minutes, and an interpreter cannot."""
+    from triton.runtime.autotuner import Autotuner
+
+    with patch.object(Autotuner, "_bench", lambda self, *_, **__: [0.0]):
+        yield
+
+
+@contextlib.contextmanager
+def repaired() -> Iterator[None]:
+    """With :mod:`omni_train.nn.hopper_repair` in place, whether this machine needs it or not."""
+    from fla.ops.gated_delta_rule import chunk
+
+    from omni_train.nn.hopper_repair import chunk_bwd_dqkwg
+
+    with patch.object(chunk, "chunk_bwd_dqkwg", chunk_bwd_dqkwg):
+        yield

@@ -1,0 +1,102 @@
+"""One kernel of flash-linear-attention in plain torch, for the Tritons that compile it wrongly.
+
+From Triton 3.4 until 3.7.1, on Hopper GPUs, the kernel behind ``chunk_bwd_dqkwg`` gives wrong gradients of the gated
+delta rule, and flash-linear-attention refuses to run it (its issue 640). PyTorch up to 2.11 comes with such a Triton. All
+the other kernels are right there, so this one alone is replaced: everything in it is local to a chunk.
+
+Axis letters: B batch, T tokens, C tokens of a chunk, N chunks, H heads, K and V head dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNKS_AT_ONCE = 128
+"""Bounds the fp32 copies of what the chunks hold."""
+
+
+def chunk_bwd_dqkwg(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    w: Tensor | None = None,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    dv: Tensor | None = None,
+    scale: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, w and g from the states before the chunks and their gradients, as the function of this name.
+
+    Args:
+        q, k, w: (B, T, H, K).
+        v, do, dv: (B, T, H, V).
+        h, dh: (B, N, H, K, V) state before each chunk, and its gradient; over packed sequences N counts all chunks.
+        g: (B, T, H) sum of the log2 of the decays since the chunk began.
+        scale: factor on the output.
+        cu_seqlens: (sequences+1,) boundaries in the one row.
+        chunk_indices: (N, 2) each chunk's sequence, and its number in it.
+
+    Returns:
+        dq, dk, dw in the types of q, k and w, and dg (B, T, H) in fp32.
+
+    Raises:
+        NotImplementedError: for what the gated delta rule does not use.
+    """
+    if g is None or w is None or g_gamma is not None or state_v_first or q.shape[2] != v.shape[2]:
+        raise NotImplementedError(
+            "chunk_bwd_dqkwg in plain torch is the gated delta rule's, with as many keys as values"
+        )
+    B, T, H, K = k.shape
+    steps = torch.arange(chunk_size, device=k.device)
+    if cu_seqlens is None:
+        starts = torch.arange(0, T, chunk_size, device=k.device)
+        ends = torch.full_like(starts, T)
+        rows = [slice(b, b + 1) for b in range(B)]
+    else:
+        bounds, (sequence, number) = cu_seqlens.long(), chunk_indices.long().unbind(1)
+        starts, ends = bounds[sequence] + number * chunk_size, bounds[sequence + 1]
+        rows = [slice(0, 1)]
+    place_NC = starts[:, None] + steps
+    real_NC = place_NC < ends[:, None]
+    place_NC = place_NC.clamp(max=T - 1)
+    results = [torch.zeros_like(x) for x in (q, k, w)] + [torch.zeros(g.shape, dtype=torch.float32, device=g.device)]
+    for row in rows:
+        for part in range(0, len(starts), CHUNKS_AT_ONCE):
+            chosen = slice(part, part + CHUNKS_AT_ONCE)
+            place, real = place_NC[chosen], real_NC[chosen]
+            inputs = [_chunked(x[row][0], place, real) for x in (q, k, v, do, dv)]
+            states = [x[row][0, chosen].float() for x in (h, dh)]
+            made = _gradients(*inputs, _chunked(g[row][0, :, :, None], place, real)[..., 0], *states, real, scale)
+            for result, gradient in zip(results, made, strict=True):
+                result[row][0][place[real]] = gradient.transpose(1, 2)[real].to(result.dtype)
+    return tuple(results)
+
+
+def _chunked(x: Tensor, place_NC: Tensor, real_NC: Tensor) -> Tensor:
+    """(T, H, D) -> (N, H, C, D) fp32, zeros behind a sequence's end."""
+    return (x[place_NC] * real_NC[..., None, None]).transpose(1, 2).float()
+
+
+def _gradients(q, k, v, do, dv, g, h, dh, real_NC, scale):
+    """Of one group of chunks: dq, dk, dw (N, H, C, K) and dg (N, H, C)."""
+    last_N11 = (real_NC.sum(1) - 1)[:, None, None].expand(*g.shape[:2], 1)
+    g_last = g.gather(2, last_N11)
+    dq = (do @ h.mT) * g.exp2()[..., None] * scale
+    dk = (v @ dh.mT) * ((g_last - g).exp2() * real_NC[:, None])[..., None]
+    dw = -(dv @ h.mT)
+    # What the decay of a whole chunk does: to the state that passes through it, and to what its tokens add.
+    whole = (h * dh).sum((-1, -2))[..., None] * g_last.exp2() + (dk * k).sum((-1, -2))[..., None]
+    decay_CC = (g[..., :, None] - g[..., None, :]).exp2()
+    seen = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril() & real_NC[:, None, None, :]
+    ds = torch.where(seen, (do @ v.mT) * decay_CC, 0.0) * scale
+    dq, dk = dq + ds @ k, dk + ds.mT @ q
+    dg = (dq * q).sum(-1) - (dk * k).sum(-1)
+    return dq, dk, dw, dg.scatter_add(2, last_N11, whole)
