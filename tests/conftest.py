@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from omni_train.platform import cpu_streams
 from tests.support.pool import WorkerPool
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # several tests share the cores
+cpu_streams.strict = True  # a wait that is missing fails here, as it would on a GPU
 
 
 @pytest.fixture(scope="session")

@@ -112,8 +112,8 @@ class GroupedExperts(MegatronModule):
         self.linear_fc2 = StackedLinear((num_local_experts, hidden, width), 2, config.output_layer_init_method, config)
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """tokens (R, H) sorted by expert, tokens_per_expert (E,), probs (R,) -> (R, H), and no bias."""
-        ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)
+        """tokens (R, H) sorted by expert, tokens_per_expert (E,) on their device, probs (R,) -> (R, H), and no bias."""
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         hidden = self.linear_fc1(tokens, ends)
         hidden = weighted_swiglu(hidden, probs)
         output = self.linear_fc2(hidden, ends)

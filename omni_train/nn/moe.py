@@ -61,6 +61,9 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
     passes, never scattered and added; and rows already sorted by expert are not split and joined again when this rank
     has nobody to exchange with. The results are those of the stock dispatcher.
 
+    The experts take their counts on the device. The host waits for numbers only where ranks exchange rows, whose
+    collectives must know how many: before the exchange of tokens, for a copy that began before the rows were sorted.
+
     Raises:
         ValueError: for options of the stock dispatcher that drop, pad or overlap.
     """
@@ -76,9 +79,13 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states (..., H), routing_map and probs (T, E) -> rows sorted by expert (R, H) and their probs (R,)."""
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
-        self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
-        chosen_R = routing_map.T.flatten().argsort(descending=True, stable=True)[: self.num_out_tokens]
+        if self.alone:
+            self.tokens_per_expert = routing_map.sum(0)
+        else:
+            self.tokens_per_expert = self.preprocess(routing_map)
+            self._maybe_dtoh_and_synchronize("before_permutation_1")  # what is not given to it stays on the device
+        rows = routing_map.shape[0] * self.config.moe_router_topk
+        chosen_R = routing_map.T.flatten().argsort(descending=True, stable=True)[:rows]
         self.source_R = chosen_R % routing_map.shape[0]
         self.rows_TK = self.source_R.argsort(stable=True).view(routing_map.shape[0], -1)
         rows_RH = _Spread.apply(hidden_states.reshape(-1, self.hidden_shape[-1]), self.source_R, self.rows_TK)
@@ -86,9 +93,7 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
 
     def dispatch_postprocess(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows received from other ranks, sorted by local expert, with the number of each expert's rows."""
-        if not self.alone:
-            return super().dispatch_postprocess(rows, probs)
-        return rows, self._maybe_dtoh_and_synchronize("before_finish", self.tokens_per_expert), probs
+        return (rows, self.tokens_per_expert, probs) if self.alone else super().dispatch_postprocess(rows, probs)
 
     def combine_preprocess(self, rows: Tensor) -> Tensor:
         """Expert outputs in the order in which their inputs were received."""

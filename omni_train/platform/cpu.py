@@ -2,7 +2,7 @@
 
 Megatron asks for CUDA devices, streams and generators by name. Where there is none, :func:`install` answers those
 questions with the CPU (or with ``meta``, for planning), once for the process. Everything the emulation touches is in
-this file; no other room knows that it exists.
+this file and :mod:`omni_train.platform.cpu_streams`; no other room knows that it exists.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import functools
 import torch
 from torch.utils._device import _device_constructors
 
+from omni_train.platform import cpu_streams
+
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -20,7 +22,7 @@ _CUDA_TYPE_NAMES = {
 }
 
 
-_device = torch.device("cpu")
+_device = cpu_streams.CARD
 
 
 def _is_cuda(value) -> bool:
@@ -44,7 +46,9 @@ def _redirect_devices() -> None:
         def call(*args, **kwargs):
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = _device
-            return function(*args, **kwargs)
+            pinned = kwargs.pop("pin_memory", False)
+            out = function(*args, **kwargs)
+            return cpu_streams.pin(out) if pinned else out
 
         return call
 
@@ -72,49 +76,6 @@ def _redirect_devices() -> None:
 
     torch.Tensor.to, torch.Tensor.type = tensor_to, tensor_type
     torch.Tensor.cuda = lambda self, *_, **__: self
-
-
-class _Stream:
-    """A stream of a device that runs in order: nothing to wait for."""
-
-    def __init__(self, *_, **__) -> None:
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def wait_stream(self, _stream) -> None: ...
-
-    def wait_event(self, _event) -> None: ...
-
-    def record_event(self, event=None):
-        return event or _Event()
-
-    def synchronize(self) -> None: ...
-
-
-class _Event:
-    """An event of a device that runs in order: it has always happened."""
-
-    def __init__(self, *_, **__) -> None:
-        pass
-
-    def record(self, _stream=None) -> None: ...
-
-    def wait(self, _stream=None) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
-
-
-@contextlib.contextmanager
-def _stream_context(_stream):
-    yield
 
 
 @contextlib.contextmanager
@@ -190,7 +151,7 @@ def install(device: str = "cpu") -> None:
     when they are imported.
     """
     global _installed, _device
-    _device = torch.device(device)
+    _device = cpu_streams.CARD if device == "cpu" else torch.device(device)
     if _installed:
         return
     _installed = True
@@ -200,16 +161,11 @@ def install(device: str = "cpu") -> None:
     cuda.current_device = lambda: _device
     cuda.device_count = lambda: 1
     cuda.set_device = lambda _device: None
-    cuda.synchronize = lambda _device=None: None
     cuda.empty_cache = lambda: None
     # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
     cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
-    cuda.stream = _stream_context
-    cuda.set_stream = lambda _stream: None
     cuda.is_current_stream_capturing = lambda: False
     cuda.memory_allocated = cuda.max_memory_allocated = lambda device=None: 0
     torch.nn.Module.cuda = lambda self, device=None: self
@@ -223,6 +179,7 @@ def install(device: str = "cpu") -> None:
     torch.compile = compiler
 
     _redirect_devices()
+    cpu_streams.install()
     _take_tensor_splits()
     _exchange_uneven_parts()
 

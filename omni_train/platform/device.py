@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from omni_train.platform.cpu_streams import CARD
 from omni_train.platform.quiet import quiet
 
 _ready = False
@@ -43,7 +44,7 @@ def setup() -> None:
 
 def device() -> torch.device:
     """The device of this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CARD
 
 
 def rank() -> int:

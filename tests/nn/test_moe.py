@@ -1,8 +1,12 @@
 """The mixture of experts equals transformers' block, and itself in every layout, auxiliary loss included."""
 
+import contextlib
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from omni_train.platform import cpu_streams
 from omni_train.recipe.schema import ParallelConfig
 from tests.support import moe
 
@@ -122,6 +126,35 @@ def test_recomputation_changes_nothing(distributed):
     options = dict(recompute_granularity="selective", recompute_modules=["moe"])
     (differences,) = distributed(1, gradients, ParallelConfig(), options)
     assert max(differences.values()) < 1e-5, differences
+
+
+def host_reads(rank, world_size, parallel):
+    """Ways in which the host reads a tensor's values during a pass in both directions."""
+    layer, pg = moe.build_layer(parallel)
+    moe.fill(layer.mlp, moe.whole_weights(), pg)
+    reads = set()
+
+    def noted(name, function):
+        def read(self, *args, **kwargs):
+            reads.add(name)
+            return function(self, *args, **kwargs)
+
+        return read
+
+    inputs = mine(pg, hidden_states()).clone().requires_grad_()
+    with contextlib.ExitStack() as stack:
+        for name in ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            stack.enter_context(patch.object(torch.Tensor, name, noted(name, getattr(torch.Tensor, name))))
+        stack.enter_context(patch.object(cpu_streams, "to_host", noted("to_host", cpu_streams.to_host)))
+        output, _ = layer.mlp(inputs)
+        loss_of(output).backward()
+    return reads
+
+
+def test_the_host_reads_nothing_where_no_rows_are_exchanged(distributed):
+    """A GPU would stand still for it in every layer. Between ranks the collectives must know how much they send."""
+    assert distributed(1, host_reads, ParallelConfig()) == [set()]
+    assert distributed(2, host_reads, ParallelConfig(expert=2)) == [{"to_host", "numpy", "tolist"}] * 2
 
 
 def unsupported(rank, world_size):

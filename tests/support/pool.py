@@ -123,7 +123,10 @@ def _work(connection: Connection) -> None:
 
     import torch
 
+    from omni_train.platform import cpu_streams
+
     torch.set_num_threads(1)
+    cpu_streams.strict = True  # a wait that is missing fails here, as it would on a GPU
     while True:
         try:
             call = connection.recv_bytes()
