@@ -115,15 +115,17 @@ def _adapt_torch_adamw(optimizer) -> None:
 def _adapt_one(part) -> None:
     inner, restore, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
 
-    # One pass over each parameter instead of one per operation.
-    for group in inner.param_groups:
-        group["fused"], group["foreach"] = True, False
+    def fuse() -> None:
+        """One pass over each parameter instead of one per operation."""
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False
 
+    fuse()
     # Megatron asks for the state, step count included, before the first step, which is when torch would make it.
     for group in inner.param_groups:
         for parameter in group["params"]:
             inner.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # where the fused pass reads it
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -132,11 +134,13 @@ def _adapt_one(part) -> None:
     def restore_without_step(parameter, tensors):
         restore(parameter, {"step": None, **tensors})
 
-    # Megatron gives all parameters one step tensor, which each would then advance.
+    # Megatron gives all parameters one step tensor, on the host, which each would then advance; and the groups become
+    # those of the run that wrote the checkpoint, perhaps with another Adam.
     def load_with_steps_of_their_own(state_dict):
         load(state_dict)
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
+        fuse()
+        for parameter, state in inner.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
     part._set_main_param_and_optimizer_states = restore_without_step
     part.load_state_dict = load_with_steps_of_their_own

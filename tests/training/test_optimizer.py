@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,3 +187,28 @@ def test_muon_resumes_exactly_and_trains_alike_in_other_layouts(distributed, tmp
     for parallel in (ParallelConfig(tensor=2), ParallelConfig(expert=2)):
         for other in distributed(2, train_with_muon, parallel, tmp_path, tmp_path / "step_00000000"):
             assert other == pytest.approx(norms, rel=1e-3)
+
+
+def test_step_counts_lie_where_the_fused_update_reads_them():
+    """Megatron loads one count on the host; a GPU's fused kernel cannot read it. `meta` is a device unlike the host."""
+    from omni_train.training.optimizer import _adapt_one
+
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, device="meta")) for _ in range(2)])
+
+    def load(state_dict):
+        state, groups = inner.state_dict().values()
+        for group in groups:
+            group["fused"] = None  # as another Adam wrote them
+        for one in state.values():
+            one["step"] = state_dict["step"]
+        inner.load_state_dict({"state": state, "param_groups": groups})
+
+    part = SimpleNamespace(optimizer=inner, load_state_dict=load, _set_main_param_and_optimizer_states=None)
+    _adapt_one(part)
+    for loaded in (False, True):
+        if loaded:
+            part.load_state_dict({"step": torch.tensor(7.0)})
+        steps = [state["step"] for state in inner.state.values()]
+        assert [step.device.type for step in steps] == ["meta", "meta"]
+        assert steps[0] is not steps[1]
+        assert all(group["fused"] for group in inner.param_groups)
