@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, gdn
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from omni_train.nn.decoding import DecodingState
 from omni_train.nn.delta_rule import delta_rule_step
@@ -27,8 +28,19 @@ class DeltaNetMemory:
 class DecodingGatedDeltaNet(GatedDeltaNet):
     """Megatron's Gated DeltaNet, which also keeps and takes up its states under a :class:`DecodingState`.
 
-    Overrides the forward pass only: parameters, their sharding and their names are Megatron's.
+    Parameters, their sharding and their names are Megatron's. `A_log` and the output norm's weight are fp32 in a model of
+    any precision, as in the released checkpoints: a decay is exp(−exp(A_log)·…) to the power of the tokens that have
+    passed, and bf16 leaves A_log two digits.
     """
+
+    def reset_parameters(self) -> None:
+        """As Megatron's, which the constructor calls last, but drawn in fp32."""
+        self.A_log.data = self.A_log.data.float()
+        self.out_norm.float()
+        if self.config.perform_initialization:
+            with get_cuda_rng_tracker().fork():
+                self.dt_bias.data.fill_(1.0)
+                self.A_log.data.uniform_(*self.A_init_range).log_()
 
     def forward(
         self,

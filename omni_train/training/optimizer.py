@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 
@@ -99,20 +100,33 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
     optimizer = get_megatron_optimizer(
         options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
     )
-    _adapt_torch_adamw(optimizer)
+    _adapt(optimizer)
     return optimizer
 
 
-def _adapt_torch_adamw(optimizer) -> None:
-    """Make torch's AdamW, which Megatron takes without Transformer Engine, fit for Megatron's checkpoints."""
+def _adapt(optimizer) -> None:
+    """Make a bf16 model's fp32 parameters, and torch's AdamW, fit for Megatron's checkpoints."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
-            _adapt_one(part)
+        if isinstance(part, DistributedOptimizer):
+            _number_parameters(part)
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                _adapt_torch_adamw(part)
 
 
-def _adapt_one(part) -> None:
+def _number_parameters(part) -> None:
+    """Give parameters their places in the groups, which checkpoints look their states up by.
+
+    Megatron puts a group's fp32 parameters before the others, and numbers all in the order of their gradient buffers.
+    """
+    for group, parameters in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+        for place, parameter in enumerate(chain(*parameters)):
+            part.model_param_group_index_map[parameter] = (group, place)
+
+
+def _adapt_torch_adamw(part) -> None:
+    """Make the AdamW that Megatron takes without Transformer Engine fast, and able to save and load its state."""
     inner, restore, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
 
     def fuse() -> None:

@@ -142,14 +142,21 @@ def test_a_checkpoint_of_one_precision_starts_a_run_of_the_other(distributed, co
     loaded = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         folder = Path(shutil.copytree(copy, tmp_path / name))
-        rewrite(folder, {key: tensor.bfloat16().to(dtype) for key, tensor in tensors_of(copy).items()})
+        rounded = {key: tensor.bfloat16().to(dtype) for key, tensor in tensors_of(copy).items()}
+        decays = {key: tensor for key, tensor in tensors_of(copy).items() if "A_log" in key}
+        rewrite(folder, rounded | decays)
         distributed(1, convert, [(import_checkpoint, (MOE, folder, tmp_path / f"{name}.checkpoint", None))])
         for precision in Precision:
             loaded[name, precision] = distributed(1, load_in, tmp_path / f"{name}.checkpoint", precision)[0]
     for precision, dtype in ((Precision.fp32, torch.float32), (Precision.bf16, torch.bfloat16)):
         for name, parameter in loaded["fp32", precision].items():
-            assert parameter.dtype == dtype
+            kept = name.endswith(("A_log", "out_norm.weight"))
+            assert parameter.dtype == (torch.float32 if kept else dtype), name
             assert torch.equal(parameter, loaded["bf16", precision][name]), name
+    decays = [value for name, value in loaded["bf16", Precision.bf16].items() if name.endswith("A_log")]
+    assert decays and all(
+        any(torch.equal(decay, theirs) for theirs in tensors_of(copy).values()) for decay in decays
+    )  # to the last bit
 
 
 def train_from(rank, world_size, imported, run):

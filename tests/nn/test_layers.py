@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from omni_train.recipe.schema import ParallelConfig
+from omni_train.recipe.schema import ParallelConfig, Precision
 from tests.support.thinker import small_recipe
 
 
-def stack(pattern):
+def stack(pattern, **changes):
     from megatron.core.models.hybrid.hybrid_block import HybridStack
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -17,7 +17,7 @@ def stack(pattern):
     from omni_train.nn.layers import stack_submodules
 
     platform.parallel.initialize(ParallelConfig(), seed=3)
-    recipe = small_recipe(pattern=pattern, repeats=1, linear_num_value_heads=64, intermediate_size=72)
+    recipe = small_recipe(pattern=pattern, repeats=1, linear_num_value_heads=64, intermediate_size=72, **changes)
     return HybridStack(
         transformer_config(recipe),
         stack_submodules(backend()),
@@ -40,6 +40,33 @@ def test_norms_start_as_the_identity_and_decays_over_the_whole_range(distributed
     (decay,) = (value.exp() for name, value in values.items() if name.endswith("A_log"))
     assert len(decay) == 64
     assert 0.01 <= decay.min() < 1 < 15 < decay.max() <= 16
+
+
+def decays_in_bf16(rank, world_size, alpha):
+    """fp32 parameters of a bf16 stack, and what the kernel is given as logarithm of the decay, with what it should be."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    decoder = stack("G", precision=Precision.bf16)
+    layer, given = decoder.layers[0].self_attention, []
+    with torch.no_grad():
+        layer.in_proj.weight.zero_()
+        layer.dt_bias.copy_(alpha)
+    kernel = layer.gated_delta_rule
+    layer.gated_delta_rule = lambda *args, g, **options: given.append(g) or kernel(*args, g=g, **options)
+    boundaries = torch.tensor([0, 3], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    layer(torch.ones(3, 1, 48, dtype=torch.bfloat16), None, packed_seq_params=packed)
+    fp32 = {name for name, parameter in decoder.named_parameters() if parameter.dtype is torch.float32}
+    expected = -layer.A_log.double().exp() * F.softplus(layer.dt_bias.double())
+    return fp32, given[0], expected.detach()
+
+
+def test_a_bf16_model_decays_by_fp32_numbers(distributed):
+    """As transformers' `-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)` with A_log in fp32."""
+    ((fp32, given, expected),) = distributed(1, decays_in_bf16, torch.linspace(-3.0, 3.0, 64))
+    assert fp32 == {"layers.0.self_attention.A_log", "layers.0.self_attention.out_norm.weight"}
+    assert given.dtype is torch.float32
+    torch.testing.assert_close(given[0], expected.float().expand(3, 64), rtol=1e-6, atol=0)
 
 
 def dense(rank, world_size, x):

@@ -191,7 +191,7 @@ def test_muon_resumes_exactly_and_trains_alike_in_other_layouts(distributed, tmp
 
 def test_step_counts_lie_where_the_fused_update_reads_them():
     """Megatron loads one count on the host; a GPU's fused kernel cannot read it. `meta` is a device unlike the host."""
-    from omni_train.training.optimizer import _adapt_one
+    from omni_train.training.optimizer import _adapt_torch_adamw
 
     inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, device="meta")) for _ in range(2)])
 
@@ -204,7 +204,7 @@ def test_step_counts_lie_where_the_fused_update_reads_them():
         inner.load_state_dict({"state": state, "param_groups": groups})
 
     part = SimpleNamespace(optimizer=inner, load_state_dict=load, _set_main_param_and_optimizer_states=None)
-    _adapt_one(part)
+    _adapt_torch_adamw(part)
     for loaded in (False, True):
         if loaded:
             part.load_state_dict({"step": torch.tensor(7.0)})
