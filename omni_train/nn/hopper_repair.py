@@ -1,8 +1,8 @@
 """One kernel of flash-linear-attention in plain torch, for the Tritons that compile it wrongly.
 
 From Triton 3.4 until 3.7.1, on Hopper GPUs, the kernel behind ``chunk_bwd_dqkwg`` gives wrong gradients of the gated
-delta rule, and flash-linear-attention refuses to run it (its issue 640). PyTorch up to 2.11 comes with such a Triton. All
-the other kernels are right there, so this one alone is replaced: everything in it is local to a chunk.
+delta rule, and flash-linear-attention refuses to run it (its issue 640). PyTorch up to 2.11 comes with such a Triton.
+All the other kernels are right there, so this one alone is replaced: everything in it is local to a chunk.
 
 Axis letters: B batch, T tokens, C tokens of a chunk, N chunks, H heads, K and V head dimensions.
 """
