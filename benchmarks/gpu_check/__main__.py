@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
             except Exception as error:
                 traceback.print_exc()
                 report.failed("broke", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                platform.parallel.destroy()  # what it left behind
             report.measure("took", time.monotonic() - start, "s")
     finally:
         if reference is not None:

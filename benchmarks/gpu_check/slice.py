@@ -94,6 +94,7 @@ class Slice:
         return each, one - each
 
     def close(self) -> None:
+        """Give the memory back."""
         del self.engine
         platform.parallel.destroy()
         gc.collect()
@@ -110,11 +111,11 @@ def flash_slice(report: Report) -> None:
         name = f"{row_tokens // 1024}k, recompute={recompute}"
         try:
             _measure(report, name, row_tokens, recompute)
-        except torch.OutOfMemoryError as error:
-            report.left_out(name, "out of memory: " + str(error).split(". ")[1])
-            gc.collect()
-            torch.cuda.empty_cache()
+        except torch.OutOfMemoryError:
+            report.left_out(name, "this GPU's memory is too small")
             platform.parallel.destroy()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _measure(report: Report, name: str, row_tokens: int, recompute: str) -> None:

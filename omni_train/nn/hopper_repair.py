@@ -95,7 +95,8 @@ def _gradients(q, k, v, do, dv, g, h, dh, real_NC, scale):
     # What the decay of a whole chunk does: to the state that passes through it, and to what its tokens add.
     whole = (h * dh).sum((-1, -2))[..., None] * g_last.exp2() + (dk * k).sum((-1, -2))[..., None]
     decay_CC = (g[..., :, None] - g[..., None, :]).exp2()
-    seen = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril() & real_NC[:, None, None, :]
+    # Behind the end too: what is decayed by more than fp32 holds would be 0 · ∞ there.
+    seen = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril() & real_NC[:, None, :, None]
     ds = torch.where(seen, (do @ v.mT) * decay_CC, 0.0) * scale
     dq, dk = dq + ds @ k, dk + ds.mT @ q
     dg = (dq * q).sum(-1) - (dk * k).sum(-1)

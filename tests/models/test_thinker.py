@@ -7,7 +7,7 @@ import torch
 
 from omni_train.data.batch import IGNORE
 from omni_train.recipe.schema import ParallelConfig
-from tests.support.thinker import random_row, small_recipe
+from tests.support.thinker import encoders, random_row, small_recipe
 
 LENGTHS = [37, 11, 29]
 
@@ -92,3 +92,27 @@ def test_expert_load_is_reported_for_every_moe_layer_of_the_model(distributed, p
         for load in loads.values():
             assert len(load) == 6
             assert sum(load) == pytest.approx(6.0)
+
+
+def devices_of_tensors(rank, world_size):
+    """Kinds of device that a Thinker's tensors lie on where the process computes on another than the CPU."""
+    from unittest.mock import patch
+
+    from omni_train import platform
+    from omni_train.models.thinker import build_chunks
+    from omni_train.platform import cpu
+
+    recipe = small_recipe(**encoders(), mtp_num_hidden_layers=1)
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    cpu.install("meta")
+    try:
+        with patch.object(platform, "device", return_value=torch.device("meta")):
+            (chunk,) = build_chunks(recipe)
+        return {tensor.device.type for tensor in (*chunk.parameters(), *chunk.buffers())}
+    finally:
+        cpu.install("cpu")
+
+
+def test_every_tensor_is_where_the_process_computes(distributed):
+    """Megatron makes its routers on the CPU, and leaves it to the trainer to move them."""
+    assert distributed(1, devices_of_tensors) == [{"meta"}]

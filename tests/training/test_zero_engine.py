@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -304,3 +305,25 @@ def test_another_number_of_ranks_is_refused_by_name(distributed, tmp_path):
     with pytest.raises(RankFailed, match=r"written by 2 ranks with zero.stage=1, not 1 with 1"):
         distributed(1, train, zero_of(1), tmp_path, 2, [])
     assert issubclass(UserError, Exception)
+
+
+def start_as_on_a_gpu(rank, world_size, stage):
+    """Hand the networks to DeepSpeed with the options that a GPU gets."""
+    from omni_train import platform
+    from omni_train.training import zero_engine
+
+    recipe = recipe_of(zero_of(stage), Precision.fp32)
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    zero_engine.build_task = Duel
+    engine = zero_engine.ZeroEngine(recipe)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with patch.object(platform, "has_cuda", return_value=True):
+        engine.start()
+    engine.close()
+    platform.parallel.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeed_takes_the_options_of_a_gpu(distributed, stage):
+    """It refuses overlapped communication at these stages, and did so on the first GPU that this ran on."""
+    distributed(1, start_as_on_a_gpu, stage)
