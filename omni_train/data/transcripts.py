@@ -4,8 +4,9 @@ A sequence is the clip's audio tokens, then what the decoder reads:
 
     <|audio_pad|> x A  <|im_start|>  en \\n  transcript  <|im_end|>
 
-Everything after ``<|im_start|>`` is learned, so the decoder names the language before it writes. The tag is ordinary
-text, for the control tokens of the family name no languages; a line end closes it, and there is none in a transcript.
+Everything after ``<|im_start|>`` is learned, so the decoder names the language before it writes. The tag is the
+language's code, ``unknown`` where the sample names none, in ordinary text, for the control tokens of the family name no
+languages; a line end closes it, and there is none in a transcript.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from omni_train.data.batch import IGNORE, MODALITIES
 from omni_train.data.chat import PADS, TokenSequence
 from omni_train.data.features.mel import log_mel
 from omni_train.data.lengths import audio_tokens
+from omni_train.data.language import UNKNOWN, language_of
 from omni_train.data.media import read_audio
 from omni_train.data.positions import Kind
 from omni_train.data.sample import Chat, Medium, Sample, SampleError
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.recipe.schema import MediaConfig, ModelConfig
 
-UNKNOWN = "unknown"  # the tag of a sample that does not name its language
 TAG_END = "\n"
 
 
@@ -42,12 +43,12 @@ def transcript_sequence(
     """The sequence of a sample's first sound and its last assistant turn, whose white space becomes single spaces.
 
     Raises SampleError: ``no_audio``; ``no_answer``, also for one without a word; ``no_transcript`` for a sample of
-    another task than ``transcribe``; ``too_long`` for one that does not fit in a row; ``media_missing``, and the
-    reasons of ``omni_train.data.media``.
+    another task than ``transcribe``; ``unknown_language`` for one whose language is named and not understood;
+    ``too_long`` for one that does not fit in a row; ``media_missing``, and the reasons of ``omni_train.data.media``.
     """
     medium, transcript = _pair(sample)
     written = [
-        *tokenizer.encode(f"{str(sample.meta.get('language') or UNKNOWN).strip()}{TAG_END}"),
+        *tokenizer.encode(f"{language_of(sample.meta).code}{TAG_END}"),
         *tokenizer.encode(transcript),
         tokenizer.im_end,
     ]
@@ -92,6 +93,8 @@ def _pair(sample: Sample) -> tuple[Medium, str]:
         raise SampleError("no_audio")
     if sample.meta.get("task", "transcribe") != "transcribe":
         raise SampleError("no_transcript")
+    if not language_of(sample.meta).understood:
+        raise SampleError("unknown_language")
     medium = next((medium for medium in sample.media if medium.kind == "audio"), None)
     if medium is None:
         raise SampleError("no_audio")

@@ -73,6 +73,15 @@ class LossOn(StrEnum):
     all = "all"
 
 
+class Normalizer(StrEnum):
+    """How transcripts are written before their errors are counted."""
+
+    basic = "basic"  # small letters, no punctuation, one way of writing each character
+    whisper = (
+        "whisper"  # English as Whisper's normalizer writes it: numbers in digits, no contractions; others as basic
+    )
+
+
 class Positions(StrEnum):
     """Rotary ids (TM-RoPE) of media; text always counts on by one."""
 
@@ -276,6 +285,7 @@ class EvaluationConfig:
     every: int = 0  # steps; 0 never
     samples: int = 32  # of each source that has chats, shared among the data ranks
     max_new_tokens: int = 64
+    normalizer: Normalizer = Normalizer.basic  # of transcripts
     print_samples: int = 4  # answers shown, and kept by wandb beside their media
     # Also the loss of the answers with their own media and with those of another sample: what hearing and seeing gain.
     swap_media: bool = False

@@ -10,7 +10,7 @@ from math import lcm
 
 from omni_train.errors import UserError
 from omni_train.recipe.refusals import bounds, divides, refuse, value
-from omni_train.recipe.schema import Decay, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
+from omni_train.recipe.schema import Decay, Normalizer, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
 from omni_train.recipe.validate_codec import check_codec
 from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
@@ -291,6 +291,12 @@ def _world(recipe: Recipe, world_size: int) -> None:
 
 def _packages(recipe: Recipe) -> None:
     """Optional packages that the recipe's choices need on this machine."""
+    if recipe.evaluation.normalizer is Normalizer.whisper and find_spec("whisper_normalizer") is None:
+        refuse(
+            recipe,
+            "evaluation.normalizer",
+            "needs the package whisper-normalizer; install the extra [whisper] or use evaluation.normalizer=basic",
+        )
     if recipe.optimizer.name is OptimizerName.muon and find_spec("emerging_optimizers") is None:
         refuse(
             recipe,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,12 +10,13 @@ from typing import Any
 
 import jiwer
 
-UNSPACED = ("zh", "yue", "ja", "th", "lo", "km", "my")
-"""Languages written without spaces, whose transcripts have no word errors to count."""
+from omni_train.data.language import language_of
+from omni_train.recipe.schema import Normalizer
+from omni_train.rollout.normalisation import answer_form, transcript_form
+from omni_train.rollout.seconds import seconds
+
 CLOSE_SECONDS = 1.0
 """How near the right time an answer must be to be right."""
-
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 
 
 @dataclass
@@ -57,53 +57,49 @@ class Tally:
         }
 
 
-def score(tally: Tally, meta: Mapping[str, Any], reference: str, answer: str) -> None:
+def score(
+    tally: Tally,
+    meta: Mapping[str, Any],
+    reference: str,
+    answer: str,
+    normalizer: Normalizer = Normalizer.basic,
+) -> None:
     """Add one answer to the tally.
 
     ``meta["task"]`` says what is counted, beside ``answers_TASK``, how many there were:
 
     - ``transcribe``: ``cer_LANGUAGE``, and ``wer_LANGUAGE`` where words are spaced: edits per character or word of all
-      references together
-    - ``when``: ``when_seconds_error``, mean over the answers that hold a number; ``when_close``, how many of all are
+      references together. LANGUAGE is the code of ``meta["language"]``; where that says nothing that is understood,
+      it is ``unknown``, words are not counted, and ``unknown_language`` says how often
+    - ``when``: ``when_seconds_error``, mean over the answers that hold a time; ``when_close``, how many of all are
       within CLOSE_SECONDS; ``when_unparsable``, how many hold none
-    - any other: ``exact_TASK``, how many equal the reference but for case, punctuation and spaces
+    - any other: ``exact_TASK``, how many equal the reference in :func:`answer_form`
     """
-    task = str(meta.get("task") or "answer")
+    task = re.sub(r"[^\w.-]+", "_", str(meta.get("task") or "answer"))
     tally.add(f"answers_{task}", 1)
     if task == "transcribe":
-        _transcript(tally, str(meta.get("language") or "unknown"), normalise(reference), normalise(answer))
-    elif task == "when" and (right := number(reference)) is not None:
-        given = number(answer)
+        _transcript(tally, meta, reference, answer, normalizer)
+    elif task == "when" and (right := seconds(reference)) is not None:
+        given = seconds(answer)
         error = abs(given - right) if given is not None else float("inf")
         tally.add("when_seconds_error", *((error, 1) if given is not None else (0, 0)))
         tally.add("when_close", error <= CLOSE_SECONDS, 1)
         tally.add("when_unparsable", given is None)
     else:
-        tally.add(f"exact_{task}", normalise(reference) == normalise(answer), 1)
+        tally.add(f"exact_{task}", answer_form(reference) == answer_form(answer), 1)
 
 
-def _transcript(tally: Tally, language: str, reference: str, answer: str) -> None:
-    if language.split("-")[0] in UNSPACED:
-        reference, answer = reference.replace(" ", ""), answer.replace(" ", "")
-    else:
+def _transcript(tally: Tally, meta: Mapping[str, Any], reference: str, answer: str, normalizer: Normalizer) -> None:
+    language = language_of(meta)
+    reference, answer = (transcript_form(text, language.code, normalizer) for text in (reference, answer))
+    if language.spaced:
         words = jiwer.process_words(reference, answer)
-        tally.add(f"wer_{language}", words.substitutions + words.deletions + words.insertions, len(reference.split()))
+        edits = words.substitutions + words.deletions + words.insertions
+        tally.add(f"wer_{language.code}", edits, len(reference.split()))
+    elif language.spaced is None:
+        tally.add("unknown_language", 1)
+    else:
+        reference, answer = reference.replace(" ", ""), answer.replace(" ", "")
     letters = jiwer.process_characters(reference, answer)
-    tally.add(f"cer_{language}", letters.substitutions + letters.deletions + letters.insertions, len(reference))
-
-
-def normalise(text: str) -> str:
-    """Small letters in one form, single spaces, no punctuation or symbols but between digits (3.5)."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("’", "")
-    kept = []
-    for index, letter in enumerate(text):
-        between_digits = text[index - 1 : index].isdigit() and text[index + 1 : index + 2].isdigit()
-        drop = unicodedata.category(letter)[0] in "PS" and not between_digits
-        kept.append(" " if drop else letter)
-    return " ".join("".join(kept).split())
-
-
-def number(text: str) -> float | None:
-    """The first number in a text, its decimals after a point or a comma; None without one."""
-    found = _NUMBER.search(unicodedata.normalize("NFKC", text))
-    return float(found[0].replace(",", ".")) if found else None
+    edits = letters.substitutions + letters.deletions + letters.insertions
+    tally.add(f"cer_{language.code}", edits, len(reference))

@@ -55,6 +55,7 @@ class CodecEvaluation:
         self.codebooks = (recipe.model.code2wav.num_quantizers, recipe.model.code2wav.codebook_size)
         training = recipe.codec_training
         self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
+        self.normalizer = recipe.evaluation.normalizer
         self.kept, self.directory, self.transcribe = recipe.evaluation.print_samples, directory / "report", transcribe
         self.refused: Counter[str] = Counter()
         self.utterances = held_out_utterances(
@@ -79,7 +80,7 @@ class CodecEvaluation:
             or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
             ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
-            both of all languages together;
+            both of all languages together, and ``eval_unknown_language``, how many texts are of none that is known;
             the first rank's resyntheses that are kept, none elsewhere.
         """
         device = next(codec.parameters()).device
@@ -117,10 +118,12 @@ class CodecEvaluation:
             heard = self.transcribe([_heard(pairs[place][side], self.rate) for place in told]) if told else []
             for place, text in zip(told, heard, strict=True):
                 utterance = self.utterances[place]
-                score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text)
+                score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text, self.normalizer)
             for figure in errors.weights:
                 tally.add(f"{name}_{figure}", errors.sums[figure], errors.weights[figure])
                 tally.add(f"{name}_{figure.partition('_')[0]}", errors.sums[figure], errors.weights[figure])
+        if unknown := errors.sums["unknown_language"]:
+            tally.add("unknown_language", unknown)
 
     def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
         """Write the first pairs as sound and pictures."""

@@ -52,7 +52,7 @@ class Evaluation:
         tally, predictions = Tally.of_refused(self.refused), []
         for question, written in zip(self.questions, generated, strict=True):
             text = self.tokenizer.decode([token for token in written.tokens if token not in ends]).strip()
-            score(tally, question.meta, question.answer, text)
+            score(tally, question.meta, question.answer, text, self.config.normalizer)
             predictions.append(Prediction(question, text))
         everywhere = Tally()
         for part in platform.parallel.gather_over_data_ranks(tally):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omni_train import platform
+from omni_train.data.language import language_of
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import split_tag
 from omni_train.models.recognizer import SpeechRecognizer
@@ -56,9 +57,10 @@ class RecognitionEvaluation:
         for question, transcript in zip(self.questions, transcripts, strict=True):
             words = [token for token in transcript.tokens if token != self.tokenizer.im_end]
             language, text = split_tag(words, self.tokenizer)
-            score(tally, {**question.meta, "task": "transcribe"}, question.answer, text)
-            if "language" in question.meta:
-                tally.add("language", language == question.meta["language"], 1)
+            meta = {**question.meta, "task": "transcribe"}
+            score(tally, meta, question.answer, text, self.config.normalizer)
+            if (right := language_of(question.meta)).spaced is not None:
+                tally.add("language", language_of({"language": language}).code == right.code, 1)
             predictions.append(Prediction(question, text))
         everywhere = Tally()
         for part in platform.parallel.gather_over_data_ranks(tally):

@@ -105,9 +105,10 @@ def summary(rows: list[list[str]]) -> list[list[str]]:
     names = {row[0] for row in rows}
 
     def is_part(name: str) -> bool:
-        """Languages and codebooks are named in two characters; of a language there is also the figure of all."""
+        """Languages are named in two or three characters, codebooks in two; of a language there is also the figure of
+        all."""
         words = name.split()
-        wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) == 2]
+        wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) in (2, 3)]
         return any(whole in names or whole.startswith("codebook") for whole in wholes)
 
     return [row for row in rows if not is_part(row[0])]

@@ -56,8 +56,10 @@ def sequence_of(sample: dict, tokenizer, row_tokens: int = 99, make=transcript_s
     )
 
 
-@pytest.mark.parametrize("language", ["en", "pt-BR", None])
-def test_a_sequence_is_the_clip_and_then_the_language_and_the_transcript(tokenizer, language):
+@pytest.mark.parametrize(
+    ("language", "tag"), [("en", "en"), ("pt-BR", "pt"), ("zh_CN", "zh"), ("cmn", "zh"), (None, "unknown")]
+)
+def test_a_sequence_is_the_clip_and_then_the_language_and_the_transcript(tokenizer, language, tag):
     sample = fields("  kalan\n moper ", task="transcribe", **({"language": language} if language else {}))
     sequence = sequence_of(sample, tokenizer)
     heard = audio_tokens(70, MODEL.audio)
@@ -66,7 +68,7 @@ def test_a_sequence_is_the_clip_and_then_the_language_and_the_transcript(tokeniz
     assert sequence.tokens[heard] == tokenizer.im_start
     written = sequence.tokens[heard + 1 :].tolist()
     assert written[-1] == tokenizer.im_end
-    assert split_tag(written[:-1], tokenizer) == (language or "unknown", "kalan moper")
+    assert split_tag(written[:-1], tokenizer) == (tag, "kalan moper")
     assert sequence.labels.tolist() == [IGNORE] * heard + written + [IGNORE]
     np.testing.assert_array_equal(sequence.mel[0], mel_of(clip(0.7)))
     assert MODALITIES[sequence.modality] == "audio"
@@ -86,6 +88,7 @@ def test_a_transcript_without_its_tag_is_none(tokenizer):
         (fields(None), 99, "no_answer"),
         (fields(" \n"), 99, "no_answer"),
         (fields(task="answer"), 99, "no_transcript"),
+        (fields(language="Chinese"), 99, "unknown_language"),
         (fields(content=[{"type": "audio", "audio": "1.wav"}]), 99, "media_missing"),
         (fields(), 12, "too_long"),
         (fields("kalan " * 90), 99, "too_long"),

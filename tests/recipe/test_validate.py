@@ -258,11 +258,16 @@ def test_what_cannot_work_is_refused_in_one_line(overrides, world_size, message)
 
 def test_packages_that_a_choice_needs_are_named_where_the_run_would_start(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    for override, package in (("optimizer=muon", "emerging-optimizers"), ("tracking=wandb_offline", "wandb")):
+    for override, package in (
+        ("optimizer=muon", "emerging-optimizers"),
+        ("tracking=wandb_offline", "wandb"),
+        ("evaluation.normalizer=whisper", "whisper-normalizer"),
+    ):
         recipe = load_recipe([override])
         validate(recipe, world_size=None)  # a cluster may have what this machine lacks
         with pytest.raises(
-            UserError, match=f"needs the package {package}; (pip install it|install the extra \\[muon\\]) or use "
+            UserError,
+            match=f"needs the package {package}; (pip install it|install the extra \\[(muon|whisper)\\]) or use ",
         ):
             validate(recipe, world_size=1)
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from omni_train.rollout.scoring import Tally, normalise, number, score
+from omni_train.recipe.schema import Normalizer
+from omni_train.rollout.scoring import Tally, score
 
 
-def figures(*answers):
-    """Figures of (task, language, reference, answer) each."""
+def tallied(*answers, normalizer=Normalizer.basic) -> Tally:
+    """The tally of (task, language, reference, answer) each."""
     tally = Tally()
     for task, language, reference, answer in answers:
-        score(tally, {"task": task, "language": language}, reference, answer)
-    return tally.figures()
+        score(tally, {"task": task, "language": language}, reference, answer, normalizer)
+    return tally
+
+
+def figures(*answers, **options):
+    return tallied(*answers, **options).figures()
 
 
 def test_word_errors_are_per_word_of_all_references_of_a_language():
@@ -35,12 +40,48 @@ def test_languages_without_spaces_have_character_errors_alone():
     assert not any(name.startswith("wer") for name in found)
 
 
+@pytest.mark.parametrize(
+    "language", ["zh_CN", "ZH", "cmn", "cmn_hans_cn", "ja_jp", "yue_hant_hk", "th_th", "zh-Hans", "lo_la"]
+)
+def test_they_have_no_word_errors_by_any_of_their_tags_and_none_in_the_pool(language):
+    tally = tallied(
+        ("transcribe", language, "今天天气很好我们去公园", "今天天气很好我们去公司"), ("transcribe", "en", "a b", "a")
+    )
+    found = tally.figures()
+    assert [name for name in found if name.startswith("wer_")] == ["wer_en"]
+    (cer,) = (value for name, value in found.items() if name.startswith("cer_") and name != "cer_en")
+    assert cer == pytest.approx(1 / 11)
+    assert tally.pooled("wer") == pytest.approx(1 / 2)
+
+
+def test_one_language_has_one_name_among_the_figures():
+    found = figures(*(("transcribe", tag, "red boat", "red") for tag in ("en", "EN", "en_US", "eng")))
+    assert set(found) == {"answers_transcribe", "cer_en", "wer_en"}
+
+
+@pytest.mark.parametrize("language", ["Chinese", "zh CN", 7, None, "und"])
+def test_words_of_a_language_that_is_not_known_are_not_counted_and_that_is_told(language):
+    found = figures(("transcribe", language, "今天天气", "今天天汽"), ("transcribe", "en", "a", "a"))
+    assert found["unknown_language"] == 1
+    assert found["cer_unknown"] == pytest.approx(1 / 4)
+    assert {name for name in found if name.startswith("wer")} == {"wer_en"}
+
+
+def test_a_number_with_a_separator_is_one_word_where_the_recipe_says_so():
+    said = ("transcribe", "en", "1,000 boats", "1000 boats")
+    assert figures(said)["wer_en"] == 1 / 2
+    pytest.importorskip("whisper_normalizer")
+    assert figures(said, normalizer=Normalizer.whisper)["wer_en"] == 0
+
+
 def test_exact_match_by_task_forgives_case_punctuation_and_spaces():
     found = figures(
         ("color", "en", "red", " Red. "),
         ("color", "en", "red", "blue"),
         ("shape", "en", "a circle", "a  circle"),
         (None, "en", "3.5", "35"),
+        (None, "en", "-5", "5"),
+        (None, "en", "50 %", "50"),
     )
     assert (found["exact_color"], found["exact_shape"], found["exact_answer"]) == (0.5, 1, 0)
 
@@ -50,10 +91,12 @@ def test_times_are_compared_in_seconds_and_what_is_no_time_is_wrong():
         ("when", "en", "At 4.0 seconds", "4.5 seconds"),
         ("when", "en", "7", "at 10,5"),
         ("when", "en", "2.0", "in the beginning"),
+        ("when", "en", "75", "1:15"),
+        ("when", "en", "1234", "1,234 seconds"),
     )
-    assert found["when_seconds_error"] == pytest.approx((0.5 + 3.5) / 2)
-    assert found["when_close"] == pytest.approx(1 / 3)
-    assert (found["when_unparsable"], found["answers_when"]) == (1, 3)
+    assert found["when_seconds_error"] == pytest.approx((0.5 + 3.5) / 4)
+    assert found["when_close"] == pytest.approx(3 / 5)
+    assert (found["when_unparsable"], found["answers_when"]) == (1, 5)
 
 
 def test_an_error_in_seconds_of_no_number_at_all_is_left_out():
@@ -83,16 +126,5 @@ def test_an_empty_reference_is_no_division_by_zero():
     assert "wer_en" not in figures(("transcribe", "en", "", "noise"))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("It's 3.5, ok?", "its 3.5 ok"), ("well-known", "well known"), ("ＡＢＣ", "abc"), ("हिन्दी", "हिन्दी"), ("...", "")],
-)
-def test_normalised_text(text, expected):
-    assert normalise(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("about 12.5s", 12.5), ("0,5", 0.5), ("none", None), ("３ seconds", 3.0)]
-)
-def test_the_first_number_of_a_text(text, expected):
-    assert number(text) == expected
+def test_a_task_of_any_text_is_a_name():
+    assert set(figures(("what | is\nit", "en", "a", "a"))) == {"answers_what_is_it", "exact_what_is_it"}

@@ -24,7 +24,7 @@ def world(tmp_path_factory) -> Path:
     for n in range(7):
         question = [{"type": "audio", "audio": "0.wav"}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"the red one {n}"}]
-        meta = {"language": ("en", "zh")[n % 2]}
+        meta = {"language": ("en_US", "ZH")[n % 2]}
         sound = sound_file(tone(0.3 + 0.3 * n, hertz=200 + 50 * n), format="WAV")
         samples.append((f"s{n}", {"messages": messages, "meta": meta}, {"0.wav": sound}))
     for split in ("train", "val"):
