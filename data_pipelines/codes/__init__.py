@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from data_pipelines.making import Making, write_json
 from data_pipelines.shards import index_shards, write_files
 from omni_train.data.codes import CODES, RECORD
 from omni_train.data.crops import read_speech
-from omni_train.data.sample import SampleError, sample_in
+from omni_train.data.sample import SampleError, describe, one_sample, sample_in
+from omni_train.data.tokenizer import copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import MediaConfig
 
@@ -106,7 +106,8 @@ def _write(shard: str) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         for key, parts in _samples(_job.data / shard):
             try:
-                parts[CODES] = _codes(parts)
+                with one_sample():
+                    parts[CODES] = _codes(parts)
             except SampleError as error:
                 missing[error.reason] = missing.get(error.reason, 0) + 1
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
@@ -146,12 +147,12 @@ def _finish(job: Job, shards: list[str]) -> None:
     out, records = job.making.out, job.making.records(shards)
     index_shards(out)
     if (job.data / "tokenizer").is_dir():
-        shutil.copytree(job.data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        copy_tokenizer(job.data / "tokenizer", out / "tokenizer")
     whose = {shard: record["codec"] for shard, record in records.items()}
     write_json(out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
     missing: dict[str, int] = {}
     for record in records.values():
         for reason, count in record["missing"].items():
             missing[reason] = missing.get(reason, 0) + count
-    told = ", ".join(f"{reason} {count:,}" for reason, count in sorted(missing.items())) or "none"
+    told = describe(missing) or "none"
     print(f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from data_pipelines.making import Making
 from data_pipelines.pack.manifest import Line, Refused, line_offsets, read_line
 from data_pipelines.pack.statistics import Statistics, write_page
 from data_pipelines.shards import index_shards, write_shard
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.sample import describe
+from omni_train.data.tokenizer import Tokenizer, copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import MediaConfig, ModelConfig
@@ -63,8 +63,8 @@ def pack(
     Raises:
         UserError: no manifest, nothing in it that can be used, or ``out`` holds something else.
     """
-    if not manifest.is_file():
-        raise UserError(f"manifest={manifest}: no such file; give a file of JSON lines")
+    if not manifest.is_file() or not os.access(manifest, os.R_OK):
+        raise UserError(f"manifest={manifest}: no such file, or it may not be read; give a file of JSON lines")
     if shard_samples < 1 or row_tokens < 1 or processes < 0 or not 0 <= val_fraction < 1:
         raise UserError("shard_samples and row_tokens must be at least 1, processes 0, val_fraction from 0 to below 1")
     Tokenizer(tokenizer)
@@ -85,12 +85,15 @@ def pack(
 def _shards(
     offsets: list[int], manifest: Path, shard_samples: int, val_fraction: float
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Name of each shard and the (number, offset) of its lines; a line's content decides its split."""
+    """Name of each shard and the (number, offset) of its lines, blank ones left out; a line's content decides its
+    split."""
     splits: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
     with manifest.open("rb") as file:
         for number, offset in enumerate(offsets):
-            file.seek(offset)
-            drawn = int.from_bytes(hashlib.blake2b(file.readline(), digest_size=4).digest()) / 2**32
+            line = file.readline()
+            if not line.strip():
+                continue
+            drawn = int.from_bytes(hashlib.blake2b(line, digest_size=4).digest()) / 2**32
             splits["val" if drawn < val_fraction else "train"].append((number, offset))
     for split, lines in splits.items():
         for index, start in enumerate(range(0, len(lines), shard_samples)):
@@ -126,18 +129,18 @@ def _finish(making: Making, names: Iterable[str], tokenizer: Path) -> None:
     for record in making.records(names).values():
         total.merge(record["statistics"])
         refused += record["refused"]
-    with (out / "refused.jsonl").open("w") as file:
+    with (out / "refused.jsonl").open("w", encoding="utf-8") as file:
         for line in sorted(refused, key=lambda line: line["line"]):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     reasons: dict[str, int] = {}
     for line in refused:
         reasons[line["reason"]] = reasons.get(line["reason"], 0) + 1
     if not total.samples:
-        raise UserError(f"out={out}: every line was refused ({reasons}); see refused.jsonl")
-    shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+        raise UserError(f"out={out}: every line was refused: {describe(reasons)}; see refused.jsonl")
+    copy_tokenizer(tokenizer, out / "tokenizer")
     write_page(out, total, reasons)
     index_shards(out)
-    told = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())) or "none"
+    told = describe(reasons) or "none"
     print(f"{out}: {total.samples:,} samples, {total.tokens:,} tokens; refused: {told}; see {out / 'statistics.md'}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines.pack.manifest import Line
 from omni_train.data.batch import MODALITIES
+from omni_train.data.language import language_of
 from omni_train.data.lengths import FRAMES_PER_SECOND
 
 FIGURES = ("samples", "tokens", "audio_tokens", "vision_tokens", "audio_seconds", "video_seconds", "speech_seconds")
@@ -37,8 +38,9 @@ class Statistics:
     def add(self, line: Line) -> None:
         """Count one sample."""
         modality = MODALITIES[line.sequences[0].modality]
-        meta = line.fields.get("meta", {})
-        group = self.groups.setdefault(f"{modality} {meta.get('language', 'unknown')}", Counter())
+        language = language_of(line.fields.get("meta", {}))
+        spoken = language.code if language.understood else "not understood"  # of any length, with anything in it
+        group = self.groups.setdefault(f"{modality} {spoken}", Counter())
         tokens = sum(len(sequence) for sequence in line.sequences)
         clips = [len(clip) / FRAMES_PER_SECOND for sequence in line.sequences for clip in sequence.mel]
         group.update(

@@ -12,6 +12,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from omni_train.data.chat import TokenSequence
 from omni_train.data.crops import Crop
+from omni_train.data.sample import describe
 from omni_train.errors import UserError
 from omni_train.recipe.schema import SourceConfig
 
@@ -25,11 +26,6 @@ class Tokenized:
     __restore_key__: tuple
     sequence: TokenSequence | Crop | None = None
     refused: str | None = None
-
-
-def describe(refused: dict[str, int]) -> str:
-    """Reasons and counts in words, the commonest first."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(refused.items(), key=lambda item: -item[1]))
 
 
 class TokenBlend(BaseWrapperDataset):

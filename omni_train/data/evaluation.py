@@ -12,7 +12,7 @@ from typing import Any
 from omni_train.data.batch import PackedBatch
 from omni_train.data.chat import TokenSequence, prompt, tokenize
 from omni_train.data.packing import aligned, best_fit, pack
-from omni_train.data.sample import Chat, Medium, SampleError
+from omni_train.data.sample import Chat, Medium, SampleError, one_sample
 from omni_train.data.sources import ShardFolder, first_samples, open_source
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_prompt
@@ -72,10 +72,11 @@ def held_out_questions(
                 continue
             index, chat, read = of_source[place]
             try:
-                parts = read()
-                given, answer = ask(
-                    chat, tokenizer, max_tokens=data.row_tokens, media=data.media, model=model, parts=parts
-                )
+                with one_sample():
+                    parts = read()
+                    given, answer = ask(
+                        chat, tokenizer, max_tokens=data.row_tokens, media=data.media, model=model, parts=parts
+                    )
             except SampleError as error:
                 refused[error.reason] += 1
                 continue
@@ -87,7 +88,7 @@ def held_out_questions(
                     answer=answer,
                     meta=chat.meta,
                     text=([turn.text for turn, reply in pairwise(chat.turns) if reply.role == "assistant"] or [""])[-1],
-                    media=[(medium, parts[medium.file]) for medium in chat.media if shown],
+                    media=[(medium, parts[medium.file]) for medium in chat.media if shown and medium.file in parts],
                 )
             )
     return found
@@ -124,20 +125,21 @@ def answer_rows(
             if other is None:
                 continue
             try:
-                parts = read()
-                if swapped:
-                    theirs = other[1]()
-                    files = zip(chat.media, other[0].media, strict=True)
-                    parts = {mine.file: theirs[another.file] for mine, another in files}
-                sequences += tokenize(
-                    chat,
-                    tokenizer,
-                    row_tokens=data.row_tokens,
-                    loss_on=LossOn.assistant,
-                    media=data.media,
-                    model=model,
-                    parts=parts,
-                )
+                with one_sample():
+                    parts = read()
+                    if swapped:
+                        theirs = other[1]()
+                        files = zip(chat.media, other[0].media, strict=True)
+                        parts = {mine.file: theirs[another.file] for mine, another in files}
+                    sequences += tokenize(
+                        chat,
+                        tokenizer,
+                        row_tokens=data.row_tokens,
+                        loss_on=LossOn.assistant,
+                        media=data.media,
+                        model=model,
+                        parts=parts,
+                    )
             except SampleError:
                 continue
     rows = _pack_all(sequences, data, tokenizer.end_of_text)

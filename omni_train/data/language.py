@@ -13,10 +13,10 @@ UNKNOWN = "unknown"
 
 # Scripts in which no space stands between words: Chinese characters and kana, and those of class SA (complex context)
 # of Unicode's line breaking, UAX 14, with Tibetan, Javanese and Balinese.
-UNSPACED = frozenset(
-    ("Hans", "Hant", "Hani", "Jpan", "Hira", "Kana", "Hrkt", "Bopo")
-    + ("Thai", "Laoo", "Khmr", "Mymr", "Tale", "Talu", "Lana", "Tavt", "Ahom", "Tibt", "Java", "Bali")
-)
+UNSPACED = {
+    *("Hans", "Hant", "Hani", "Jpan", "Hira", "Kana", "Hrkt", "Bopo"),
+    *("Thai", "Laoo", "Khmr", "Mymr", "Tale", "Talu", "Lana", "Tavt", "Ahom", "Tibt", "Java", "Bali"),
+}
 _NO_LANGUAGE = {None, "mul", "mis", "zxx"}  # undetermined, several, without a code, no words at all
 
 

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni_train.data.batch import Row
-from omni_train.data.blend import describe
 from omni_train.data.codes import check_codes
+from omni_train.data.sample import describe
 from omni_train.data.sources import open_source
 from omni_train.data.streams import Packer, StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from megatron.energon.flavors.webdataset.itar import ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
-from omni_train.data.sample import Sample, SampleError, sample_in
+from omni_train.data.sample import Sample, SampleError, one_sample, sample_in
 from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import SourceConfig
 
@@ -139,14 +139,14 @@ def first_samples(
     for index in range(min(samples, len(folder))):
         read = reader[index]["open"]
         try:
-            parts = read()
-            if parts is None:
-                continue
-            sample = sample_in(parts)
+            with one_sample():
+                parts = read()
+                sample = None if parts is None else sample_in(parts)
         except SampleError as error:
             refused[error.reason] += 1
             continue
-        yield index, sample, read
+        if sample is not None:
+            yield index, sample, read
 
 
 def energon_path(path: str) -> EPath:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from omni_train.data.blend import TokenBlend, Tokenized
 from omni_train.data.chat import TokenSequence, tokenize
 from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
-from omni_train.data.sample import SampleError, sample_in
+from omni_train.data.sample import SampleError, one_sample, sample_in
 from omni_train.data.sources import ShardFolder, StreamConfig
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_sequence
@@ -44,9 +43,6 @@ SNAPSHOT_ROWS = 16
 SNAPSHOT_TOKENS = 65536
 BUFFER_ROWS = 4
 BUFFER_BYTES = 2**30
-
-_log = logging.getLogger(__name__)
-_logged: set[str] = set()  # kinds of unexpected errors, in this process
 
 
 class Packer(BaseWrapperDataset):
@@ -184,8 +180,7 @@ def sequence_reader(
     With a ``seed`` clips are augmented as the recipe says. It decides together with the sample's restore key what is
     drawn: every epoch hears something else, and a restored stream the same again.
 
-    Whatever one sample makes fail refuses that sample: with its own reason, or as ``unexpected_...`` with the kind of
-    error, which is then logged once, for it may be a mistake of ours. A failed assertion surely is, and goes through.
+    Whatever one sample makes fail refuses that sample, as ``one_sample`` says.
     """
 
     augmented = seed is not None and config.augmentation is not None
@@ -221,18 +216,10 @@ def sequence_reader(
 
     def read(raw: dict) -> Iterator[Tokenized]:
         try:
-            found = sequences(raw)
+            with one_sample():
+                found = sequences(raw)
         except SampleError as error:
             yield Tokenized(raw["__restore_key__"], refused=error.reason)
-            return
-        except (UserError, AssertionError):
-            raise
-        except Exception as error:
-            reason = f"unexpected_{type(error).__name__}"
-            if reason not in _logged:
-                _logged.add(reason)
-                _log.warning("a sample was refused as %s; the first of them:", reason, exc_info=error)
-            yield Tokenized(raw["__restore_key__"], refused=reason)
             return
         for sequence in found:
             yield Tokenized(raw["__restore_key__"], sequence)

@@ -6,6 +6,7 @@ import bisect
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,27 @@ CONTROL_TOKENS = (
     "<tts_text_bos_single>",
     "<|audio_pad|>",
 )
+
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer's folder holds of the tokenizer; beside it there may be a whole model."""
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copy the files of a tokenizer, and nothing else."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, to / name)
 
 
 class Tokenizer:

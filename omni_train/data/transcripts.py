@@ -19,8 +19,8 @@ from omni_train.data.augmentation import Augmentation
 from omni_train.data.batch import IGNORE, MODALITIES
 from omni_train.data.chat import PADS, TokenSequence
 from omni_train.data.features.mel import log_mel
-from omni_train.data.lengths import audio_tokens
 from omni_train.data.language import UNKNOWN, language_of
+from omni_train.data.lengths import audio_tokens
 from omni_train.data.media import read_audio
 from omni_train.data.positions import Kind
 from omni_train.data.sample import Chat, Medium, Sample, SampleError

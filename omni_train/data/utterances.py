@@ -13,7 +13,7 @@ import numpy as np
 from omni_train.data.codes import codes_of
 from omni_train.data.crops import read_speech
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate
-from omni_train.data.sample import Document, Sample, SampleError, speech_of
+from omni_train.data.sample import Document, Sample, SampleError, one_sample, speech_of
 from omni_train.data.sources import first_samples, open_source
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
@@ -64,7 +64,8 @@ def held_out_utterances(
             if speech % data_world_size == (data_rank + 1) % data_world_size:
                 try:
                     name = f"{PurePath(source.path).name}/{index}"
-                    found.append(_utterance(name, sample, read(), data, model, evaluation))
+                    with one_sample():
+                        found.append(_utterance(name, sample, read(), data, model, evaluation))
                 except SampleError as error:
                     refused[error.reason] += 1
     if not speech:  # on every rank alike

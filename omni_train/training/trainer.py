@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omni_train import platform
 from omni_train.data.batch import MODALITIES
-from omni_train.data.blend import describe
+from omni_train.data.sample import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import StopRequest, Watchdog

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from omni_train.data import streams
+from omni_train.data import sample, streams
 from omni_train.data.batch import PackedBatch
 from omni_train.data.loader import build_loader, evaluation_rows
 from omni_train.data.sources import LateReader
@@ -126,13 +126,13 @@ def test_shuffling_and_restoring_read_only_what_is_packed(blended, monkeypatch):
 
 
 def test_an_unexpected_error_costs_its_sample_and_is_logged_once(blended, monkeypatch, caplog):
-    def fragile(sample, *args, original=streams.tokenize, **kwargs):
-        if sample.text.startswith("bb1"):
+    def fragile(given, *args, original=streams.tokenize, **kwargs):
+        if given.text.startswith("bb1"):
             raise ZeroDivisionError("nothing to divide by")
-        return original(sample, *args, **kwargs)
+        return original(given, *args, **kwargs)
 
     monkeypatch.setattr(streams, "tokenize", fragile)
-    monkeypatch.setattr(streams, "_logged", set())
+    monkeypatch.setattr(sample, "_logged", set())
     with caplog.at_level(logging.WARNING):
         rows = evaluation_rows(blended, MODEL, split="train", rows=10_000)
     skipped = sum((collections.Counter(row.skipped) for row in rows), collections.Counter())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from omni_train.data.sample import Chat, Document, Medium, SampleError, Turn, parse_sample
+from omni_train.data.sample import Chat, Document, Medium, SampleError, Turn, describe, parse_sample
 
 
 def test_a_document_keeps_its_text_and_meta():
@@ -52,6 +52,15 @@ def user(content: object) -> dict:
         (b"\xff\xfe", "broken_json"),
         (b"[" * 100_000, "broken_json"),
         (b'{"text": "half a pair \\ud800"}', "broken_json"),
+        (b'{"text": "a", "meta": {"title": "half a pair \\ud83d"}}', "broken_json"),
+        (b'{"text": "a", "half\\ud83d": 1}', "broken_json"),
+        (b'{"text": "a", "meta": {"gain": NaN}}', "broken_json"),
+        (b'{"text": "a", "meta": {"gain": -Infinity}}', "broken_json"),
+        (b'{"text": "a", "meta": {"gain": 1e999}}', "broken_json"),
+        (b'{"text": "a", "meta": {"n": ' + b"9" * 5000 + b"}}", "broken_json"),
+        (b'{"text": "a", "meta": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", "broken_json"),
+        (b'{"text": "a", "text": "b"}', "duplicate_key"),
+        (b'{"text": "a", "meta": {"n": 1, "n": 2}}', "duplicate_key"),
         ([1, 2], "unknown_schema"),
         ({"text": 7}, "unknown_schema"),
         ({"text": "a", "messages": []}, "unknown_schema"),
@@ -72,7 +81,7 @@ def user(content: object) -> dict:
         (user([{"type": "video", "video": "0.mp4", "start": True}]), "unknown_schema"),
         (user([{"type": "video", "video": "0.mp4", "start": 10**400}]), "unknown_schema"),
         (user([{"type": "audio", "audio": "0.flac", "start": 3, "end": 3.0}]), "unknown_schema"),
-        (user([{"type": "audio", "audio": "0.flac", "end": float("nan")}]), "unknown_schema"),
+        (user([{"type": "audio", "audio": "0.flac", "end": float("nan")}]), "broken_json"),
         (user([{"type": "image", "image": "0.png", "end": 1}]), "unknown_schema"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "0.png"}]}]},
@@ -80,6 +89,17 @@ def user(content: object) -> dict:
         ),
         ({"text": " \n"}, "empty"),
         ({"messages": []}, "empty"),
+        ({"text": "a", "txet": "b"}, "unknown_key_txet"),
+        ({"text": "a", "a | b\n": "b"}, "unknown_key_a___b_"),
+        (user([{"type": "text", "text": "a", "start": 1}]), "unknown_key_start"),
+        (user([{"type": "audio", "audio": "0.flac", "image": "1.png"}]), "unknown_key_image"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "unknown_key_tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "unknown_key_tool_calls"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "unknown_role"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt_conversations"),
+        (user([{"type": "image_url", "image_url": {"url": "data:,"}}]), "openai_image_url"),
+        (user([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]), "openai_input_audio"),
+        (user([{"type": ["audio"]}]), "unknown_part"),
         (user(""), "empty"),
     ],
 )
@@ -88,3 +108,15 @@ def test_whatever_else_is_refused_with_its_reason(data, reason):
     with pytest.raises(SampleError) as error:
         parse_sample(data)
     assert error.value.reason == reason
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json():
+    assert parse_sample(b'\xef\xbb\xbf{"text": "a \\ud83d\\ude00"}') == Document("a 😀")
+
+
+def test_of_a_known_format_it_is_told_what_to_do():
+    told = describe({"empty": 3, "openai_image_url": 2000, "sharegpt_conversations": 7})
+    assert told == (
+        "openai_image_url 2,000 (an OpenAI part: write type image and the name of a file instead), "
+        "sharegpt_conversations 7 (ShareGPT: write messages of role and content instead), empty 3"
+    )

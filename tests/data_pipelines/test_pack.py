@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines.pack import pack
+from data_pipelines.pack import Job, pack
+from data_pipelines.pack import manifest as module
 from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
 from data_pipelines.shards import digest
 from omni_train.data.sources import open_source
+from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import SourceConfig
+from omni_train.recipe.schema import MediaConfig, ModelConfig, SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def manifest(tmp_path_factory) -> Path:
     text = [json.dumps(line) for line in lines]
     text[59] = "{"
     file = folder / "all.jsonl"
+    text[13:13] = ["", "   "]  # lines of the file, though nothing is on them
     file.write_text("\n".join(text) + "\n\n")
     return file
 
@@ -88,12 +92,12 @@ def test_what_cannot_be_used_is_written_down_with_its_line_and_reason(packed):
     found = {line["line"]: line["reason"] for line in refused}
     assert found == {
         12: "media_missing",
-        24: found[24],
-        36: "unknown_role",
-        48: "too_long",
-        60: "broken_json",
+        26: found[26],
+        38: "unknown_role",
+        50: "too_long",
+        62: "broken_json",
     }
-    assert found[24].startswith("image_")
+    assert found[26].startswith("image_")
     assert refused[0]["files"] == ["absent.flac"]
 
 
@@ -190,3 +194,78 @@ def test_the_speech_of_a_sample_is_packed_with_it_and_what_has_no_meaning_refuse
     assert [one["speech"] for one in fields] == ["0.flac", "0.flac"]
     groups = json.loads((tmp_path / "out" / "statistics.json").read_text())["groups"]
     assert sum(group["speech_seconds"] for group in groups.values()) == pytest.approx(6.0)
+
+
+def packed_lines(folder: Path, tokenizer: Path, lines: list[str]) -> tuple[Path, dict[int, str]]:
+    """Where the lines of a manifest were packed, and the reasons of those that were refused."""
+    (folder / "all.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    pack(folder / "all.jsonl", folder / "out", tokenizer, processes=1, **OPTIONS | {"val_fraction": 0.0})
+    refused = [json.loads(line) for line in (folder / "out" / "refused.jsonl").read_text("utf-8").splitlines()]
+    return folder / "out", {line["line"]: line["reason"] for line in refused}
+
+
+def test_an_error_that_nobody_thought_of_costs_its_line(tokenizer, tmp_path, monkeypatch):
+    def divide(*args, **kwargs):
+        raise ZeroDivisionError
+
+    job = Job(tmp_path / "all.jsonl", None, tokenizer, ModelConfig(), MediaConfig(), 400)
+    monkeypatch.setattr(module, "tokenize", divide)
+    refused = module.read_line(4, b'{"text": "one"}', Tokenizer(tokenizer), job)
+    assert refused == module.Refused(5, "unexpected_ZeroDivisionError", [])
+
+
+def test_a_line_of_any_kind_costs_that_line_alone(tokenizer, tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    os.mkfifo(tmp_path / "pipe.wav")
+
+    def sound(name: str) -> str:
+        return json.dumps(chat({"type": "audio", "audio": name}))
+
+    lines = {
+        json.dumps({"text": "one"}): None,
+        '{"text": "two", "meta": {"title": "half \\ud83d"}}': "broken_json",
+        sound("half\ud83d.wav"): "broken_json",
+        '{"text": "two", "half\\ud83d": 1}': "broken_json",
+        '{"text": "two", "meta": {"gain": NaN}}': "broken_json",
+        '{"text": "two", "meta": ' + "[" * 30_000 + "]" * 30_000 + "}": "broken_json",
+        '{"text": "two", "meta": {"n": ' + "9" * 5000 + "}}": "broken_json",
+        '{"text": "two", "text": "three"}': "duplicate_key",
+        sound("nul\0.wav"): "media_unreadable",
+        sound("long" * 100): "media_unreadable",
+        sound("folder.wav"): "media_unreadable",
+        sound("pipe.wav"): "media_unreadable",
+        sound(""): "media_unreadable",
+        '{"conversations": [{"from": "human", "value": "one"}]}': "sharegpt_conversations",
+        json.dumps({"text": "three", "a|b\n": 1}): "unknown_key_a_b_",
+        json.dumps({"text": "two"}): None,
+    }
+    out, refused = packed_lines(tmp_path, tokenizer, list(lines))
+    assert refused == {number: reason for number, reason in enumerate(lines.values(), start=1) if reason}
+    with tarfile.open(out / "train-00000.tar") as tar:
+        assert tar.getnames() == ["000000000.json"]
+    assert json.loads((out / "statistics.json").read_text())["groups"]["text unknown"]["samples"] == 2
+
+
+def test_only_the_files_of_a_tokenizer_are_copied_from_its_folder(tokenizer, tmp_path):
+    whole = tmp_path / "model"
+    shutil.copytree(tokenizer, whole)
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (whole / name).write_text("large")
+    (whole / "chat_template.jinja").write_text("{{ messages }}")
+    out, _ = packed_lines(tmp_path, whole, ['{"text": "one"}'])
+    copied = {file.name for file in (out / "tokenizer").iterdir()}
+    assert copied == {file.name for file in tokenizer.iterdir()} | {"chat_template.jinja"}
+
+
+def test_languages_have_one_name_each_in_the_statistics_and_cannot_break_its_page(tokenizer, tmp_path):
+    named = ["zh_CN", "ZH", "cmn", "en|\n| evil", "Chinese", None]
+    out, _ = packed_lines(tmp_path, tokenizer, [json.dumps({"text": "one", "meta": {"language": n}}) for n in named])
+    groups = json.loads((out / "statistics.json").read_text())["groups"]
+    assert {name: group["samples"] for name, group in groups.items()} == {
+        "text zh": 3,
+        "text not understood": 2,
+        "text unknown": 1,
+    }
+    rows = [line for line in (out / "statistics.md").read_text().splitlines() if line.startswith("| text")]
+    assert sorted(row.split(" | ")[1] for row in rows) == ["not understood", "unknown", "zh"]
+    assert len({row.count("|") for row in rows}) == 1
