@@ -77,7 +77,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f"data.tokenizer={folder}: no tokenizer.json there; name a tokenizer folder")
         try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
+            spec = json.loads(file.read_text(encoding="utf-8-sig"))
             for token in spec["added_tokens"]:
                 token["special"] |= token["content"] in CONTROL_TOKENS
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))

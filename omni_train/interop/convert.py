@@ -82,8 +82,11 @@ def import_checkpoint(
     folder = Folder(hf, carries=family.carries)
     model = from_hugging_face(format, folder.config, hf.resolve().name, folder.names)
     table = _table(family, model, folder.names)
-    folder.check(table)
     embedding = table["embedding.word_embeddings.weight"][0].name
+    head = f"{family.names.head}weight"
+    if model.tie_word_embeddings and head in folder.names:
+        folder.leave(head, embedding)
+    folder.check(table)
     precision = Precision.bf16 if folder.dtype(embedding) is torch.bfloat16 else Precision.fp32
     recipe = _recipe(model, parallel or ParallelConfig(), precision)
     validate(recipe, platform.world_size())

@@ -15,6 +15,8 @@ from omni_train.errors import UserError
 from omni_train.interop.rows import TensorMap, row_count
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_ROWS = 1024  # of two tensors that are compared
+_INDEX = "model.safetensors.index.json"
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model"}
 
 
@@ -26,7 +28,8 @@ class Folder:
         carries: which tensors are not read, but travel as they are.
 
     Raises:
-        UserError: there is no ``config.json`` or no tensor, a file is missing or damaged, or two hold the same tensor.
+        UserError: there is no ``config.json`` or no tensor, a file is missing or damaged, or two hold different tensors
+            of one name.
     """
 
     def __init__(self, path: Path, carries: Callable[[str], bool] = lambda name: False) -> None:
@@ -35,23 +38,27 @@ class Folder:
         self._where: dict[str, Any] = {}  # tensor -> the open file that holds it
         self._carried: dict[str, Any] = {}
         for file in self._files():
+            if not file.is_file():
+                raise UserError(f"{file}: there is no such file, and {_INDEX} names it; copy it too")
             try:
                 opened = safe_open(file, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
             for name in opened.keys():  # noqa: SIM118  not a dict
                 where = self._carried if carries(name) else self._where
-                if name in where:
-                    raise UserError(f"{file}: {name} is in another file of the folder too; keep one")
-                where[name] = opened
+                if not _same(where.setdefault(name, opened), name, opened, name):
+                    raise UserError(f"{file}: {name} is in another file of the folder too, with other values; keep one")
         if not self._where:
             raise UserError(f"{path}: no tensors here; give a folder with *.safetensors files")
 
     def _files(self) -> Iterable[Path]:
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / _INDEX
         if not index.exists():
             return sorted(self.path.glob("*.safetensors"))
-        return [self.path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: no weight_map in it; copy it again")
+        return [self.path / name for name in sorted(set(weight_map.values()))]
 
     @property
     def names(self) -> Collection[str]:
@@ -97,6 +104,16 @@ class Folder:
         """
         self.dtype(name)
         return self._where[name].get_tensor(name)
+
+    def leave(self, name: str, kept: str) -> None:
+        """Leave a tensor that says what another one says.
+
+        Raises:
+            UserError: it says something else.
+        """
+        if not _same(self._where[name], name, self._where[kept], kept):
+            raise UserError(f"{self.path}: {name} is not {kept}, to which config.json ties it; correct one of them")
+        del self._where[name]
 
     def check(self, table: TensorMap) -> None:
         """Refuse a folder that is not exactly what the table reads.
@@ -149,11 +166,24 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing or broken.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give a folder that save_pretrained wrote") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def _same(one: Any, name: str, other: Any, its_name: str) -> bool:
+    """Whether tensors of two open files are of one shape and value, whatever their types; a few rows at a time."""
+    if one is other and name == its_name:
+        return True
+    ours, theirs = one.get_slice(name), other.get_slice(its_name)
+    if ours.get_shape() != theirs.get_shape():
+        return False
+    if not ours.get_shape():
+        return torch.equal(one.get_tensor(name), other.get_tensor(its_name))
+    rows = range(0, ours.get_shape()[0], _ROWS)
+    return all(torch.equal(ours[at : at + _ROWS].float(), theirs[at : at + _ROWS].float()) for at in rows)
 
 
 def _first(names: list[str]) -> str:

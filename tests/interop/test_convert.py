@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from omni_train.errors import UserError
 from omni_train.interop.convert import export_checkpoint, import_checkpoint
+from omni_train.interop.folder import Folder
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Precision
 from tests.support.hugging_face import rewrite, small_model, tensors_of, with_mtp
 from tests.support.thinker import small_recipe
@@ -245,6 +247,42 @@ def test_a_left_over_tensor_is_named(copy, tmp_path):
     refused(copy, tmp_path, r"model\.layers\.4\.input_layernorm\.weight: nothing in this model corresponds")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_tied_head_that_is_written_out_is_read_if_it_is_the_embedding(distributed, tmp_path, whole):
+    folder = tmp_path / "dense"
+    small_model("qwen3_5").save_pretrained(folder)
+    tied = tensors_of(folder)
+    if whole:
+        tied = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tied.items()}
+        text = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    (embedding,) = (name for name in tied if "embed_tokens" in name)
+    rewrite(folder, tied | {"lm_head.weight": tied[embedding].clone()})
+    out = there_and_back(distributed, folder, tmp_path, format="qwen3_5")
+    assert_same_tensors(tied, tensors_of(out))
+    other = tied[embedding].clone()
+    other[-1, -1] += 1
+    rewrite(folder, tied | {"lm_head.weight": other})
+    with pytest.raises(UserError, match=rf"lm_head\.weight is not {embedding}, to which config.json ties it"):
+        import_checkpoint("qwen3_5", folder, tmp_path / "another")
+
+
+def test_a_tensor_in_two_files_is_read_if_both_say_the_same(copy, tmp_path):
+    tensors = tensors_of(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({name: tensors[name].clone()}, copy / "twice.safetensors")
+    assert set(Folder(copy).names) == tensors.keys()
+    save_file({name: tensors[name] + 1}, copy / "twice.safetensors")
+    refused(copy, tmp_path, rf"twice\.safetensors: {name} is in another file of the folder too, with other values")
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(copy):
+    plain = Folder(copy).config
+    (copy / "config.json").write_bytes(b"\xef\xbb\xbf" + (copy / "config.json").read_bytes())
+    assert Folder(copy).config == plain
+
+
 def test_a_missing_tensor_is_named(copy, tmp_path):
     tensors = tensors_of(copy)
     del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
@@ -302,7 +340,9 @@ def test_damaged_folders_are_refused(copy, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     refused(copy, tmp_path, f"{file.name}: not a complete safetensors file")
     file.unlink()
-    refused(copy, tmp_path, f"{file.name}: not a complete safetensors file")
+    refused(copy, tmp_path, f"{file.name}: there is no such file, and model.safetensors.index.json names it")
+    (copy / "model.safetensors.index.json").write_text("{}")
+    refused(copy, tmp_path, r"index\.json: no weight_map in it")
     (copy / "config.json").write_text("{")
     refused(copy, tmp_path, "config.json: not valid JSON")
 
