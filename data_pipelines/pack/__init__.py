@@ -18,7 +18,7 @@ from omni_train.data.sample import describe
 from omni_train.data.tokenizer import Tokenizer, copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.schema import MediaConfig, ModelConfig
+from omni_train.recipe.schema import ChatTemplate, MediaConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Job:
     model: ModelConfig
     media: MediaConfig
     row_tokens: int
+    template: ChatTemplate = ChatTemplate.chatml
 
 
 def pack(
@@ -42,6 +43,7 @@ def pack(
     shard_samples: int = 1000,
     val_fraction: float = 0.01,
     processes: int = 0,
+    chat_template: str = "chatml",
 ) -> None:
     """Pack the samples of a manifest into shards, every medium opened and decoded, with a page of statistics.
 
@@ -59,6 +61,7 @@ def pack(
         shard_samples: lines of the manifest in one shard.
         val_fraction: share of the lines, chosen by their content, that is held out.
         processes: that work side by side; 0 for one per core.
+        chat_template: as `data.chat_template` of the training; decides what is refused and how long samples are.
 
     Raises:
         UserError: no manifest, nothing in it that can be used, or ``out`` holds something else.
@@ -67,12 +70,15 @@ def pack(
         raise UserError(f"manifest={manifest}: no such file, or it may not be read; give a file of JSON lines")
     if shard_samples < 1 or row_tokens < 1 or processes < 0 or not 0 <= val_fraction < 1:
         raise UserError("shard_samples and row_tokens must be at least 1, processes 0, val_fraction from 0 to below 1")
+    if chat_template not in list(ChatTemplate):
+        raise UserError(f"chat_template={chat_template}: must be one of {', '.join(ChatTemplate)}")
     Tokenizer(tokenizer)
     recipe = load_recipe([f"model={model}"])
     settings = {"row_tokens": row_tokens, "shard_samples": shard_samples, "val_fraction": val_fraction, "model": model}
+    settings["chat_template"] = chat_template
     making = Making(out, "packed")
     making.claim(settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
-    job = Job(manifest, making, tokenizer, recipe.model, recipe.data.media, row_tokens)
+    job = Job(manifest, making, tokenizer, recipe.model, recipe.data.media, row_tokens, ChatTemplate(chat_template))
     shards = dict(_shards(line_offsets(manifest), manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")

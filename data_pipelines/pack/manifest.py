@@ -89,6 +89,7 @@ def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str
         media=job.media,
         model=job.model,
         parts=media,
+        template=job.template,
     )
     videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
     seconds = sum(_duration(media[name]) for name in videos)

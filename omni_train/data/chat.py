@@ -1,4 +1,4 @@
-"""From a sample to token sequences with labels: ChatML for chats, plain text for documents."""
+"""From a sample to token sequences with labels: chats as a template writes them, documents as plain text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from omni_train.data.batch import IGNORE, MODALITIES
+from omni_train.data.chat_template import answer_text, generation_prompt, rounds, written
 from omni_train.data.clips import Clip, read_clip
 from omni_train.data.positions import Kind, rotary_ids
 from omni_train.data.rendering import Rendering, rendered_length
 from omni_train.data.sample import Chat, Document, Medium, Sample, SampleError, Turn
 from omni_train.data.tokenizer import Tokenizer
-from omni_train.recipe.schema import LossOn, MediaConfig, ModelConfig
+from omni_train.recipe.schema import ChatTemplate, LossOn, MediaConfig, ModelConfig
 
 PADS = {Kind.audio: "<|audio_pad|>", Kind.image: "<|image_pad|>", Kind.video: "<|video_pad|>"}
 VIDEO_READINGS = 4  # at most, until a video fits; the second nearly always does
@@ -53,13 +54,14 @@ def tokenize(
     media: MediaConfig,
     model: ModelConfig,
     parts: Mapping[str, bytes],
+    template: ChatTemplate = ChatTemplate.chatml,
 ) -> list[TokenSequence]:
     """The sequences of a sample, each at most ``row_tokens`` long; ``parts`` are the files beside ``key.json``.
 
     A long document is cut into pieces of a whole row and a rest; positions start anew in each piece, and the label at
-    the end of a piece is the first token of the next. Videos of a chat share the room that the rest of it leaves.
-    Raises SampleError: ``too_long`` for a chat that does not fit in a row, ``no_loss`` for one without anything to
-    learn, and the reasons of ``read_clip``.
+    the end of a piece is the first token of the next. A chat is one sequence, or one for each of its ``rounds``. Videos
+    of a chat share the room that the rest of it leaves. Raises SampleError: ``too_long`` for a chat that does not fit
+    in a row, ``no_loss`` for one without anything to learn, and the reasons of ``read_clip`` and ``written``.
     """
     if isinstance(sample, Document):
         tokens = np.array([*tokenizer.encode(sample.text), tokenizer.end_of_text], dtype=np.int32)
@@ -68,12 +70,27 @@ def tokenize(
             TokenSequence(tokens[start : start + row_tokens], labels[start : start + row_tokens], start == 0)
             for start in range(0, len(tokens) - 1, row_tokens)  # the last token predicts nothing: no piece begins at it
         ]
-    text = render(sample.turns, tokenizer, loss_on)
-    if not any(text.learned):
+    sequences: list[TokenSequence] = []
+    shown: dict[Medium, Clip] = {}
+
+    def read(medium: Medium, **room: int) -> Clip:
+        """A video, which is read anew for each room, or what is the same in every round."""
+        if room or medium not in shown:
+            clip = read_clip(medium, parts=parts, model=model, media=media, **room)
+            return clip if room else shown.setdefault(medium, clip)
+        return shown[medium]
+
+    for turns in rounds(sample.turns, template):
+        text = render(turns, tokenizer, loss_on, template=template)
+        if not any(text.learned):
+            raise SampleError("no_loss")
+        clips = _read_clips(turns, len(text), tokenizer, row_tokens, read)
+        whole = render(turns, tokenizer, loss_on, clips, template=template) if clips else text
+        sequences.append(_sequence(whole, tokenizer, turns, clips, media))
+        sequences[-1].begins_sample = len(sequences) == 1
+    if not sequences:
         raise SampleError("no_loss")
-    clips = _read_clips(sample.turns, len(text), tokenizer, row_tokens, media, model, parts)
-    whole = render(sample.turns, tokenizer, loss_on, clips) if clips else text
-    return [_sequence(whole, tokenizer, sample.turns, clips, media)]
+    return sequences
 
 
 def prompt(
@@ -84,21 +101,25 @@ def prompt(
     media: MediaConfig,
     model: ModelConfig,
     parts: Mapping[str, bytes],
+    template: ChatTemplate = ChatTemplate.chatml,
 ) -> tuple[TokenSequence, str]:
     """What a model is given to generate the last assistant turn, without labels, and the text of that turn.
 
-    The sequence ends in ``<|im_start|>assistant`` and its line end, and is at most ``max_tokens`` long. Raises
-    SampleError: ``no_answer`` for a chat without an assistant turn, and the reasons of ``tokenize``.
+    The sequence ends in ``<|im_start|>assistant`` and its line end, with an empty block of thinking where the template
+    has one, and is at most ``max_tokens`` long. Raises SampleError: ``no_answer`` for a chat without an assistant turn,
+    and the reasons of ``tokenize``.
     """
     last = max((index for index, turn in enumerate(chat.turns) if turn.role == "assistant"), default=None)
     if last is None:
         raise SampleError("no_answer")
     turns = chat.turns[:last]
-    length = len(render(turns, tokenizer, answer=True))
-    clips = _read_clips(turns, length, tokenizer, max_tokens, media, model, parts)
-    sequence = _sequence(render(turns, tokenizer, clips=clips, answer=True), tokenizer, turns, clips, media)
+    length = len(render(turns, tokenizer, answer=True, template=template))
+    read = functools.partial(read_clip, parts=parts, model=model, media=media)
+    clips = _read_clips(turns, length, tokenizer, max_tokens, read)
+    rendering = render(turns, tokenizer, clips=clips, answer=True, template=template)
+    sequence = _sequence(rendering, tokenizer, turns, clips, media)
     sequence.labels[:] = IGNORE
-    return sequence, chat.turns[last].text
+    return sequence, answer_text(chat.turns[last], template)
 
 
 def render(
@@ -107,17 +128,18 @@ def render(
     loss_on: LossOn = LossOn.assistant,
     clips: Mapping[Medium, Clip] | None = None,
     answer: bool = False,
+    template: ChatTemplate = ChatTemplate.chatml,
 ) -> Rendering:
-    """ChatML of turns and of those media that are among ``clips``; with ``answer``, the head of an assistant's turn.
+    """Turns and those media of theirs that are among ``clips``; with ``answer``, the head of an assistant's turn.
 
-    To be predicted are the texts of learned turns and their ``<|im_end|>``. The ids are those of Qwen's chat template
-    without thinking, except that control tokens spelled in a text stay text.
+    To be predicted are the texts of learned turns and their ``<|im_end|>``. The ids are those of the chat template,
+    except that control tokens spelled in a text stay text.
     """
     rendering = Rendering(tokenizer)
-    for turn in turns:
-        learned = turn.role == "assistant" or loss_on == LossOn.all
+    for before, turn, answers in written(turns, template):
+        learned = answers or loss_on == LossOn.all
         rendering.control(tokenizer.im_start)
-        rendering.text(f"{turn.role}\n")
+        rendering.text(f"{turn.role}\n{before}")
         for part in turn.parts:
             if isinstance(part, str):
                 rendering.text(part, learned=learned)
@@ -127,7 +149,7 @@ def render(
         rendering.text("\n")
     if answer:
         rendering.control(tokenizer.im_start)
-        rendering.text("assistant\n")
+        rendering.text(f"assistant\n{generation_prompt(template)}")
     rendering.close()
     return rendering
 
@@ -137,12 +159,9 @@ def _read_clips(
     length: int,
     tokenizer: Tokenizer,
     max_tokens: int,
-    media: MediaConfig,
-    model: ModelConfig,
-    parts: Mapping[str, bytes],
+    read: Callable[..., Clip],
 ) -> dict[Medium, Clip]:
     """Read all media of ``turns``, whose text is ``length`` long; videos last, in equal shares of the tokens left."""
-    read = functools.partial(read_clip, parts=parts, model=model, media=media)
     clips: dict[Medium, Clip] = {}
     left = max_tokens - length
     waiting = sorted((medium for turn in turns for medium in turn.media), key=lambda medium: medium.kind == "video")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def held_out_questions(
         UserError: no source has a chat with an answer there, or the split is missing.
     """
     tokenizer, refused = Tokenizer(data.tokenizer), Counter() if refused is None else refused
-    ask = transcript_prompt if data.rows is RowKind.transcripts else prompt
+    transcripts = data.rows is RowKind.transcripts
+    ask = transcript_prompt if transcripts else functools.partial(prompt, template=data.chat_template)
     sources = [open_source(source, split, training=False) for source in data.sources]
     unread = refused if data_rank == 0 else Counter()  # which every rank finds
     chats = [list(_chats(source, evaluation.samples, unread)) for source in sources]
@@ -139,6 +141,7 @@ def answer_rows(
                         media=data.media,
                         model=model,
                         parts=parts,
+                        template=data.chat_template,
                     )
             except SampleError:
                 continue

@@ -9,9 +9,10 @@ A document is ``{"text": ..., "meta": {...}}``. A chat is ``{"messages": [{"role
 - ``{"type": "video", "video": "2.mp4", "sound": true}``; without ``sound`` the video is silent
 
 where the file is the field of that name of the same key (``key.0.flac`` in the shard). Sound and video may give
-``start`` and ``end`` in seconds. ``"speech": "2.flac"`` beside ``text`` or ``messages`` names the file in which the
-text, or the last answer, is spoken: what speech is learned from. ``meta`` (language, task, source, twin, ...) is
-optional and kept as it is. Any other key is one that was misspelt, or something that would be lost: it is refused.
+``start`` and ``end`` in seconds. A message of the assistant may have ``reasoning_content``, what is thought before the
+answer. ``"speech": "2.flac"`` beside ``text`` or ``messages`` names the file in which the text, or the last answer, is
+spoken: what speech is learned from. ``meta`` (language, task, source, twin, ...) is optional and kept as it is. Any
+other key is one that was misspelt, or something that would be lost: it is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _OTHERS = {
     "audio_url": ("openai_audio_url", "a part of vLLM: write type audio and the name of a file instead"),
     "video_url": ("openai_video_url", "a part of vLLM: write type video and the name of a file instead"),
 }
-_ADVICE = dict(_OTHERS.values())
+_ADVICE = dict(_OTHERS.values()) | {
+    "unwritten_reasoning": "ChatML has no place for reasoning_content: set chat_template=qwen3_5",
+}
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()  # kinds of unexpected errors, in this process
@@ -98,6 +101,7 @@ class Turn:
 
     role: str
     parts: tuple[str | Medium, ...]
+    reasoning: str | None = None  # of an answer: what is thought before it
 
     @property
     def text(self) -> str:
@@ -211,9 +215,11 @@ def _turn(message: Any) -> Turn:
         raise SampleError("unknown_schema")
     if message.get("role") not in ROLES:
         raise SampleError("unknown_role")
-    _refuse_unknown(message, {"role", "content"})
-    content = message.get("content")
-    turn = Turn(message["role"], tuple(map(_part, content)) if isinstance(content, list) else (_text(content),))
+    answers = message["role"] == "assistant"
+    _refuse_unknown(message, {"role", "content", *(["reasoning_content"] if answers else [])})
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    parts = tuple(map(_part, content)) if isinstance(content, list) else (_text(content),)
+    turn = Turn(message["role"], parts, None if reasoning is None else _text(reasoning))
     if turn.role == "assistant" and turn.media:
         raise SampleError("media_in_assistant")
     return turn

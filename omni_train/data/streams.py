@@ -212,6 +212,7 @@ def sequence_reader(
             media=config.media,
             model=model,
             parts=parts,
+            template=config.chat_template,
         )
 
     def read(raw: dict) -> Iterator[Tokenized]:

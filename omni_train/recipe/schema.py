@@ -73,6 +73,13 @@ class LossOn(StrEnum):
     all = "all"
 
 
+class ChatTemplate(StrEnum):
+    """How chats are written; training has to write what serving will."""
+
+    chatml = "chatml"  # every text as it is
+    qwen3_5 = "qwen3_5"  # texts trimmed; answers behind the last question have a block of thinking, empty or not
+
+
 class Normalizer(StrEnum):
     """How transcripts are written before their errors are counted."""
 
@@ -228,6 +235,7 @@ class DataConfig:
     # rows; a multiple of 2·parallel.context.
     alignment: int = 16
     loss_on: LossOn = LossOn.assistant
+    chat_template: ChatTemplate = ChatTemplate.chatml  # what the template in the tokenizer's folder does
     media: MediaConfig = field(default_factory=MediaConfig)
     augmentation: AugmentationConfig | None = None  # of transcribed clips; null: they are heard as they are
     # Independent sequences of rows that the data are cut into. A run's rows depend on it, and not on workers or the

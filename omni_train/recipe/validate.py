@@ -10,7 +10,17 @@ from math import lcm
 
 from omni_train.errors import UserError
 from omni_train.recipe.refusals import bounds, divides, refuse, value
-from omni_train.recipe.schema import Decay, Normalizer, OptimizerName, ParallelConfig, Precision, Recipe, WandbMode
+from omni_train.recipe.schema import (
+    ChatTemplate,
+    Decay,
+    LossOn,
+    Normalizer,
+    OptimizerName,
+    ParallelConfig,
+    Precision,
+    Recipe,
+    WandbMode,
+)
 from omni_train.recipe.validate_codec import check_codec
 from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
@@ -232,6 +242,13 @@ def _rows(recipe: Recipe) -> None:
     divides(recipe, parallel.tensor, "parallel.tensor", "data.row_tokens")
     if data.row_tokens > (most := recipe.model.max_position_embeddings):
         refuse(recipe, "data.row_tokens", f"longer than model.max_position_embeddings={most}; shorten the rows")
+    if data.chat_template is ChatTemplate.qwen3_5 and data.loss_on is LossOn.all:
+        refuse(
+            recipe,
+            "data.loss_on",
+            "with data.chat_template=qwen3_5 a chat is learned once for each of its questions; set "
+            "data.loss_on=assistant",
+        )
     for i, source in enumerate(data.sources):
         if source.weight <= 0:
             raise UserError(f"data.sources[{i}].weight={source.weight}: must be above 0; leave the source out instead")

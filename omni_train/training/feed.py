@@ -11,11 +11,14 @@ import torch
 
 from omni_train import platform
 from omni_train.data.batch import PackedBatch
+from omni_train.data.chat_template import check_template
 from omni_train.data.evaluation import Question, answer_rows, held_out_questions
 from omni_train.data.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
+from omni_train.platform.logs import warn
 from omni_train.recipe.schema import Recipe
+from omni_train.recipe.speech import RowKind
 
 
 class Feed:
@@ -41,6 +44,8 @@ class Feed:
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
             raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
+        if data.rows is RowKind.chats and (unlike := check_template(data.tokenizer, data.chat_template)):
+            warn(unlike)
         if data.codec is not None:
             from omni_train.training.codec_checkpoint import codec_hash
 

@@ -269,3 +269,17 @@ def test_languages_have_one_name_each_in_the_statistics_and_cannot_break_its_pag
     rows = [line for line in (out / "statistics.md").read_text().splitlines() if line.startswith("| text")]
     assert sorted(row.split(" | ")[1] for row in rows) == ["not understood", "unknown", "zh"]
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_reasoning_is_packed_for_a_template_that_writes_it(tokenizer, tmp_path):
+    line = chat(answer="red")
+    line["messages"][1]["reasoning_content"] = "one two three"
+    (tmp_path / "all.jsonl").write_text(json.dumps(line) + "\n")
+    options = OPTIONS | {"val_fraction": 0.0, "processes": 1}
+    with pytest.raises(UserError, match=r"unwritten_reasoning 1 \(ChatML has no place .* set chat_template=qwen3_5\)"):
+        pack(tmp_path / "all.jsonl", tmp_path / "chatml", tokenizer, **options)
+    pack(tmp_path / "all.jsonl", tmp_path / "out", tokenizer, chat_template="qwen3_5", **options)
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        assert json.load(tar.extractfile("000000000.json"))["messages"] == line["messages"]
+    with pytest.raises(UserError, match="chat_template=qwen: must be one of chatml, qwen3_5"):
+        pack(tmp_path / "all.jsonl", tmp_path / "other", tokenizer, chat_template="qwen", **options)

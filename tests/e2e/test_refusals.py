@@ -61,5 +61,10 @@ def test_a_tokenizer_larger_than_the_vocabulary(trained):
     assert "320 tokens, more than model.vocab_size=256" in line
 
 
+def test_a_chat_template_that_its_tokenizer_does_not_serve(trained):
+    line = refusal(trained, "run=template", "data.chat_template=qwen3_5")
+    assert "models are served with it; set data.chat_template=chatml" in line
+
+
 def test_a_layout_larger_than_the_world_says_how_to_launch_it(trained):
     assert "launchers/local.sh 2 …" in refusal(trained, "run=layout", "parallel.tensor=2")

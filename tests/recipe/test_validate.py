@@ -78,6 +78,12 @@ REFUSED = [
         None,
         "model.partial_rotary_factor=0.25: rotates 15 of model.head_dim=60; must be even",
     ),
+    (
+        "data.chat_template=qwen3_5 data.loss_on=all",
+        None,
+        "data.loss_on=all: with data.chat_template=qwen3_5 a chat is learned once for each of its questions; set "
+        "data.loss_on=assistant",
+    ),
     # layout against the model
     (
         "model.moe_intermediate_size=62",
