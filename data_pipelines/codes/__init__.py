@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -117,10 +118,18 @@ def _write(shard: str) -> None:
     _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing})
 
 
+@contextlib.contextmanager
+def _whole(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
+
+
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Keys and files of a shard, whose files stand together by key."""
     key, parts = None, {}
-    with tarfile.open(shard) as tar:
+    with _whole(shard), tarfile.open(shard) as tar:
         for member in tar:
             if not member.isfile():
                 continue

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines.making import Making
-from data_pipelines.pack.manifest import Line, Refused, line_offsets, read_line
+from data_pipelines.pack.manifest import Line, Refused, read_line
 from data_pipelines.pack.statistics import Statistics, write_page
 from data_pipelines.shards import index_shards, write_shard
 from omni_train.data.sample import describe
@@ -79,7 +79,7 @@ def pack(
     making = Making(out, "packed")
     making.claim(settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
     job = Job(manifest, making, tokenizer, recipe.model, recipe.data.media, row_tokens, ChatTemplate(chat_template))
-    shards = dict(_shards(line_offsets(manifest), manifest, shard_samples, val_fraction))
+    shards = dict(_shards(manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")
     context = multiprocessing.get_context("forkserver")
@@ -88,19 +88,16 @@ def pack(
     _finish(making, shards, tokenizer)
 
 
-def _shards(
-    offsets: list[int], manifest: Path, shard_samples: int, val_fraction: float
-) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Name of each shard and the (number, offset) of its lines, blank ones left out; a line's content decides its
-    split."""
+def _shards(manifest: Path, shard_samples: int, val_fraction: float) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Name of each shard and the (number, offset) of its lines but blank ones; a line's content decides its split."""
     splits: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
+    offset = 0
     with manifest.open("rb") as file:
-        for number, offset in enumerate(offsets):
-            line = file.readline()
-            if not line.strip():
-                continue
-            drawn = int.from_bytes(hashlib.blake2b(line, digest_size=4).digest()) / 2**32
-            splits["val" if drawn < val_fraction else "train"].append((number, offset))
+        for number, line in enumerate(file):
+            if line.strip():
+                drawn = int.from_bytes(hashlib.blake2b(line, digest_size=4).digest()) / 2**32
+                splits["val" if drawn < val_fraction else "train"].append((number, offset))
+            offset += len(line)
     for split, lines in splits.items():
         for index, start in enumerate(range(0, len(lines), shard_samples)):
             yield f"{split}-{index:05d}", lines[start : start + shard_samples]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import io
 import json
 import re
@@ -39,16 +38,6 @@ class Line:
     media: dict[str, bytes] = field(default_factory=dict)
     video_seconds: float = 0.0
     speech_seconds: float = 0.0  # of the speech that the sample teaches
-
-
-def line_offsets(manifest: Path) -> array.array:
-    """Where each line begins, in bytes."""
-    offsets, position = array.array("Q"), 0
-    with manifest.open("rb") as file:
-        for line in file:
-            offsets.append(position)
-            position += len(line)
-    return offsets
 
 
 def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Refused:

@@ -54,7 +54,7 @@ class WavLMTeacher:
                 f"codec_training.teacher={folder}: needs the package transformers; install it, or set teacher=null"
             ) from None
         try:
-            kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
+            kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
             if kind != "wavlm":
                 raise UserError(f"codec_training.teacher={folder}: a {kind} model; give a folder of a WavLM model")
             self.model = WavLMModel.from_pretrained(folder, local_files_only=True).to(device).eval()
@@ -64,9 +64,7 @@ class WavLMTeacher:
             ) from None
         self.model.requires_grad_(False)
         preprocessor = Path(folder) / "preprocessor_config.json"
-        self.normalize = preprocessor.exists() and json.loads(preprocessor.read_text(encoding="utf-8-sig")).get(
-            "do_normalize", True
-        )
+        self.normalize = preprocessor.exists() and json.loads(preprocessor.read_text()).get("do_normalize", True)
         self.masked = self.model.config.feat_extract_norm == "layer"  # the others were trained on zeros as they are
         self.rate = TEACHER_SAMPLING_RATE / prod(self.model.config.conv_stride)
         self.size = self.model.config.hidden_size

@@ -7,9 +7,11 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -121,6 +123,16 @@ def test_the_folder_and_each_shard_say_whose_codes_they_are(codec, coded):
 def test_what_a_codec_is_called_follows_its_weights_and_sizes_alone(codec, tmp_path):
     same, other = checkpoint(tmp_path / "same", 1), checkpoint(tmp_path / "other", 2)
     assert codec_hash(str(same)) == codec_hash(str(codec)) != codec_hash(str(other))
+
+
+def test_a_shard_that_breaks_off_is_named(speech, codec, tmp_path):
+    shard = shutil.copytree(speech, tmp_path / "speech") / "train-00001.tar"
+    with tarfile.open(shard) as tar:
+        cut = tar.getmembers()[-1].offset_data + 5
+    with shard.open("r+b") as file:
+        file.truncate(cut)
+    with pytest.raises(UserError, match=r"train-00001\.tar: not a complete tar .*; mend it"):
+        extract(tmp_path / "speech", str(codec), open_codec, tmp_path / "out", workers=1)
 
 
 def test_more_processes_give_the_same_bytes(speech, codec, coded, tmp_path):
