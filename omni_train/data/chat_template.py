@@ -165,7 +165,10 @@ def _own_template(folder: str | Path) -> str | None:
     for file in (Path(folder) / name for name in _FILES):
         if file.is_file():
             text = file.read_text(encoding="utf-8-sig")
-            template = json.loads(text).get("chat_template") if file.suffix == ".json" else text
+            try:
+                template = json.loads(text).get("chat_template") if file.suffix == ".json" else text
+            except (ValueError, AttributeError):
+                raise UserError(f"{file}: not a JSON object; copy the tokenizer again") from None
             if isinstance(template, list):  # several by name
                 template = next((one["template"] for one in template if one.get("name") == "default"), None)
             if template:

@@ -65,13 +65,13 @@ def _bare(word: str) -> str:
     """A word without the marks of its clause, unless it is nothing but marks, or a factorial."""
     word = word.lstrip(_OPENING) or word
     bare = word.rstrip(_CLOSING)
-    factorial = bare[-1:].isdecimal() and word[len(bare)] == "!" if len(bare) < len(word) else False
+    factorial = bare[-1:].isdecimal() and word.startswith("!", len(bare))
     return word if factorial or not bare else bare
 
 
 def _is_said(text: str, index: int) -> bool:
     """Whether a character of a text is of a word or a number."""
-    letter, before, behind = text[index], text[:index][-1:], text[index + 1 : index + 2]
+    letter, before, behind = text[index], text[max(index - 1, 0) : index], text[index + 1 : index + 2]
     category = unicodedata.category(letter)
     if category[0] not in "PS":
         return True

@@ -200,6 +200,10 @@ def test_the_template_of_the_tokenizers_folder_is_compared(tokenizer_folder, fol
         (tmp_path / "chat_template.jinja").write_text(own)
         for template in ChatTemplate:
             assert "in another way, as none here does" in check_template(tmp_path, template)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+        check_template(tmp_path, QWEN3_5)
 
 
 def test_control_tokens_spelled_in_a_sample_stay_text(tokenizer: Tokenizer):
