@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -11,11 +12,11 @@ import tarfile
 import pytest
 
 from data_pipelines.shards import index_shards
-from omni_train.data import sources
+from omni_train.data import evaluation, sources
 from omni_train.data.loader import build_loader, evaluation_rows, redistribute
 from omni_train.errors import UserError
-from omni_train.recipe.schema import SourceConfig
-from tests.data.conftest import MODEL, documents
+from omni_train.recipe.schema import EvaluationConfig, SourceConfig
+from tests.data.conftest import MODEL, chats, documents
 
 SEED = 37
 
@@ -149,6 +150,25 @@ def test_refused_samples_are_counted_by_reason(source, write):
     rows = evaluation_rows(source(write(samples)), MODEL, split="train", rows=10_000)
     assert skipped(rows) == {"too_long": 1, "media_missing": 1, "no_messages": 2}
     assert sum(row.samples for row in rows) == 50
+
+
+def test_an_unexpected_error_costs_its_held_out_sample_alone(source, write, monkeypatch):
+    config = source(write(chats(6, seed=2), shards=1))
+
+    def fragile(original, what):
+        def call(given, *args, **kwargs):
+            if what(given):
+                raise ZeroDivisionError("nothing to divide by")
+            return original(given, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(sources, "sample_in", fragile(sources.sample_in, lambda parts: b'"0 ' in parts["json"]))
+    monkeypatch.setattr(evaluation, "prompt", fragile(evaluation.prompt, lambda chat: chat.turns[0].text[0] == "1"))
+    refused = collections.Counter()
+    questions = evaluation.held_out_questions(config, MODEL, EvaluationConfig(), split="train", refused=refused)
+    assert refused == {"unexpected_ZeroDivisionError": 2}
+    assert [question.text[0] for question in questions] == ["2", "3", "4", "5"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
