@@ -13,7 +13,8 @@ import av.stream
 from omni_train.data.sample import SampleError
 
 # Demuxers of self-contained files. A playlist (HLS, concat, DASH) could name other files and addresses.
-FORMATS = "mov,matroska,webm,mp3,aac,ogg,flac,wav,aiff,caf,amr,asf"
+FORMATS = "mov,matroska,webm,mp3,aac,ogg,flac,wav,aiff,caf,amr,asf,w64,au,ac3,eac3,dts,wv,ape,tta,voc"
+PICTURES = "avi,mpegts,mpeg,flv,dv,mxf,nut,ivf,obu,h264,hevc,m4v,mpegvideo,rm,wtv,gif"
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def refused_as(reason: str) -> Iterator[None]:
 @contextmanager
 def open_container(data: bytes) -> Iterator[av.container.InputContainer]:
     """An FFmpeg container over the bytes, closed in the end."""
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+    options = {"format_whitelist": f"{FORMATS},{PICTURES}", "protocol_whitelist": "none"}
     with av.open(io.BytesIO(data), options=options) as container:
         yield container
 
