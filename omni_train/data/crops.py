@@ -86,9 +86,6 @@ def _cut(
     speech = _speech(sample, parts)
     file, begin = parts[speech.file], speech.start or 0.0
     seconds = audio_seconds(file)
-    if seconds is None:
-        waveform = read_audio(file, media, speech.start, speech.end, rate)
-        return waveform[_drawn(draw, len(waveform) - samples) :][:samples]
     end = seconds if speech.end is None else min(speech.end, seconds)
     first = _drawn(draw, round((end - begin) * rate) - samples)
     start = max(0, int((first / rate - AROUND) / GRID)) * GRID

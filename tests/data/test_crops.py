@@ -25,6 +25,7 @@ from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, 
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig, RowKind
 from tests.data.media.test_audio import encoded, noise
 from tests.data.test_loader import take, through_a_file
+from tests.support.ffmpeg import ffmpeg
 from tests.support.media import sound_file
 
 SEED = 43
@@ -136,6 +137,7 @@ def test_what_is_drawn_for_a_crop_is_its_own(data):
 
 
 RECORDINGS = [("wav", 24000), ("flac", 44100), ("wav", 22050), ("mp3", 44100), ("m4a", 48000), ("ogg", 16000)]
+RECORDINGS += [("aac", 44100), ("opus", 48000)]
 
 
 @pytest.mark.parametrize(("kind", "rate"), RECORDINGS)
@@ -163,6 +165,20 @@ def test_a_crop_of_a_long_recording_is_that_of_the_whole_and_decodes_no_more(dat
         else:  # what a lossy decoder makes depends a little on where it begins
             assert np.corrcoef(crop.waveform, near)[0, 1] > 0.999
     assert len(decoded) == 5 and max(decoded) < 1.5 + 0.3
+
+
+def test_crops_of_a_file_that_does_not_say_its_length_are_drawn_from_all_of_it(data, monkeypatch, tmp_path):
+    samples = np.concatenate([np.zeros((160000, 1), np.float32), noise(10.0, 16000, 1)])  # its first bit rate misleads
+    (tmp_path / "in.wav").write_bytes(sound_file(samples, 16000, "WAV"))
+    file = ffmpeg("-i", tmp_path / "in.wav", "-q:a", 5, "-write_xing", 0, "-f", "mp3", "-")
+    text, data = json.dumps({"text": "ka", "speech": "0.mp3"}), dataclasses.replace(data, crop_seconds=1.5)
+    asked = []
+    monkeypatch.setattr("omni_train.data.crops._drawn", lambda draw, last: asked.append(last) or draw * last)
+    for draw in (0, 1):  # the first and the last of all places
+        crop = read_crop(parse_sample(text.encode()), {"0.mp3": file}, data, MODEL, draw)
+        assert crop.length == 36000
+    whole = read_audio(file, data.media, sampling_rate=24000)
+    assert abs(len(whole) / 24000 - 20) < 0.2 and abs(asked[1] + 36000 - len(whole)) <= 24
 
 
 @pytest.mark.parametrize("workers", [0, 2])
