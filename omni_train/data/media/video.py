@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import av
@@ -12,14 +10,18 @@ import av.container
 import av.stream
 import av.video
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
 from omni_train.data.features.patches import image_size, patchify, resize, video_size
 from omni_train.data.media.audio import packet_frames, stream_blocks, waveform_of
-from omni_train.data.media.container import one_thread, open_container, refused_as
+from omni_train.data.media.container import open_container, refused_as
+from omni_train.data.media.frames import Decoded, Misplaced, Packets, Stamped, decoded, stamped
 from omni_train.data.media.structure import breaks_off
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
+
+CLOCK = 0.001  # seconds: times of whole milliseconds, as Matroska has them, may be that far off
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,6 @@ class Video:
     seconds: np.ndarray  # (t,) float64: mean time of the frames of each temporal patch
     seconds_per_grid: float  # from one temporal patch to the next, on average
     waveform: np.ndarray | None  # (n,) float32 of 16 kHz from time 0 on; None without sound
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """Where the frames of a stream are, in order of time and in ticks of its clock."""
-
-    ticks: np.ndarray  # (n,) int64: when each is shown
-    keyframes: list[int]  # ticks of those at which decoding can begin
 
 
 def read_video(
@@ -67,61 +61,79 @@ def read_video(
     with refused_as("video_unreadable"), open_container(data) as container:
         stream = _picture_stream(container, media)
         speaker = container.streams.audio[0] if sound and container.streams.audio else None
-        frames, heard = _locate(container, stream, speaker)
-        clock = float(stream.time_base)
-        origin = float(frames.ticks[0] * clock)
-        times = frames.ticks * clock - origin
-        inside = np.flatnonzero((times >= start) & (times < (math.inf if end is None else end)))
-        if not len(inside):
-            raise SampleError("video_empty")
-        with refused_as("video_extreme_ratio"):
-            number, size = _fit(times[inside], stream.height, stream.width, media, vision, max_tokens)
-        chosen = inside[np.linspace(0, len(inside) - 1, number).round().astype(int)]
-        with refused_as("video_damaged"):
-            sampled = _decode(container, stream, frames, frames.ticks[chosen])
+        packets, heard = _demux(container, stream, speaker)
+        shape = stream.height, _shown_width(stream)
+
+        def sample(frames: Stamped | Decoded) -> tuple[float, np.ndarray, list[np.ndarray]]:
+            """Time 0 of the file by its own clock, the times of the sampled frames in the part, and their pixels."""
+            origin = frames.seconds[0] if container.start_time is None else container.start_time / av.time_base
+            inside, times = _part(frames.seconds - origin, frames.packets.last_seconds, start, end)
+            with refused_as("video_extreme_ratio"):
+                number, size = _fit(times, *shape, media, vision, max_tokens)
+            chosen = np.linspace(0, len(inside) - 1, number).round().astype(int)
             # PyAV's own converter keeps threads of its process, and waits for them for ever in a worker forked from it.
             convert = VideoReformatter()
-            pixels = [_pixels(frame, size, convert) for frame in sampled]
+            return origin, times[chosen], [_pixels(frame, size, convert) for frame in frames.take(inside[chosen])]
+
+        with refused_as("video_damaged"):
+            try:
+                origin, shown, pixels = sample(stamped(packets))
+            except Misplaced:
+                origin, shown, pixels = sample(decoded(packets))
         waveform = _sound(heard, speaker, origin, start, end, media) if speaker else None
     patches, grid = patchify(np.stack(pixels), vision)
-    temporal = vision.temporal_patch_size
-    shown = times[chosen] - start
+    number, temporal = len(shown), vision.temporal_patch_size
     shown = np.concatenate([shown, shown[-1:].repeat(-number % temporal)]).reshape(-1, temporal)
     step = (shown.flat[number - 1] - shown.flat[0]) / (number - 1) if number > 1 else 1 / media.video_fps
     return Video(patches, grid, (shown[:, 0] + shown[:, -1]) / 2, float(temporal * step), waveform)
 
 
 def _picture_stream(container: av.container.InputContainer, media: MediaConfig) -> av.video.stream.VideoStream:
-    """The first stream of moving pictures: a cover is none."""
+    """The moving pictures that a player chooses: a cover is none, and what is switched off comes last."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
+    streams.sort(key=lambda s: not s.disposition & av.stream.Disposition.default)
+    if not streams or not streams[0].width * streams[0].height:
         raise SampleError("video_unreadable")
-    pixels = streams[0].width * streams[0].height
-    if not pixels:
-        raise SampleError("video_unreadable")
-    if pixels > media.max_source_pixels:
+    if streams[0].width * streams[0].height > media.max_source_pixels:
         raise SampleError("video_too_large")
     return streams[0]
 
 
-def _locate(
+def _shown_width(stream: av.video.stream.VideoStream) -> int:
+    """The width in square pixels: those of discs and of broadcasts are often wider than high."""
+    return max(1, round(stream.width * float(stream.sample_aspect_ratio or 1)))
+
+
+def _demux(
     container: av.container.InputContainer,
     stream: av.video.stream.VideoStream,
     speaker: av.audio.stream.AudioStream | None,
-) -> tuple[_Frames, list[av.Packet]]:
-    """Find all frames without decoding any, and keep the packets of sound, which are few bytes beside the pictures."""
-    ticks, keyframes, heard = [], [], []
+) -> tuple[Packets, list[av.Packet]]:
+    """The packets of the pictures and of the sound; none is decoded yet."""
+    seen, heard = [], []
     with refused_as("video_damaged"):
         for packet in container.demux([stream, speaker] if speaker else stream):
             if packet.stream is speaker:
                 heard.append(packet)
-            elif packet.size and packet.pts is not None and not packet.is_discard:
-                ticks.append(packet.pts)
-                if packet.is_keyframe:
-                    keyframes.append(packet.pts)
-    if not ticks:
+            elif packet.size:
+                seen.append(packet)
+    if not seen:
         raise SampleError("video_empty")
-    return _Frames(np.sort(np.array(ticks, dtype=np.int64)), sorted(keyframes)), heard
+    return Packets(stream, seen), heard
+
+
+def _part(times: np.ndarray, last: float, start: float, end: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the frames that are shown from ``start`` to ``end``, and from when on in the part.
+
+    ``times`` (n,) are those of all, of which the last is shown for ``last`` seconds. A frame is shown until the next
+    begins, so that the first of a part is mostly one that begins before it.
+    """
+    first = max(int(np.searchsorted(times, start + CLOCK, side="right")) - 1, 0) if start else 0
+    stop = len(times) if end is None else max(int(np.searchsorted(times, end)), first + 1)
+    if (start and start >= times[-1] + last) or (end is not None and times[first] >= end):
+        raise SampleError("video_empty")
+    inside = np.arange(first, stop)
+    return inside, np.maximum(times[inside] - start, 0)
 
 
 def _fit(
@@ -157,33 +169,16 @@ def _fit(
     return number, size
 
 
-def _decode(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, frames: _Frames, wanted: np.ndarray
-) -> Iterator[av.VideoFrame]:
-    """The frames shown at the ticks ``wanted`` (ascending), seeking over what no wanted frame builds on."""
-    one_thread(stream)
-    index, reached, decoded = 0, None, None
-    while index < len(wanted):
-        keyframe = frames.keyframes[max(bisect_right(frames.keyframes, wanted[index]) - 1, 0)]
-        if reached is None or keyframe > reached:
-            container.seek(keyframe, stream=stream)  # may land earlier
-            decoded, reached = container.decode(stream), keyframe
-        frame = next(decoded)
-        reached = max(reached, frame.pts)
-        while index < len(wanted) and frame.pts >= wanted[index]:
-            if frame.is_corrupt:
-                raise SampleError("video_damaged")
-            yield frame
-            index += 1
-
-
 def _pixels(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter) -> np.ndarray:
-    """A frame (height, width, 3) uint8, turned as its metadata say; ``size`` is of the frame before it is turned."""
+    """A frame (height, width, 3) uint8, turned and mirrored as its display matrix says; ``size`` is before that."""
     pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    quarters = round(frame.rotation / 90) % 4
-    if quarters:
-        pixels = np.ascontiguousarray(np.rot90(pixels, quarters))
-    return resize(pixels, *(reversed(size) if quarters % 2 else size))
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    # It takes a pixel of column p and row q to (a p + c q, b p + d q).
+    a, b, _, c, d = np.frombuffer(matrix, "=i4")[:5].astype(float) if matrix else (1, 0, 0, 0, 1)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, size, a, d = pixels.transpose(1, 0, 2), size[::-1], c, b
+    pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return resize(np.ascontiguousarray(pixels), *size)
 
 
 def _sound(
