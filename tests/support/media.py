@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -37,6 +39,19 @@ def image_file(pixels: np.ndarray | Image.Image, format: str = "PNG", **options)
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def png_file(rows: bytes, width: int, height: int, bits: int, colour: int, *beside: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of packed ``rows`` (without filters) with other chunks, (kind, body), before its pixels."""
+    length = len(rows) // height
+    lines = b"".join(b"\0" + rows[at : at + length] for at in range(0, len(rows), length))
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), *beside, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def video_file(

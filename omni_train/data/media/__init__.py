@@ -6,7 +6,8 @@ readers whatever the bytes are, and nothing stays open. Reasons, with the medium
 =================== ====================================================================================
 ``_empty``          no bytes, or not one frame of sound, or no picture
 ``_unreadable``     not a file of this kind, or of a format that is not read
-``_damaged``        begins well, then breaks off or cannot be decoded
+``_heic``           HEIC, which no library here decodes: convert it to JPEG or AVIF (``image_heic``)
+``_damaged``        begins well, then breaks off or cannot be decoded; of a video, more than a fifth of its frames
 ``_too_large``      more pixels in its header than ``media.max_source_pixels``
 ``_extreme_ratio``  one side more than 200 times the other
 ``_too_long``       more sound than ``media.max_audio_seconds`` (``audio_too_long``)

@@ -161,12 +161,21 @@ def decoded(packets: Packets) -> Decoded:
 def _times(stamps: np.ndarray, rate: float) -> np.ndarray:
     """Times (n,) in seconds of frames in the order in which they are shown; NaN for one that cannot be placed.
 
-    ``stamps`` (n, 2) are their pts and dts, NaN where there is none. The first that ascend are believed, as players do;
-    those after the last of them follow at ``rate`` frames a second.
+    ``stamps`` (n, 2) are their pts and dts, NaN where there is none: as in players, those that go back less often are
+    believed. What is not later than all before it has no place, but those after the last that has one follow at
+    ``rate`` frames a second.
     """
-    for seconds in stamps.T:
-        known = np.flatnonzero(~np.isnan(seconds))
-        if len(known) and (np.diff(seconds[known]) > 0).all():
-            last = known[-1]
-            return np.concatenate([seconds[:last], seconds[last] + np.arange(len(seconds) - last) / rate])
-    return np.arange(len(stamps)) / rate
+    pts, dts = stamps.T
+    seconds = np.nan_to_num(dts if _faults(dts) < _faults(pts) else pts, nan=-math.inf)
+    placed = np.flatnonzero(seconds > np.maximum.accumulate(np.concatenate([[-math.inf], seconds[:-1]])))
+    if not len(placed):
+        return np.arange(len(seconds)) / rate
+    times, last = np.full(len(seconds), math.nan), placed[-1]
+    times[placed] = seconds[placed]
+    times[last:] = seconds[last] + np.arange(len(seconds) - last) / rate
+    return times
+
+
+def _faults(stamps: np.ndarray) -> float:
+    known = stamps[~np.isnan(stamps)]
+    return (np.diff(known) <= 0).sum() if len(known) else math.inf

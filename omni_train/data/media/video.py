@@ -47,11 +47,12 @@ def read_video(
 ) -> Video:
     """Sample frames of the part from ``start`` to ``end`` seconds, and read its sound where asked for and there.
 
-    Frames are taken evenly from the first to the last, ``media.video_fps`` a second within the bounds of the recipe,
-    as ``transformers``' ``Qwen3VLVideoProcessor`` does (``numpy.linspace`` over their indices); times are those of the
-    frames themselves, so that varying rates are right. Where they would need more than ``max_tokens`` tokens there are
-    first fewer of them, down to ``media.video_min_frames``, then smaller ones. Only the stretches between a keyframe
-    and a sampled frame are decoded. Raises SampleError with a reason of ``omni_train.data.media``.
+    Frames are taken evenly from the first to the last that are shown in the part, ``media.video_fps`` a second within
+    the bounds of the recipe, as ``transformers``' ``Qwen3VLVideoProcessor`` does (``numpy.linspace`` over their
+    indices); times are those of the frames themselves, so that varying rates are right. Where they would need more than
+    ``max_tokens`` tokens there are first fewer of them, down to ``media.video_min_frames``, then smaller ones. Only the
+    stretches between a keyframe and a sampled frame are decoded, unless a frame is not where its packet says. Raises
+    SampleError with a reason of ``omni_train.data.media``.
     """
     if not data:
         raise SampleError("video_empty")
@@ -63,23 +64,23 @@ def read_video(
         speaker = container.streams.audio[0] if sound and container.streams.audio else None
         packets, heard = _demux(container, stream, speaker)
         shape = stream.height, _shown_width(stream)
+        origin = (container.start_time or 0) / av.time_base  # where the earliest stream begins, heard or not
 
-        def sample(frames: Stamped | Decoded) -> tuple[float, np.ndarray, list[np.ndarray]]:
-            """Time 0 of the file by its own clock, the times of the sampled frames in the part, and their pixels."""
-            origin = frames.seconds[0] if container.start_time is None else container.start_time / av.time_base
+        def sample(frames: Stamped | Decoded) -> tuple[np.ndarray, list[np.ndarray]]:
+            """The times of the sampled frames in the part, and their pixels."""
             inside, times = _part(frames.seconds - origin, frames.packets.last_seconds, start, end)
             with refused_as("video_extreme_ratio"):
                 number, size = _fit(times, *shape, media, vision, max_tokens)
             chosen = np.linspace(0, len(inside) - 1, number).round().astype(int)
             # PyAV's own converter keeps threads of its process, and waits for them for ever in a worker forked from it.
             convert = VideoReformatter()
-            return origin, times[chosen], [_pixels(frame, size, convert) for frame in frames.take(inside[chosen])]
+            return times[chosen], [_pixels(frame, size, convert) for frame in frames.take(inside[chosen])]
 
         with refused_as("video_damaged"):
             try:
-                origin, shown, pixels = sample(stamped(packets))
+                shown, pixels = sample(stamped(packets))
             except Misplaced:
-                origin, shown, pixels = sample(decoded(packets))
+                shown, pixels = sample(decoded(packets))
         waveform = _sound(heard, speaker, origin, start, end, media) if speaker else None
     patches, grid = patchify(np.stack(pixels), vision)
     number, temporal = len(shown), vision.temporal_patch_size
@@ -117,7 +118,7 @@ def _demux(
                 heard.append(packet)
             elif packet.size:
                 seen.append(packet)
-    if not seen:
+    if all(packet.is_discard for packet in seen):
         raise SampleError("video_empty")
     return Packets(stream, seen), heard
 
@@ -128,9 +129,9 @@ def _part(times: np.ndarray, last: float, start: float, end: float | None) -> tu
     ``times`` (n,) are those of all, of which the last is shown for ``last`` seconds. A frame is shown until the next
     begins, so that the first of a part is mostly one that begins before it.
     """
-    first = max(int(np.searchsorted(times, start + CLOCK, side="right")) - 1, 0) if start else 0
+    first = max(int(np.searchsorted(times, start + CLOCK, side="right")) - 1, 0)
     stop = len(times) if end is None else max(int(np.searchsorted(times, end)), first + 1)
-    if (start and start >= times[-1] + last) or (end is not None and times[first] >= end):
+    if (start > 0 and start >= times[-1] + max(last, CLOCK)) or (end is not None and times[first] >= end):
         raise SampleError("video_empty")
     inside = np.arange(first, stop)
     return inside, np.maximum(times[inside] - start, 0)

@@ -14,7 +14,7 @@ import pytest
 from omni_train.data.media import read_audio, read_image, read_video
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
-from tests.support.media import aac_file, image_file, sound_file, tone, video_file
+from tests.support.media import aac_file, image_file, png_chunk, sound_file, tone, video_file
 
 MEDIA = MediaConfig()
 VISION = VisionEncoderConfig(hidden_size=8, depth=1, num_heads=1, intermediate_size=8)
@@ -56,15 +56,23 @@ def good() -> dict[str, bytes]:
         "jpg": image_file(noise(60, 80, 3), "JPEG"),
         "png": image_file(noise(60, 80, 3), "PNG"),
         "webp": image_file(noise(60, 80, 3), "WEBP"),
+        "gif": image_file(noise(60, 80, 3), "GIF"),
+        "bmp": image_file(noise(60, 80, 3), "BMP"),
+        "tif": image_file(noise(60, 80, 3), "TIFF"),
+        "avif": image_file(noise(60, 80, 3), "AVIF"),
+        "jp2": image_file(noise(60, 80, 3), "JPEG2000"),
         "mp4": video_file(frames, sound=samples),
         "webm": video_file(frames, 8, "webm", "libvpx-vp9", sound=samples, sound_codec="libopus"),
         "mkv": video_file(frames, 8, "matroska", sound=samples),
         "silent.mp4": video_file(frames),
+        "avi": video_file(frames, 8, "avi", "mpeg4", sound=samples, sound_codec="mp3"),
+        "ts": video_file(frames, 8, "mpegts", sound=samples),
     }
 
 
 MEDIUM = dict(flac="audio", wav="audio", ogg="audio", mp3="audio", m4a="audio", aac="audio", jpg="image", png="image")
-MEDIUM |= {"webp": "image", "mp4": "video", "webm": "video", "mkv": "video", "silent.mp4": "video"}
+MEDIUM |= dict.fromkeys(("webp", "gif", "bmp", "tif", "avif", "jp2"), "image") | {"avi": "video", "ts": "video"}
+MEDIUM |= {"mp4": "video", "webm": "video", "mkv": "video", "silent.mp4": "video"}
 
 
 def float_wav(value: float) -> bytes:
@@ -74,12 +82,9 @@ def float_wav(value: float) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes = b"") -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def overwritten(name: str, begin: float, length: int) -> bytes:
@@ -143,6 +148,11 @@ BROKEN = {
     "a PNG file cut in half": ("image", lambda: good()["png"][:7000], "image_damaged"),
     "a PNG file with noise in its middle": ("image", lambda: overwritten("png", 0.5, 100), "image_damaged"),
     "a WebP file cut in half": ("image", lambda: good()["webp"][:2000], "image_damaged"),
+    "a GIF file cut in half": ("image", lambda: good()["gif"][:2500], "image_damaged"),
+    "a BMP file cut in half": ("image", lambda: good()["bmp"][:7000], "image_damaged"),
+    "an AVIF file cut in half": ("image", lambda: good()["avif"][:2000], "image_damaged"),
+    "a JPEG 2000 file cut in half": ("image", lambda: good()["jp2"][:7000], "image_damaged"),
+    "a JPEG file without the last of its pixels": ("image", lambda: good()["jpg"][:-6], "image_damaged"),
     "a PNG file with too few pixels": ("image", lambda: png(64, 64, bytes(99)), "image_damaged"),
     "random bytes after the header of a JPEG file": ("image", lambda: overwritten("jpg", 0.3, 9**5), "image_damaged"),
     "a PNG header alone": ("image", lambda: good()["png"][:20], "image_unreadable"),

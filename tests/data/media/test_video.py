@@ -1,7 +1,7 @@
 """Sampled frames, their times and their sound, against transformers' processor given all frames."""
 
 import io
-from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -12,10 +12,12 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-import omni_train.data.media.video as video_module
+from omni_train.data.features.patches import patchify
 from omni_train.data.media import read_video
+from omni_train.data.media.frames import Packets
 from omni_train.data.sample import SampleError
-from omni_train.recipe.schema import MediaConfig
+from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
+from tests.support.ffmpeg import ffmpeg
 from tests.support.media import tone, video_file
 
 
@@ -30,6 +32,11 @@ def moving(frames: int, height: int = 50, width: int = 70) -> np.ndarray:
 def decoded(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def one_frame(vision: VisionEncoderConfig) -> VisionEncoderConfig:
+    """The same encoder with patches of a single frame."""
+    return replace(vision, temporal_patch_size=1)
 
 
 def brightness(video) -> np.ndarray:
@@ -71,30 +78,16 @@ def test_seeking_to_sparse_frames_gives_the_frames_of_a_whole_decode(codec, visi
 
 def test_only_stretches_from_a_keyframe_to_a_sampled_frame_are_decoded(vision, monkeypatch):
     data = video_file(moving(400), 10, keyframe_every=10, codec="mpeg4")
-    counted = []
+    counted, decode = [], Packets.decode
 
-    class Counting:
-        def __init__(self, container):
-            self.container = container
+    def counting(packets, begin):
+        for place, frame in decode(packets, begin):
+            counted.append(place)
+            yield place, frame
 
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                counted.append(frame.pts)
-                yield frame
-
-    real = video_module.open_container
-
-    @contextmanager
-    def counting(*args):
-        with real(*args) as container:
-            yield Counting(container)
-
-    monkeypatch.setattr(video_module, "open_container", counting)
+    monkeypatch.setattr(Packets, "decode", counting)
     found = read_video(data, MediaConfig(video_fps=0.1, video_min_frames=2), vision, sound=False)
-    assert found.grid[0] == 2 and len(counted) <= 4 * 11
+    assert found.grid[0] == 2 and 4 <= len(counted) <= 4 * 11
 
 
 def test_varying_rates_have_the_times_of_their_frames(media, vision):
@@ -116,6 +109,49 @@ def test_a_part_has_its_own_frames_and_its_own_time(media, vision):
     np.testing.assert_allclose(brightness(part), frames.reshape(4, -1).mean(axis=1), atol=0.7)
     with pytest.raises(SampleError, match="video_empty"):
         read_video(data, media, vision, sound=False, start=8.5)
+
+
+def test_a_part_begins_with_the_frame_that_is_shown_by_then(vision):
+    data = video_file(moving(4), 1, "matroska", times=[0.0, 4.0, 6.0, 9.0])
+    whole = brightness(read_video(data, MediaConfig(), one_frame(vision), sound=False))
+    for start, end, times, shown in [
+        (5.0, None, [0.0, 1.0, 4.0], [1, 2, 3]),
+        (4.5, 5.5, [0.0], [1]),
+        (6.0, 9.0, [0.0], [2]),
+        (3.9995, 7.0, [0.0005, 2.0005], [1, 2]),  # a start in seconds that were rounded
+    ]:
+        part = read_video(data, MediaConfig(), one_frame(vision), sound=False, start=start, end=end)
+        np.testing.assert_allclose(part.seconds, times, atol=1e-6)
+        np.testing.assert_allclose(brightness(part), whole[shown], atol=0.1)
+
+
+def test_pixels_that_are_wider_than_high_are_shown_so(tmp_path, media, vision):
+    file = tmp_path / "wide.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x96:r=4:d=1", "-vf", "setsar=3/2", "-pix_fmt", "yuv420p", file)
+    found = read_video(file.read_bytes(), MediaConfig(video_min_pixels=64), vision, sound=False)
+    assert found.grid[1:] == (6, 6)
+
+
+def matrices() -> list[tuple[str, ...]]:
+    """Options of ffmpeg for all eight orientations of a display matrix."""
+    return [
+        ("-display_rotation", str(angle), *mirror)
+        for angle in (0, 90, 180, 270)
+        for mirror in ((), ("-display_hflip",))
+    ]
+
+
+@pytest.mark.parametrize("matrix", matrices(), ids=" ".join)
+def test_frames_are_turned_and_mirrored_as_ffmpeg_does(matrix, tmp_path, vision):
+    upright, file = tmp_path / "upright.mp4", tmp_path / "turned.mp4"
+    picture = np.random.default_rng(3).integers(0, 256, (1, 3, 2, 3), np.uint8).repeat(32, 1).repeat(32, 2)
+    upright.write_bytes(video_file(picture, 8))
+    ffmpeg(*matrix, "-i", upright, "-c", "copy", file)
+    shown = ffmpeg("-i", file, "-pix_fmt", "rgb24", "-f", "rawvideo", "-")
+    found = read_video(file.read_bytes(), MediaConfig(video_min_pixels=64), one_frame(vision), sound=False)
+    height, width = 16 * found.grid[1], 16 * found.grid[2]
+    expected, _ = patchify(np.frombuffer(shown, np.uint8).reshape(1, height, width, 3), one_frame(vision))
+    assert np.abs(found.patches.astype(int) - expected).mean() < 3  # of the conversion to RGB
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
@@ -183,6 +219,17 @@ class TestSound:
         waveform = read_video(data, media, vision, sound=True).waveform
         assert abs(len(waveform) - 28000) < 1100
         assert not waveform[:11500].any() and abs(np.argmax(np.abs(waveform) > 0.2) - 12000) < 500
+
+    @pytest.mark.parametrize("heard", [True, False])
+    def test_pictures_that_begin_later_keep_their_time(self, heard, vision):
+        samples = tone(2.0, 48000)
+        samples[:48000] = 0
+        times = [0.5 + n / 8 for n in range(12)]
+        data = video_file(moving(12), 8, "matroska", times=times, sound=samples, sound_rate=48000)
+        found = read_video(data, MediaConfig(video_fps=8.0), one_frame(vision), sound=heard)
+        np.testing.assert_allclose(found.seconds, times, atol=0.03)  # AAC begins 21 ms early
+        if heard:
+            assert abs(np.argmax(np.abs(found.waveform) > 0.2) - 16000) < 500
 
     def test_without_a_stream_of_sound_there_is_no_waveform(self, media, vision):
         assert read_video(video_file(moving(8), 8), media, vision, sound=True).waveform is None
