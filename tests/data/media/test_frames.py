@@ -87,6 +87,7 @@ def with_cover(folder: Path) -> Path:
 ODD = {
     "MP4": film(*FILM, *x264()),
     "MP4 cut": cut(film(*FILM, *x264()), "cut.mp4"),
+    "MP4 without B-frames, cut": cut(film(*FILM, *x264("bframes=0")), "cut.mp4"),
     "MP4 with sound, cut": cut(film(*TONE, *FILM, *SEEN_AND_HEARD, *x264()), "cut.mp4"),
     "MP4 of HEVC, cut": cut(film(*FILM, *X265), "cut.mp4"),
     "MP4 of VP9, cut": cut(film(*FILM, *VP9), "cut.mp4"),
@@ -186,8 +187,9 @@ def test_every_frame_stands_where_ffmpeg_shows_it(name, odd, vision):
 def test_sampled_frames_are_those_that_ffmpeg_shows_then(name, odd, vision):
     times, frames = shown(odd(name))
     start = times[0] + 0.45 * (times[-1] - times[0]) + 0.013
-    for cut in ({}, dict(start=start), dict(start=start, end=start + 0.4)):
-        seconds, found = read(odd(name), vision, video_fps=2.0, video_min_frames=3, **cut)
+    for number, cut in [(2, {}), (5, {}), (3, dict(start=start)), (3, dict(start=start, end=start + 0.4))]:
+        seconds, found = read(odd(name), vision, video_fps=0.1, video_min_frames=number, **cut)
+        assert len(found) == number
         at = np.searchsorted(times, seconds + cut.get("start", 0.0) + 2e-3, side="right") - 1
         assert found.tolist() == frames[at].tolist()
 

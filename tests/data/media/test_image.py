@@ -180,7 +180,7 @@ def test_a_jpeg_file_lacks_its_end_or_pixels(progressive, media, vision):
 def test_the_transparent_colour_of_a_png_file_is_white(bits, colour, media, vision):
     channels, brightest = (3 if colour else 1), (1 << bits) - 1
     values = np.random.default_rng(bits).integers(0, brightest + 1, (64, 64, channels))
-    values[8:40, 8:40] = transparent = brightest // 3
+    values[8:40, 8:40] = transparent = brightest * 3 // 7
     shown = values * 255 // brightest if bits < 16 else values >> 8
     shown[(values == transparent).all(axis=2)] = 255
     unpacked = values.astype(">u2").view(np.uint8) if bits == 16 else values.astype(np.uint8)
