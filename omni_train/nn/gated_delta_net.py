@@ -28,8 +28,8 @@ class DeltaNetMemory:
 class DecodingGatedDeltaNet(GatedDeltaNet):
     """Megatron's Gated DeltaNet, which also keeps and takes up its states under a :class:`DecodingState`.
 
-    Parameters, their sharding and their names are Megatron's. `A_log` and the output norm's weight are fp32 in a model of
-    any precision, as in the released checkpoints: a decay is exp(−exp(A_log)·…) to the power of the tokens that have
+    Parameters, their sharding and their names are Megatron's. `A_log` and the output norm's weight are fp32 in a model
+    of any precision, as in the released checkpoints: a decay is exp(−exp(A_log)·…) to the power of the tokens that have
     passed, and bf16 leaves A_log two digits.
     """
 

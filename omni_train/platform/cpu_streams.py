@@ -6,9 +6,9 @@ the tests set it, it shows here: what nobody has waited for reads as poison, NaN
 
 What is held to is what CUDA promises:
 
-- A copy to the host that does not block (``.to("cpu", non_blocking=True)``, or ``copy_`` into pinned memory) has arrived
-  once the host has waited for an event recorded after it, for its stream, or for the device. That another stream waits
-  is not enough.
+- A copy to the host that does not block (``.to("cpu", non_blocking=True)``, or ``copy_`` into pinned memory) has
+  arrived once the host has waited for an event recorded after it, for its stream, or for the device. That another
+  stream waits is not enough.
 - What a stream other than the default one writes, copies included, is there for another stream once that one has waited
   for the stream or for an event recorded after the writing, or once the host has. The stream itself sees it at once.
 - The default stream sees its own copies to the device at once.
@@ -16,13 +16,15 @@ What is held to is what CUDA promises:
 Whether a stream waited before it *reads* what the default stream wrote is not checked.
 
 Host and device share one memory here. The device is the one object :data:`CARD`; a copy that names the CPU by any other
-goes to the host. Memory is pinned where it is asked for, which means nothing else here.
+goes to the host. Memory is pinned where it is asked for, which means nothing else here. DeepSpeed's copies are left
+alone: it is told that its device is the CPU, and waits for no stream of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -239,6 +241,11 @@ def _names_the_host(device) -> bool:
     return isinstance(device, torch.device) and device.type == "cpu" and device is not CARD
 
 
+def _is_deepspeed() -> bool:
+    """Whether the caller's caller is DeepSpeed."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("deepspeed.")
+
+
 def _copy_as_a_gpu_does() -> None:
     """Let copies that do not block arrive when they are waited for."""
     to, copy_ = torch.Tensor.to, torch.Tensor.copy_
@@ -248,12 +255,12 @@ def _copy_as_a_gpu_does() -> None:
         out = to(self, *args, **kwargs)
         device = args[0] if args else kwargs.get("device")
         non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-        return to_host(out) if non_blocking and _names_the_host(device) else out
+        return to_host(out) if non_blocking and _names_the_host(device) and not _is_deepspeed() else out
 
     @functools.wraps(copy_)
     def tensor_copy_(self, source, non_blocking=False):
         copy_(self, source, non_blocking)
-        if non_blocking and is_pinned(self) and not is_pinned(source):
+        if non_blocking and is_pinned(self) and not is_pinned(source) and not _is_deepspeed():
             with _disable_current_modes():
                 _current.add(self, to_host=True).hide()
         return self

@@ -43,7 +43,7 @@ def test_norms_start_as_the_identity_and_decays_over_the_whole_range(distributed
 
 
 def decays_in_bf16(rank, world_size, alpha):
-    """fp32 parameters of a bf16 stack, and what the kernel is given as logarithm of the decay, with what it should be."""
+    """fp32 parameters of a bf16 stack, and the logarithm of the decay: what the kernel is given, and what is right."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     decoder = stack("G", precision=Precision.bf16)
