@@ -25,6 +25,7 @@ from omni_train.models.audio_encoder import AudioEncoder, sinusoids
 from omni_train.models.thinker.config import params_dtype, transformer_config
 from omni_train.nn.cross_decoder import DecoderLayer, Heard, Past, Spans
 from omni_train.nn.cross_entropy import chunked_cross_entropy
+from omni_train.nn.ctc import CTCHead
 from omni_train.recipe.schema import Recipe, Recompute
 
 
@@ -37,6 +38,7 @@ class Utterances:
     tokens: Tensor  # (D,) int64: one `<|im_start|>` or word after the other, sequence after sequence
     labels: Tensor  # (D,) int64: the next of each
     lengths: list[int]  # decoder tokens of each clip
+    transcripts: list[Tensor] | None = None  # token ids of each clip for CTC, on the CPU
 
     @classmethod
     def from_batch(cls, batch: PackedBatch) -> Utterances:
@@ -59,7 +61,7 @@ class Recognized:
 
     loss: Tensor  # scalar fp32: cross-entropy of all labels together, in nats
     correct: Tensor | None  # (D,) bool: the label was the likeliest; None in training
-    ctc_logits: Tensor | None  # (A, V+1), the blank last; None without that head
+    ctc_losses: Tensor | None  # (N,) fp32 in nats, 0 where a clip cannot be aligned; None without that head
     audio_lengths: list[int]  # audio tokens of each clip
 
 
@@ -174,13 +176,13 @@ class SpeechRecognizer(torch.nn.Module):
         self.audio_decoder = AudioDecoder(recipe)
         self.ctc_head = None
         if model.recognizer.ctc:
-            self.ctc_head = torch.nn.Linear(model.audio.hidden_size, model.vocab_size + 1, **_where(recipe))
+            self.ctc_head = CTCHead(model.audio.hidden_size, model.vocab_size, recipe.loss_chunk_tokens, _where(recipe))
 
     def forward(self, utterances: Utterances, window_frames: int) -> Recognized:
-        """Both losses' raw material for clips whose transcripts are known.
+        """The losses of clips whose transcripts are known.
 
         Args:
-            utterances: of a row.
+            utterances: of a row; with a CTC head also their `transcripts`.
             window_frames: frames that attend to each other in the encoder, 0 for whole clips.
         """
         hidden_AH, lengths = self.hear(utterances.mel, utterances.mel_cu_seqlens, window_frames)
@@ -191,8 +193,8 @@ class SpeechRecognizer(torch.nn.Module):
             Heard(hidden_AH, Spans(lengths, device)),
             utterances.labels,
         )
-        logits = self.ctc_head(hidden_AH) if self.ctc_head is not None else None
-        return Recognized(loss, correct, logits, lengths)
+        ctc = None if self.ctc_head is None else self.ctc_head(hidden_AH, lengths, utterances.transcripts)
+        return Recognized(loss, correct, ctc, lengths)
 
     def begin(self, mel_FM: Tensor, mel_cu_seqlens: Tensor, window_frames: int, hypotheses: int = 1) -> Decoding:
         """Hear clips, before anything is written of them.

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.data.batch import PackedBatch
@@ -18,7 +16,7 @@ from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import tag_end
 from omni_train.models.audio_encoder import drawn_window
 from omni_train.models.recognizer import SpeechRecognizer, Utterances
-from omni_train.nn.cross_decoder import Spans
+from omni_train.nn.ctc import alignable
 from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.schema import Recipe
 
@@ -38,7 +36,7 @@ class Recognition(Task):
     def __init__(self, recipe: Recipe, model: SpeechRecognizer) -> None:
         self.seed, self.audio = recipe.seed, recipe.model.audio
         self.ctc_weight = recipe.recognition.ctc_weight
-        self.blank = recipe.model.vocab_size
+        self.aligns = recipe.model.recognizer.ctc
         self.tag_end = tag_end(Tokenizer(recipe.data.tokenizer))
         self.networks = {"model": model}
 
@@ -51,18 +49,20 @@ class Recognition(Task):
     ) -> Outcome:
         """See :class:`Task`."""
         utterances = Utterances.from_batch(row)
+        if self.aligns:
+            spoken = [self._spoken(labels) for labels in utterances.labels.cpu().split(utterances.lengths)]
+            utterances.transcripts = spoken
         recognized = networks["model"](utterances, self.window_frames(step, training))
         count = len(utterances.labels)
         loss = recognized.loss / total_weight
         figures = {"loss": (recognized.loss.detach(), count)}
         if recognized.correct is not None:
             figures["accuracy"] = (recognized.correct.sum(), count)
-        if recognized.ctc_logits is not None:
-            spoken = [self._spoken(labels) for labels in utterances.labels.cpu().split(utterances.lengths)]
-            ctc, aligned = ctc_losses(recognized.ctc_logits, recognized.audio_lengths, spoken, self.blank)
-            loss = loss + self.ctc_weight * ctc.sum() / total_weight
+        if self.aligns:
+            loss = loss + self.ctc_weight * recognized.ctc_losses.sum() / total_weight
+            aligned = alignable(recognized.audio_lengths, spoken)
             tokens = sum(len(words) for words, good in zip(spoken, aligned, strict=True) if good)
-            figures["ctc_loss"] = (ctc.detach().sum(), tokens)
+            figures["ctc_loss"] = (recognized.ctc_losses.detach().sum(), tokens)
             figures["ctc_unaligned"] = (aligned.count(False), len(aligned))
         return Outcome({"model": loss}, figures)
 
@@ -73,36 +73,3 @@ class Recognition(Task):
     def _spoken(self, labels: Tensor) -> Tensor:
         """The transcript among the labels of a clip: between the language tag and `<|im_end|>`."""
         return labels[int((labels == self.tag_end).nonzero()[0]) + 1 : -1]
-
-
-def ctc_losses(
-    logits: Tensor, audio_lengths: list[int], transcripts: list[Tensor], blank: int
-) -> tuple[Tensor, list[bool]]:
-    """CTC (Graves et al. 2006) of each clip.
-
-    Args:
-        logits: (A, V+1) of all clips, one after the other. Their fp32 logarithms exist at once.
-        audio_lengths: audio tokens of each clip.
-        transcripts: token ids of each clip, on the CPU.
-        blank: its class.
-
-    Returns:
-        (clips,) fp32 in nats, 0 where there is no alignment: a token needs an audio token, and two equal ones another
-        between them; and which clips have one.
-    """
-    aligned = [
-        len(words) + int((words[1:] == words[:-1]).sum()) <= length
-        for words, length in zip(transcripts, audio_lengths, strict=True)
-    ]
-    # Not `pad_sequence`, whose backward pass copies the whole gradient once for every clip.
-    log_probs = Spans(audio_lengths, logits.device).pad(logits.float().log_softmax(-1))
-    losses = F.ctc_loss(
-        log_probs.transpose(0, 1),
-        torch.cat(transcripts).to(logits.device),
-        torch.tensor(audio_lengths, device=logits.device),
-        torch.tensor([len(words) for words in transcripts], device=logits.device),
-        blank=blank,
-        reduction="none",
-        zero_infinity=True,
-    )
-    return losses, aligned

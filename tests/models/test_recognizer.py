@@ -21,6 +21,12 @@ def logits_of(model, row, window):
     return model.audio_decoder(given.tokens, Spans(given.lengths, device), Heard(hidden, Spans(lengths, device)))
 
 
+def with_transcripts(given):
+    """The words of each clip for CTC: behind the tag and its end, and before the last token."""
+    given.transcripts = [labels[2:-1] for labels in given.labels.split(given.lengths)]
+    return given
+
+
 def backward(model, rows, window):
     """Losses and gradients of rows, added up."""
     from omni_train.models.recognizer import Utterances
@@ -28,9 +34,8 @@ def backward(model, rows, window):
     model.zero_grad()
     losses = []
     for row in rows:
-        out = model(Utterances.from_batch(row), window)
-        loss = out.loss + (out.ctc_logits.float().square().sum() if out.ctc_logits is not None else 0.0)
-        loss.backward()
+        out = model(with_transcripts(Utterances.from_batch(row)), window)
+        (out.loss + out.ctc_losses.sum()).backward()
         losses.append(float(out.loss.detach()))
     return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -149,9 +154,9 @@ def in_both_precisions(rank, world_size, recipe):
     rounded = SpeechRecognizer(dataclasses.replace(recipe, precision=Precision.bf16))
     assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
     rounded.load_state_dict(exact.state_dict())
-    given = Utterances.from_batch(row_of(utterances(recipe)))
+    given = with_transcripts(Utterances.from_batch(row_of(utterances(recipe))))
     expected, out = exact(given, 48), rounded(given, 48)
-    (out.loss + out.ctc_logits.float().square().sum()).backward()
+    (out.loss + out.ctc_losses.sum()).backward()
     finite = all(parameter.grad.isfinite().all() for parameter in rounded.parameters())
     platform.parallel.destroy()
     return expected.loss.item(), out.loss.item(), finite

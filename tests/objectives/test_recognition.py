@@ -1,4 +1,4 @@
-"""The recognizer's objective: figures that add up, CTC as torch has it, windows drawn by step."""
+"""The recognizer's objective: figures that add up, windows drawn by step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from omni_train.recipe.schema import ParallelConfig
 from omni_train.recipe.speech import RecognitionConfig
-from tests.support.recognizer import CLIPS, TAG_END, VOCAB, recognizer_recipe, row_of, utterances
+from tests.support.recognizer import CLIPS, TAG_END, recognizer_recipe, row_of, utterances
 
 ALIGNED = [(900, 3), (33, 1), (1200, 9), (16, 2), (300, 1)]  # the fourth has one audio token for two words
 
@@ -67,28 +67,6 @@ def test_held_out_rows_tell_how_often_the_right_token_is_the_likeliest(distribut
     assert set(figures) == {"loss", "accuracy"}
     right, count = figures["accuracy"]
     assert count == figures["loss"][1] and 0 <= right < count
-
-
-def test_ctc_of_a_clip_among_others_is_torchs_of_it_alone():
-    from omni_train.objectives.recognition import ctc_losses
-
-    generator = torch.Generator().manual_seed(3)
-    lengths = [7, 1, 12, 3]
-    words = [torch.tensor(one) for one in ([4, 4, 9], [5], [1, 2, 3, 3, 3], [6, 6, 6])]
-    logits = torch.randn(sum(lengths), VOCAB + 1, generator=generator, requires_grad=True)
-    losses, aligned = ctc_losses(logits, lengths, words, VOCAB)
-    assert aligned == [True, True, True, False]  # three equal words need five audio tokens
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    for index, part in enumerate(logits.detach().split(lengths)):
-        own = part.clone().requires_grad_()
-        if not aligned[index]:
-            assert losses[index] == 0 and not gradient.split(lengths)[index].any()
-            continue
-        log_probs = own.log_softmax(-1)[:, None]
-        sizes = torch.tensor([lengths[index]]), torch.tensor([len(words[index])])
-        alone = torch.nn.functional.ctc_loss(log_probs, words[index][None], *sizes, blank=VOCAB, reduction="sum")
-        assert losses[index].item() == pytest.approx(alone.item(), rel=1e-5)
-        torch.testing.assert_close(gradient.split(lengths)[index], torch.autograd.grad(alone, own)[0])
 
 
 def windows(rank, world_size, recipe):

@@ -15,6 +15,7 @@ from omni_train.errors import UserError
 from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
+from omni_train.recipe.speech import RecognitionConfig
 from tests.support.pool import RankFailed
 from tests.support.recognizer import TAG_END, recognizer_recipe, row_of, utterances
 from tests.support.thinker import small_recipe
@@ -298,6 +299,17 @@ def test_a_recognizer_resumes_and_starts_others(distributed, tmp_path, ranks, st
         RankFailed, match=r"has no \S+; 'init_parts=\{ctc_\S*\.\*:random\}' starts what is missing fresh"
     ):
         start("missing", init_from=source, ctc=True)
+
+
+def test_ctc_learns_alike_where_its_head_is_in_parts(distributed, tmp_path):
+    """Its backward pass computes the logits a second time, when ZeRO 3 has put the weight away in between."""
+    options = {"ctc": True, "recognition": RecognitionConfig(ctc_weight=0.3)}
+    _, whole, losses = distributed(1, recognize, 1, tmp_path / "whole", 2, options)[0]
+    before, parts, others = distributed(2, recognize, 3, tmp_path / "parts", 2, options)[0]
+    assert others == pytest.approx(losses, rel=1e-5)
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key], tensor, rtol=1e-4, atol=2e-5)
+    assert not torch.equal(before["ctc_head.weight"], parts["ctc_head.weight"])
 
 
 def test_another_number_of_ranks_is_refused_by_name(distributed, tmp_path):
