@@ -23,6 +23,8 @@ class LocalMedia:
     patches: torch.Tensor  # (P, D) uint8
     grid_thw: torch.Tensor  # (images, 3)
     vision_places: torch.Tensor  # (S,) int64
+    next_audio_places: torch.Tensor  # (S,) int64: which stands at the token after each
+    next_vision_places: torch.Tensor  # (S,) int64
     audio_window_frames: int  # that attend to each other, 0 for a whole clip
 
 
@@ -45,6 +47,7 @@ class LocalRow:
     packed: PackedSeqParams  # boundaries in the whole row
     modality: torch.Tensor  # (T,) uint8, index into MODALITIES
     media: LocalMedia | None = None  # where encoders are: the first pipeline stage
+    next_embedding: torch.Tensor | None = None  # (S, 1, H) of the token after each, media included; from the model
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, *, media: bool = False, audio_window_frames: int = 0) -> LocalRow:
@@ -77,20 +80,25 @@ class LocalRow:
             here = whole_row[mine]
             return here.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()] if tensor > 1 else here
 
-        def places(slots: torch.Tensor) -> torch.Tensor:
+        def places(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Of each token, and of the token after it."""
             owner = torch.full_like(whole["tokens"], -1)
             owner[slots.to(device)] = torch.arange(len(slots), device=device)
-            return sequence_parallel(owner)
+            return sequence_parallel(owner), sequence_parallel(owner.roll(-1))
 
         local_media = None
         if media:
+            audio_places, next_audio_places = places(batch.audio_slots)
+            vision_places, next_vision_places = places(batch.vision_slots)
             local_media = LocalMedia(
                 mel=batch.mel.to(device, non_blocking=True),
                 mel_cu_seqlens=batch.mel_cu_seqlens,
-                audio_places=places(batch.audio_slots),
+                audio_places=audio_places,
                 patches=batch.patches.to(device, non_blocking=True),
                 grid_thw=batch.grid_thw,
-                vision_places=places(batch.vision_slots),
+                vision_places=vision_places,
+                next_audio_places=next_audio_places,
+                next_vision_places=next_vision_places,
                 audio_window_frames=audio_window_frames,
             )
         longest = batch.max_seqlen

@@ -34,7 +34,7 @@ class LanguageModelling:
         by_modality = losses.new_zeros(len(MODALITIES)).index_add_(0, row.modality.long(), losses * row.loss_weights)
         sums = {"loss": loss.detach(), "loss_by_modality": by_modality}
         if model.mtp_process:
-            predicted = model.mtp(model.embed(row.next_tokens), hidden, model.rotary(row.position_ids), row)
+            predicted = model.mtp(row.next_embedding, hidden, model.rotary(row.position_ids), row)
             mtp_loss, _ = self._cross_entropy(model, predicted, row.next_labels, row.next_loss_weights)
             sums["mtp_loss"] = mtp_loss.detach()
             loss = loss + self.mtp_loss_weight * mtp_loss

@@ -57,6 +57,7 @@ class MegatronEngine:
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
         self.config = modules[0].config
+        self.seq_length = recipe.data.row_tokens * (2 if modules[0].carries_embeddings else 1)  # between the stages
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
@@ -142,7 +143,7 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(rows),
-            seq_length=self.recipe.data.row_tokens,
+            seq_length=self.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -66,6 +66,13 @@ def initial(distributed, tmp_path_factory):
     return folder, folder / "initial" / "step_00000000", plain
 
 
+@pytest.fixture(scope="module")
+def initial_omni_with_mtp(distributed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("omni-mtp")
+    plain = distributed(1, train, ParallelConfig(), folder, None, "initial", encoders() | MTP, 2)[0]
+    return folder, folder / "initial" / "step_00000000", plain
+
+
 def assert_same(expected, history):
     for step, (want, have) in enumerate(zip(expected, history, strict=True)):
         assert have["loss"] == pytest.approx(want["loss"], rel=1e-4), (step, want, have)
@@ -157,6 +164,15 @@ def test_multi_token_prediction_trains_alike_in_every_layout(distributed, initia
     for history in distributed(world_size, train, parallel, folder, start, None, MTP):
         assert_same(expected, history)
         assert all("mtp_loss" in metrics for metrics in history)
+
+
+@pytest.mark.parametrize("name", ["TP2", "CP2", "PP2-VPP2", "TP2-PP2-EP2"])
+def test_multi_token_prediction_hears_and_sees_alike_in_every_layout(distributed, initial_omni_with_mtp, name):
+    """It stands on the last pipeline stage, and what it reads of sound and vision comes from the first."""
+    folder, start, expected = initial_omni_with_mtp
+    world_size, parallel = LAYOUTS[name]
+    for history in distributed(world_size, train, parallel, folder, start, None, encoders() | MTP, 2):
+        assert_same(expected, history)
 
 
 TIED = {"tie_word_embeddings": True}

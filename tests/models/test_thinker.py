@@ -7,7 +7,7 @@ import torch
 
 from omni_train.data.batch import IGNORE
 from omni_train.recipe.schema import ParallelConfig
-from tests.support.thinker import encoders, random_row, small_recipe
+from tests.support.thinker import add_media, encoders, random_row, small_recipe
 
 LENGTHS = [37, 11, 29]
 
@@ -71,6 +71,31 @@ def test_logits_loss_and_gradients_of_packed_samples_are_those_of_each_alone(dis
     assert difference < 2e-5
     assert apart == pytest.approx(together, rel=1e-6)
     assert worst < 1e-4
+
+
+def inputs_of_both(rank, world_size):
+    """(T, H) what the first layer of the model is given, and what multi-token prediction is, of a row with media."""
+    from omni_train import platform
+    from omni_train.models.row import LocalRow
+    from omni_train.models.thinker import build_chunks
+    from omni_train.objectives.language_modelling import LanguageModelling
+
+    recipe = small_recipe(**encoders(), mtp_num_hidden_layers=1)
+    platform.parallel.initialize(recipe.parallel, 19)
+    model, seen = build_chunks(recipe)[0], []
+    model.decoder.register_forward_pre_hook(lambda _, __, given: seen.append(given["hidden_states"]), with_kwargs=True)
+    model.mtp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    batch = add_media(random_row(LENGTHS, 96, seed=4), [130, 49], [(1, 4, 6), (3, 2, 4)], seed=5)
+    loss, _ = model(LocalRow.from_batch(batch, media=True), LanguageModelling(40, 1.0))
+    loss.backward()
+    platform.parallel.destroy()
+    return [one.detach()[:, 0] for one in seen], batch.audio_slots, batch.vision_slots
+
+
+def test_multi_token_prediction_reads_what_the_model_gets_at_the_next_token(distributed):
+    ((given, following), *slots) = distributed(1, inputs_of_both)[0]
+    assert all(places.max() > 0 for places in slots)  # a token is before some
+    torch.testing.assert_close(following[:-1], given[1:], rtol=0, atol=0)
 
 
 def loads_by_layer(rank, world_size, parallel):

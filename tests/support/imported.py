@@ -47,7 +47,7 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
             data_iterator=iter(rows),
             model=engine.chunks[0],
             num_microbatches=len(rows),
-            seq_length=row_tokens,
+            seq_length=engine.seq_length,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,

@@ -58,7 +58,12 @@ class Thinker(LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
-        self.senses = self.pre_process and bool(recipe.model.audio or recipe.model.vision)  # needs a row's media
+        senses = bool(recipe.model.audio or recipe.model.vision)
+        self.senses = self.pre_process and senses  # needs a row's media
+        # Multi-token prediction reads the embeddings of the next tokens, media included, which only the first stage can
+        # make: they go through the pipeline behind the hidden states.
+        self.carries_embeddings = senses and recipe.model.mtp_num_hidden_layers > 0
+        self._carried: torch.Tensor | None = None
         if self.pre_process and recipe.model.audio:
             self.audio_encoder = AudioEncoder(recipe.model.audio, config)
             self.audio_adapter = AudioAdapter(recipe.model.audio, config)
@@ -113,8 +118,11 @@ class Thinker(LanguageModule):
             yield ".".join(words), parameter
 
     def set_input_tensor(self, input_tensor) -> None:
-        """Take the hidden states of the stage before, as the pipeline schedules hand them over."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        """Take what the stage before returned, as the pipeline schedules hand it over."""
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.carries_embeddings and received is not None:
+            received, self._carried = received.chunk(2)
+        self.decoder.set_input_tensor(received)
 
     def head_weight(self) -> torch.Tensor:
         """(V/tp, H) this rank's rows of the output projection."""
@@ -130,10 +138,15 @@ class Thinker(LanguageModule):
         """Run this stage.
 
         Returns:
-            hidden states (S, 1, H) to the next stage; on the last stage what `objective` returns, or without one the
-            hidden states after the final norm.
+            hidden states (S, 1, H) to the next stage, (2·S, 1, H) with embeddings behind them where multi-token
+            prediction needs some with media; on the last stage what `objective` returns, or without one the hidden
+            states after the final norm.
         """
-        hidden = self._embed_row(row) if self.pre_process else None
+        hidden = None
+        if self.pre_process:
+            hidden = self._embed_row(row)
+        else:
+            row.next_embedding, self._carried = self._carried, None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -142,25 +155,38 @@ class Thinker(LanguageModule):
             padding_mask=row.padding[None],
         )
         if not self.post_process:
-            return hidden
+            return torch.cat([hidden, row.next_embedding]) if self.carries_embeddings else hidden
         hidden = self.final_norm(hidden)
-        return hidden if objective is None else objective(self, hidden, row)
+        if objective is None:
+            return hidden
+        if self.mtp_process and row.next_embedding is None:
+            row.next_embedding = self.embed(row.next_tokens)
+        return objective(self, hidden, row)
 
     def _embed_row(self, row: LocalRow) -> torch.Tensor:
-        """(S, 1, H) embeddings of text and media. DeepStack's features go into the row's boundaries, for the layers."""
+        """(S, 1, H) embeddings of text and media; into the row those of the next tokens, where they are carried.
+
+        DeepStack's features go into the row's boundaries, for the layers.
+        """
         hidden, group = self.embed(row.tokens), self.pg_collection.cp
         row.packed.deepstack = []  # a decoding state serves many rows, and still has those of the prompts
         if row.media is None:  # the tokens of an answer that is being generated
             return hidden
+        upcoming = self.embed(row.next_tokens) if self.carries_embeddings else None
         if hasattr(self, "audio_encoder"):
             heard = media.hear(self.audio_encoder, self.audio_adapter, row.media, group)
             hidden = self._place(hidden, heard, row.media.audio_places)
+            if upcoming is not None:
+                upcoming = self._place(upcoming, heard, row.media.next_audio_places)
         if hasattr(self, "vision_encoder"):
             seen, *deepstack = media.see(self.vision_encoder, self.vision_adapter, row.media, group)
             hidden = self._place(hidden, seen, row.media.vision_places)
+            if upcoming is not None:
+                upcoming = self._place(upcoming, seen, row.media.next_vision_places)
             if deepstack:
                 hidden, row.packed.deepstack = media.lend(hidden, deepstack)
                 row.packed.vision_places = row.media.vision_places
+        row.next_embedding = upcoming
         return hidden
 
     def _place(self, hidden, features, places, add: bool = False) -> torch.Tensor:

@@ -15,7 +15,8 @@ from omni_train.nn.backend import backend
 class MultiTokenPrediction(MegatronModule):
     """fc([norm(embedding of the next token), norm(hidden state)]) → a gated-attention block → norm.
 
-    Shares the embedding and the head with the model. The block is the model's own kind of attention layer with its own
+    The next token may be one of sound or vision: vLLM's drafter reads their features one position ahead, too. Shares
+    the embedding and the head with the model. The block is the model's own kind of attention layer with its own
     kind of feed-forward, MoE or dense.
     """
 
@@ -53,7 +54,7 @@ class MultiTokenPrediction(MegatronModule):
         """Hidden states that predict ``row.next_labels``.
 
         Args:
-            next_embedding: (S, 1, H) embeddings of ``row.next_tokens``.
+            next_embedding: (S, 1, H) what the model gets at the token after each, sound and vision included.
             hidden: (S, 1, H) the model's final hidden states.
             rotary: frequencies of the row.
 
