@@ -113,13 +113,14 @@ class MegatronEngine:
 
     def _global_sums(self, rows: list[PackedBatch]) -> GlobalSums:
         """Summed over the data ranks alone: the other ranks of a model group hold the same rows."""
-        tokens, weights, counts = torch.zeros(len(MODALITIES)), torch.zeros(len(MODALITIES)), torch.zeros(2)
+        # In fp64: 64 rows of 262,144 tokens are as many as fp32 can count.
+        tokens, weights, counts = (torch.zeros(n, dtype=torch.float64) for n in (len(MODALITIES), len(MODALITIES), 2))
         for row in rows:
             modality = row.modality.long()
-            tokens.index_add_(0, modality, (~row.padding).float())
-            weights.index_add_(0, modality, row.loss_weights)
+            tokens.index_add_(0, modality, (~row.padding).double())
+            weights.index_add_(0, modality, row.loss_weights.double())
             counts += torch.tensor([row.samples, sum(row.skipped.values())])
-        sums = torch.cat([tokens, weights, counts]).to(platform.device(), torch.float64)
+        sums = torch.cat([tokens, weights, counts]).to(platform.device())
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         tokens, weights, counts = sums.cpu().split([len(MODALITIES), len(MODALITIES), 2])
         return GlobalSums(tokens.tolist(), weights.tolist(), *(int(count) for count in counts))
