@@ -90,9 +90,9 @@ class Stream:
     def add(self, tensor: Tensor, to_host: bool) -> _Write:
         """The stream writes `tensor`."""
         kept = [write for write in self.writes if not write.arrived]
-        for earlier in kept:  # what is written twice is there when the second writing is
+        for earlier in kept:  # of what is written twice there is only the second writing to wait for
             if earlier.tensor.data_ptr() == tensor.data_ptr() and earlier.tensor.shape == tensor.shape:
-                earlier.arrive()
+                earlier.values, earlier.arrived = None, True
         write = _Write(tensor, to_host)
         self.writes = [*kept, write]
         _on_the_way[:] = [other for other in _on_the_way if not other.arrived] + [write]
@@ -106,10 +106,10 @@ class Stream:
 
     def _wait(self, writes: list[_Write]) -> None:
         for write in reversed(writes):
-            if write.to_host:
-                self.writes.append(write)  # the host has not waited, but will have when it waits for this stream
-            else:
+            if not write.to_host:
                 write.arrive()
+            elif not write.arrived:
+                self.writes.append(write)  # the host has not waited, but will have when it waits for this stream
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()
@@ -224,6 +224,11 @@ def to_host(tensor: Tensor) -> Tensor:
     return copy
 
 
+def _to_card(tensor: Tensor) -> Tensor:
+    """A copy on the device: of its own where a stream other than the default one makes it, which others wait for."""
+    return tensor if _current is _default else tensor.clone()
+
+
 def pin(tensor: Tensor) -> Tensor:
     """`tensor` in pinned memory."""
     tensor._pinned = True
@@ -254,8 +259,11 @@ def _copy_as_a_gpu_does() -> None:
     def tensor_to(self, *args, **kwargs):
         out = to(self, *args, **kwargs)
         device = args[0] if args else kwargs.get("device")
-        non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-        return to_host(out) if non_blocking and _names_the_host(device) and not _is_deepspeed() else out
+        if _is_deepspeed() or not isinstance(device, str | torch.device):
+            return out
+        if not _names_the_host(device):
+            return _to_card(out)
+        return to_host(out) if kwargs.get("non_blocking", args[2] if len(args) > 2 else False) else out
 
     @functools.wraps(copy_)
     def tensor_copy_(self, source, non_blocking=False):
@@ -266,6 +274,7 @@ def _copy_as_a_gpu_does() -> None:
         return self
 
     torch.Tensor.to, torch.Tensor.copy_ = tensor_to, tensor_copy_
+    torch.Tensor.cuda = lambda self, *_, **__: _to_card(self)
 
 
 def _move_counts_as_a_gpu_does() -> None:

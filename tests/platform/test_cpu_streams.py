@@ -42,6 +42,9 @@ def copies_to_the_host(rank, world_size):
     pinned = torch.zeros(4, dtype=torch.int64, pin_memory=True)
     pinned[1:].copy_(source, non_blocking=True)
     read("pinned", pinned, torch.cuda.synchronize)
+    pinned[1:].copy_(source, non_blocking=True)
+    pinned[1:].copy_(source + 1, non_blocking=True)
+    read("pinned twice", pinned, torch.cuda.synchronize)
     found["blocking"] = source.to("cpu").tolist(), source.cpu().tolist()
     found["to the device"] = source.to(platform.device(), non_blocking=True).tolist()
     found["source"] = source.tolist()
@@ -56,29 +59,31 @@ def test_a_copy_to_the_host_arrives_when_the_host_waits_for_it(distributed):
     assert found["streams alone"] == (poison, poison)
     assert found["recorded too early"] == poison
     assert found["pinned"] == ([0, *poison], [0, *values])
+    assert found["pinned twice"] == ([0, *poison], [0, *(value + 1 for value in values)])
     assert found["blocking"] == (values, values)
     assert found["to the device"] == found["source"] == values
 
 
 def work_of_a_side_stream(rank, world_size):
     source, found = torch.arange(4.0), {}
-    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    side, main, copies = torch.cuda.Stream(), torch.cuda.current_stream(), []
 
     def work():
         with torch.cuda.stream(side):
-            copied = source.to("cuda", non_blocking=True) + 0
+            copied = source.to("cuda", non_blocking=True)
             doubled = copied * 2
             doubled[2:].add_(1)
             view = source[1:]
+        copies.append(copied)
         return doubled, view
 
     doubled, view = work()
-    found["before"] = doubled.isnan().all(), view.tolist()
+    found["before"] = doubled.isnan().all() and copies[0].isnan().all(), view.tolist()
     with torch.cuda.stream(side):
         found["inside"] = doubled.tolist()
     found["left again"] = doubled.isnan().all()
     main.wait_stream(side)
-    found["stream"] = doubled.tolist()
+    found["stream"], found["copy"] = doubled.tolist(), copies[0].tolist()
     doubled, _ = work()
     event = side.record_event()
     event.wait()
@@ -100,6 +105,7 @@ def test_what_a_side_stream_writes_is_there_for_the_stream_that_waits(distribute
     assert found["before"] == (True, [1.0, 2.0, 3.0])
     for name in ("inside", "stream", "event", "device"):
         assert found[name] == [0.0, 2.0, 5.0, 7.0], name
+    assert found["copy"] == [0.0, 1.0, 2.0, 3.0]
     assert found["left again"]
     assert found["other streams"]
     assert found["waited inside"] == [0.0, 0.0]
