@@ -241,6 +241,8 @@ class CheckpointStore(Store):
         Returns:
             what :meth:`save` was given as `progress`.
         """
+        from omni_train.training.distributed_optimizer import restore
+
         check_architecture(checkpoint, self.model)
         self.carry_from(checkpoint)
         state = model_state(chunks)
@@ -250,7 +252,7 @@ class CheckpointStore(Store):
         state = load_sharded(state, checkpoint)
         apply_model_state(chunks, state)
         if stepped:
-            optimizer.load_state_dict(state["optimizer"])
+            restore(optimizer, state["optimizer"], checkpoint)
         else:
             optimizer.reload_model_params()
         random_state = checkpoint / f"random_{platform.rank():05d}.pt"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable
-from itertools import chain
 
 import torch
 
@@ -71,6 +70,7 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
 
     from omni_train import platform
     from omni_train.models.thinker.config import params_dtype
+    from omni_train.training.distributed_optimizer import adapt
 
     config = recipe.optimizer
     muon = config.name is OptimizerName.muon
@@ -100,64 +100,8 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
     optimizer = get_megatron_optimizer(
         options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
     )
-    _adapt(optimizer)
+    adapt(optimizer)
     return optimizer
-
-
-def _adapt(optimizer) -> None:
-    """Make a bf16 model's fp32 parameters, and torch's AdamW, fit for Megatron's checkpoints."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer):
-            _number_parameters(part)
-            if isinstance(part.optimizer, torch.optim.AdamW):
-                _adapt_torch_adamw(part)
-
-
-def _number_parameters(part) -> None:
-    """Give parameters their places in the groups, which checkpoints look their states up by.
-
-    Megatron puts a group's fp32 parameters before the others, and numbers all in the order of their gradient buffers.
-    """
-    for group, parameters in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
-        for place, parameter in enumerate(chain(*parameters)):
-            part.model_param_group_index_map[parameter] = (group, place)
-
-
-def _adapt_torch_adamw(part) -> None:
-    """Make the AdamW that Megatron takes without Transformer Engine fast, and able to save and load its state."""
-    inner, restore, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
-
-    def fuse() -> None:
-        """One pass over each parameter instead of one per operation."""
-        for group in inner.param_groups:
-            group["fused"], group["foreach"] = True, False
-
-    fuse()
-    # Megatron asks for the state, step count included, before the first step, which is when torch would make it.
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # where the fused pass reads it
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-    # The step count is kept apart: it must not be looked for among a parameter's loaded tensors.
-    def restore_without_step(parameter, tensors):
-        restore(parameter, {"step": None, **tensors})
-
-    # Megatron gives all parameters one step tensor, on the host, which each would then advance; and the groups become
-    # those of the run that wrote the checkpoint, perhaps with another Adam.
-    def load_with_steps_of_their_own(state_dict):
-        load(state_dict)
-        fuse()
-        for parameter, state in inner.state.items():
-            state["step"] = state["step"].to(parameter.device, copy=True)
-
-    part._set_main_param_and_optimizer_states = restore_without_step
-    part.load_state_dict = load_with_steps_of_their_own
 
 
 def set_learning_rate(groups: list[dict], learning_rate: float, weight_decay: float) -> None:

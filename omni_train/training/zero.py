@@ -98,7 +98,7 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
         "allgather_bucket_size": elements,
         "stage3_prefetch_bucket_size": elements,
         "stage3_param_persistence_threshold": config.whole_below,
-        "overlap_comm": platform.has_cuda() and config.stage >= 2,  # DeepSpeed refuses it below, with our own boundaries
+        "overlap_comm": platform.has_cuda() and config.stage >= 2,  # DeepSpeed has none below, with our boundaries
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": platform.has_cuda()}

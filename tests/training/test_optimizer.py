@@ -191,7 +191,7 @@ def test_muon_resumes_exactly_and_trains_alike_in_other_layouts(distributed, tmp
 
 def test_step_counts_lie_where_the_fused_update_reads_them():
     """Megatron loads one count on the host; a GPU's fused kernel cannot read it. `meta` is a device unlike the host."""
-    from omni_train.training.optimizer import _adapt_torch_adamw
+    from omni_train.training.distributed_optimizer import _adapt_torch_adamw
 
     inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3, device="meta")) for _ in range(2)])
 
