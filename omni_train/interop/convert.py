@@ -42,6 +42,7 @@ from omni_train.recipe.schema import (
     SourceConfig,
 )
 from omni_train.recipe.validate import validate
+from omni_train.training.checkpoint_store import holds_checkpoints, resolve
 
 _TENSORS = "tensors.json"
 """In a checkpoint's ``hf`` folder: name and dtype of every tensor of the folder that it was imported from."""
@@ -71,7 +72,7 @@ def import_checkpoint(
     Raises:
         UserError: the folder is not of this format, or has a tensor too many or too few, or of another shape.
     """
-    if (checkpoint / "latest").exists():
+    if holds_checkpoints(checkpoint):
         raise UserError(f"checkpoint={checkpoint}: there is a checkpoint already; choose another folder")
     if format in speech_convert.FORMATS:
         speech_convert.import_speech(format, hf, checkpoint, num_quantizers)
@@ -129,7 +130,6 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
         UserError: the checkpoint is not of this format, or lacks a tensor or has one too many.
     """
     from omni_train.training.checkpoint import read_model_config
-    from omni_train.training.checkpoint_store import resolve
 
     if any(hf.glob("*.safetensors")):
         raise UserError(f"hf={hf}: there are safetensors files already; choose another folder")

@@ -17,7 +17,7 @@ from omni_train.models.codec import SpeechCodec
 from omni_train.platform.logs import say
 from omni_train.recipe.schema import ModelConfig
 from omni_train.training.checkpoint import read_model_config
-from omni_train.training.checkpoint_store import resolve
+from omni_train.training.checkpoint_store import point_latest, resolve
 from omni_train.training.plain_checkpoint import read_network, write_networks
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
@@ -56,7 +56,7 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
     torch.save({"name": hf.resolve().name, **model}, partial / "model.pt")
     (partial / "metadata.json").write_text(json.dumps({"format": format}))
     partial.rename(final)
-    (checkpoint / "latest").symlink_to(final.name)
+    point_latest(final)
     say(
         f"imported {len(state)} tensors from {hf}; start a run from them with init_from={checkpoint}, which says what "
         "has to start fresh beside them"

@@ -12,7 +12,7 @@ from omni_train.recipe.compose import read_recipe
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import read_progress
-from omni_train.training.checkpoint_store import resolve, step_of
+from omni_train.training.checkpoint_store import newest, resolve, step_of
 from omni_train.training.report import report
 from omni_train.training.run import train
 from omni_train.training.schedule import Schedule
@@ -57,10 +57,10 @@ def is_complete(recipe: Recipe) -> bool:
         UserError: the directory holds a run of another recipe.
     """
     directory = Path(recipe.runs_dir, recipe.run)
-    if not (directory / "checkpoints" / "latest" / "metadata.json").exists():
+    checkpoint, stop = newest(directory / "checkpoints"), recipe.schedule.stop_after
+    if checkpoint is None:
         return False
     _check_unchanged(recipe, directory)
-    checkpoint, stop = resolve(directory), recipe.schedule.stop_after
     step = step_of(checkpoint)
     if stop is not None and step >= stop:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 
 import pytest
@@ -58,6 +59,17 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(runs, unint
     assert "step_00000004 at step 4" in runs.finish(*overrides)
     assert losses(runs, "saving") == uninterrupted[1]
     assert not list(checkpoints.glob("*.partial"))
+
+
+def test_without_the_link_to_its_newest_checkpoint_a_run_goes_on_from_it_all_the_same(runs, uninterrupted):
+    shutil.copytree(uninterrupted[0].folder / "whole", runs.folder / "whole", symlinks=True)
+    checkpoints = runs.folder / "whole" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000012")  # as a link that leads nowhere is also one of a removed checkpoint
+    err = runs.finish("run=whole", "schedule.eval_every=5", "schedule.eval_rows=2")
+    assert "latest: does not lead to the newest complete checkpoint, step_00000008; now it does" in err
+    assert "step_00000008 at step 8" in err
+    assert losses(runs, "whole") == uninterrupted[1]
+    assert (checkpoints / "latest").resolve().name == "step_00000012"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
