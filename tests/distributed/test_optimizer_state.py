@@ -28,7 +28,6 @@ LAYOUTS = {
     "TP2-PP2-EP2 in small buckets": (4, ParallelConfig(tensor=2, pipeline=2, expert=2), SMALL),
     "one rank": (1, ParallelConfig(), None),
 }
-ROWS = 12  # of a step: every layout's share of them suits its schedule
 
 
 def in_buckets(size: int | None):
@@ -75,13 +74,14 @@ def open_store(folder, recipe):
     return CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), recipe.model)
 
 
-def train(engine, first: int, last: int) -> list[dict[str, float]]:
+def train(engine, first: int, last: int, rows: int = 4) -> list[dict[str, float]]:
+    """Metrics of steps after `first` to `last`, of `rows` rows each."""
     from omni_train import platform
 
-    rows = [row for batch in global_batches(last * ROWS // 2) for row in batch]
-    share, mine = ROWS // platform.parallel.data_world_size(), platform.parallel.data_rank()
-    starts = [step * ROWS + mine * share for step in range(first, last)]
-    return [engine.train_step(rows[start : start + share], learning_rate=3e-4).metrics for start in starts]
+    drawn = [row for batch in global_batches(last * rows // 2) for row in batch]
+    share, mine = rows // platform.parallel.data_world_size(), platform.parallel.data_rank()
+    starts = [step * rows + mine * share for step in range(first, last)]
+    return [engine.train_step(drawn[start : start + share], learning_rate=3e-4).metrics for start in starts]
 
 
 def held(engine) -> list[torch.Tensor]:
@@ -138,34 +138,37 @@ def test_every_layout_keeps_masters_and_moments_of_every_parameter(distributed, 
     assert {"embedding.word_embeddings.weight", "final_norm.weight"} < trained
 
 
-def stop_and_resume(rank, world_size, parallel, bucket, folder):
+def stop_and_resume(rank, world_size, parallel, bucket, rows, folder):
     """Metrics of steps 4 to 6 without a stop, and resumed from the checkpoint after step 3."""
     recipe = begin(parallel)
     engine, store = build(recipe, bucket), open_store(folder, recipe)
-    train(engine, 0, 3)
+    train(engine, 0, 3, rows)
     engine.save(store, 3, {}, None)
-    on = train(engine, 3, 6)
+    on = train(engine, 3, 6, rows)
     again = build(recipe, bucket)
     again.resume(store, store.latest())
-    return on, train(again, 3, 6), pads(engine)
+    return on, train(again, 3, 6, rows), pads(engine)
 
 
-def take_over(rank, world_size, checkpoint):
+def take_over(rank, world_size, checkpoint, rows):
     """Metrics of steps 4 to 6 on this one rank."""
     recipe = begin(ParallelConfig())
     engine = build(recipe, None)
     engine.resume(open_store(checkpoint.parent, recipe), checkpoint)
-    return train(engine, 3, 6)
+    return train(engine, 3, 6, rows)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "bucket"), [(4, VPP, None), (4, VPP, SMALL), (3, ParallelConfig(), SMALL)]
+    ("world_size", "parallel", "bucket", "rows"),
+    [(4, VPP, None, 4), (3, ParallelConfig(), SMALL, 6)],
+    ids=["PP2-VPP2-EP2", "DP3 in small buckets"],
 )
-def test_resumed_it_trains_as_if_it_had_never_stopped(distributed, tmp_path, world_size, parallel, bucket):
-    for on, resumed, padded in distributed(world_size, stop_and_resume, parallel, bucket, tmp_path):
+def test_resumed_it_trains_as_if_it_had_never_stopped(distributed, tmp_path, world_size, parallel, bucket, rows):
+    results = distributed(world_size, stop_and_resume, parallel, bucket, rows, tmp_path)
+    for on, resumed, _ in results:
         assert resumed == on
-        assert padded
-    assert_same(on, distributed(1, take_over, tmp_path / "step_00000003")[0])
+    assert results[0][2]
+    assert_same(results[0][0], distributed(1, take_over, tmp_path / "step_00000003", rows)[0])
 
 
 UNTIED = {"tie_word_embeddings": False, "mtp_num_hidden_layers": 0}
