@@ -105,7 +105,7 @@ class Store:
         incomplete = [path for path in _steps(self.directory) if found is None or step_of(path) > step_of(found)]
         if found is None:
             if incomplete or os.path.lexists(link):
-                lost = incomplete[-1] if incomplete else self.directory / os.readlink(link)
+                lost = incomplete[-1] if incomplete else link.resolve()
                 raise UserError(
                     f"{lost}: not a complete checkpoint, and there is no other to go on from; restore it, or remove "
                     f"{self.directory} to start anew"
