@@ -19,12 +19,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from omni_train import platform
 from omni_train.data.lengths import audio_tokens, convolved, window_tokens
 from omni_train.nn.encoder import EncoderLayers, Projector, encoder_config
 from omni_train.nn.norm import LayerNorm
+from omni_train.nn.recompute import checkpoint
 from omni_train.recipe.schema import AudioEncoderConfig
 
 CONVOLVED_FRAMES = 8192
@@ -128,7 +128,7 @@ class AudioEncoder(MegatronModule):
             frames = self._padded(chunks[share[len(parts)]])
             batch = [mels[index] for index in share[len(parts) :][: max(1, CONVOLVED_FRAMES // frames)]]
             if self.recompute and self.training:
-                out_BTH = checkpoint(self._convolve_batch, batch, frames, use_reentrant=False, preserve_rng_state=False)
+                out_BTH = checkpoint(self._convolve_batch, batch, frames)
             else:
                 out_BTH = self._convolve_batch(batch, frames)
             parts += [out_TH[: self._tokens(len(mel))] for out_TH, mel in zip(out_BTH, batch, strict=True)]

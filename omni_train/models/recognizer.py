@@ -16,7 +16,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from omni_train import platform
 from omni_train.data.batch import IGNORE, PackedBatch
@@ -26,6 +25,7 @@ from omni_train.models.thinker.config import params_dtype, transformer_config
 from omni_train.nn.cross_decoder import DecoderLayer, Heard, Past, Spans
 from omni_train.nn.cross_entropy import chunked_cross_entropy
 from omni_train.nn.ctc import CTCHead
+from omni_train.nn.recompute import checkpoint
 from omni_train.recipe.schema import Recipe, Recompute
 
 
@@ -154,7 +154,7 @@ class AudioDecoder(torch.nn.Module):
         x = x + positions_LH[spans.offsets if past is None else [first]].to(x.dtype)
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training:
-                x = checkpoint(layer, x, spans, heard, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, spans, heard)
             else:
                 x = layer(x, spans, heard, past[index] if past else None)
         return self.table(self.final_norm(x), labels_D)

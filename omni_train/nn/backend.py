@@ -33,9 +33,11 @@ def backend() -> Backend:
     platform.setup()
     from omni_train.nn.attention import PackedAttention
     from omni_train.nn.norm import RMSNorm, model_norm
+    from omni_train.nn.recompute import install
 
     norms = {"norm": model_norm, "plain_norm": RMSNorm}
     on_gpu = platform.has_cuda()
+    install()
     _install_delta_rule(on_gpu)
     if on_gpu and importlib.util.find_spec("transformer_engine"):
         from megatron.core.extensions.transformer_engine import (

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from megatron.core.transformer.moe.router import TopKRouter
 
 from omni_train import platform
+from omni_train.nn.recompute import recomputing
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -55,14 +56,14 @@ class BalancedRouter(TopKRouter):
         probs, chosen = topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=False, score_function="softmax"
         )
-        # Under recomputation only the second pass has gradients: each token is counted once.
         if self.training and torch.is_grad_enabled():
             real = None if padding_mask is None else ~padding_mask.reshape(-1, 1)
             scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
             scores = (scores if real is None else scores * real).sum(0) / self.step_tokens
-            with torch.no_grad():
-                self.counts += (chosen if real is None else chosen & real).sum(0)
-                self.mean_probs += scores
+            if not recomputing():
+                with torch.no_grad():
+                    self.counts += (chosen if real is None else chosen & real).sum(0)
+                    self.mean_probs += scores
             if self.coefficient:
                 probs = _AttachLoss.apply(probs, self.coefficient * (self.load * scores).sum())
         return probs, chosen

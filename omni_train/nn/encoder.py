@@ -25,11 +25,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from omni_train.nn.attention import PackedSelfAttention
 from omni_train.nn.backend import backend
 from omni_train.nn.norm import LayerNorm
+from omni_train.nn.recompute import checkpoint
 
 
 def encoder_config(
@@ -164,8 +164,7 @@ class EncoderLayers(ShardedModuleList):
         for index, layer in enumerate(self):
             run = partial(layer, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
             if self.recompute and self.training:
-                # Not Megatron's, which loses the gradients of a layer whose input has none, as behind a frozen layer.
-                hidden, _ = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+                hidden, _ = checkpoint(run, hidden)
             else:
                 hidden, _ = run(hidden)
             if index in keep:

@@ -118,10 +118,11 @@ def test_deepstack_trains_alike_when_everything_is_recomputed(distributed, tmp_p
         ranks = parallel.tensor * parallel.context
         for history in distributed(ranks, train, parallel, tmp_path, start, None, again, 2):
             assert_same(expected, history)
-    alone = {"trainable": ["vision_*"]}
-    expected = distributed(1, train, ParallelConfig(), tmp_path, start, None, DEEPSTACK | alone, 2)[0]
-    for history in distributed(2, train, ParallelConfig(pipeline=2), tmp_path, start, None, again | alone, 2):
-        assert_same(expected, history)
+    for layout, part in (("PP2", "vision_*"), ("TP2", "*.deepstack_mergers.*")):
+        alone = {"trainable": [part]}
+        expected = distributed(1, train, ParallelConfig(), tmp_path, start, None, DEEPSTACK | alone, 2)[0]
+        for history in distributed(2, train, LAYOUTS[layout][1], tmp_path, start, None, again | alone, 2):
+            assert_same(expected, history)
 
 
 def train_parts(rank, world_size, parallel, folder, start):
@@ -154,6 +155,30 @@ def test_recomputation_changes_nothing(distributed, initial, recompute):
     folder, start, expected = initial
     for history in distributed(2, train, ParallelConfig(tensor=2), folder, start, None, {"recompute": recompute}):
         assert_same(expected, history)
+
+
+EXPERTS_ALONE = {"trainable": ["*experts*", "*router*"]}
+"""Behind a frozen embedding no activation needs a gradient before the first layer that trains."""
+
+
+def train_recomputed(rank, world_size, parallel, folder, start, changes):
+    """Two steps with each kind of recomputation."""
+    return [
+        train(rank, world_size, parallel, folder, start, None, changes | {"recompute": kind}, 2)
+        for kind in (Recompute.selective, Recompute.full)
+    ]
+
+
+@pytest.mark.parametrize("name", ["ONE", "PP2", "TP2"])
+def test_behind_frozen_inputs_recomputation_changes_nothing(distributed, initial_with_mtp, name):
+    """Also of what is counted in the layers: the auxiliary loss and the experts' load."""
+    folder, start, _ = initial_with_mtp
+    expected = distributed(1, train, ParallelConfig(), folder, start, None, MTP | EXPERTS_ALONE, 2)[0]
+    world_size, parallel = LAYOUTS.get(name, (1, ParallelConfig()))
+    for histories in distributed(world_size, train_recomputed, parallel, folder, start, MTP | EXPERTS_ALONE):
+        for history in histories:
+            assert_same(expected, history)
+            assert all(metrics["grad_norm"] > 0.01 for metrics in history)
 
 
 @pytest.mark.parametrize("name", ["TP2", "CP2", "PP2", "TP2-PP2-EP2"])

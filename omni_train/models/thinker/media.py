@@ -83,35 +83,9 @@ def place(hidden: Tensor, features: Tensor, places: Tensor, *, add: bool, sequen
     """
     if sequence_parallel:
         features = copy_to_tensor_model_parallel_region(features)
+    # Where there is none the encoder still takes part in the backward pass, so that all ranks run its collectives.
     here = (places >= 0).nonzero().squeeze(1)
-    if not len(here):
-        # The encoder still takes part in the backward pass, with gradient zero, so that all ranks run its collectives.
-        return hidden + 0.0 * features.sum().to(hidden.dtype)
     return hidden.index_put((here,), features[places[here]].unsqueeze(1).to(hidden.dtype), accumulate=add)
-
-
-def lend(hidden: Tensor, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Copies of features for use anywhere in the layers after `hidden`, recomputed layers included.
-
-    A layer that is recomputed runs its own backward pass, and would run that of the encoder as often as there are such
-    layers. The copies only gather gradients, which go to the features when the gradient of `hidden` comes, the last.
-
-    Returns:
-        `hidden`, to be used in its place, and the copies.
-    """
-    copies = [one.detach().requires_grad_(one.requires_grad) for one in features]
-    return _Lend.apply(hidden, copies, *features), copies
-
-
-class _Lend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, copies, *features):
-        ctx.copies = copies
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None, *(copy.grad for copy in ctx.copies)
 
 
 def _audio_pieces(clips: list[int], config: AudioEncoderConfig, window_frames: int) -> list[int]:

@@ -183,9 +183,7 @@ class Thinker(LanguageModule):
             hidden = self._place(hidden, seen, row.media.vision_places)
             if upcoming is not None:
                 upcoming = self._place(upcoming, seen, row.media.next_vision_places)
-            if deepstack:
-                hidden, row.packed.deepstack = media.lend(hidden, deepstack)
-                row.packed.vision_places = row.media.vision_places
+            row.packed.deepstack, row.packed.vision_places = deepstack, row.media.vision_places
         row.next_embedding = upcoming
         return hidden
 
