@@ -109,13 +109,14 @@ def loads(chunks: Iterable[torch.nn.Module], pipeline_group) -> dict[int, list[f
     return {layer: load for part in everywhere for layer, load in sorted(part.items())}
 
 
-def end_step(chunks: Iterable[torch.nn.Module], group, pipeline_group) -> dict[str, float]:
+def end_step(chunks: Iterable[torch.nn.Module], group, pipeline_group, keep: bool = True) -> dict[str, float]:
     """Sum the step's counts over the ranks that share the layers, and keep them for the next step.
 
     Args:
         chunks: this rank's model chunks.
         group: the tensor, context and data parallel ranks.
         pipeline_group: the pipeline ranks.
+        keep: False of a step that is skipped: the next goes on from the counts of the one before.
 
     Returns:
         ``aux_loss``: E·Σ fᵢ·Pᵢ of this batch, mean over the layers (1 at perfect balance);
@@ -129,8 +130,9 @@ def end_step(chunks: Iterable[torch.nn.Module], group, pipeline_group) -> dict[s
         torch.distributed.all_reduce(stacked, group=group)
         counts, mean_probs = stacked[:, 0], stacked[:, 1]
         load = counts * (counts.shape[1] / counts.sum(1, keepdim=True).clamp(min=1))
-        for router, value in zip(mine, load, strict=True):
-            router.load.copy_(value)
+        if keep:
+            for router, value in zip(mine, load, strict=True):
+                router.load.copy_(value)
         sums = torch.stack([(load * mean_probs).sum(), torch.tensor(float(len(mine)), device=sums.device)])
         extremes = torch.stack([load.max(), -load.min()])
     torch.distributed.all_reduce(sums, group=pipeline_group)

@@ -161,6 +161,10 @@ class CodecTraining(WaveTraining):
             "codewords_revived": float(usage.revived.sum()),
         }
 
+    def after_skipped_step(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Let the codebooks forget the global batch."""
+        self.networks["generator"].quantizer.forget()
+
 
 class Code2WavTraining(WaveTraining):
     """Code2Wav alone, on the codes of a codec that is given.

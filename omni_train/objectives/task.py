@@ -62,3 +62,7 @@ class Task(ABC):
     def after_step(self, networks: Mapping[str, torch.nn.Module], step: int) -> dict[str, float]:
         """Called on every rank after each optimizer step; figures to log."""
         return {}
+
+    def after_skipped_step(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Called instead where a loss or gradient was not finite: forget what the rows left behind."""
+        return

@@ -184,13 +184,14 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, sum(sums.tokens))
         metrics = self._schedule(rows, sums, forward_only=False)
+        set_learning_rate(self.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
+        metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
         metrics |= balance.end_step(
             self.chunks,
             group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            keep=updated,
         )
-        set_learning_rate(self.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
-        metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
         return StepResult(metrics, sum(sums.tokens), sums.samples, sums.skipped, updated, sums.tokens)
 
     def expert_loads(self) -> dict[int, list[float]]:

@@ -120,3 +120,15 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
         },
     )
     return engine
+
+
+def spoil(engine) -> None:
+    """Make the next step of an engine one that DeepSpeed skips, and whose gradients it drops. Collective.
+
+    All networks of a task step, or none: where one's gradient is no number, neither is any other's.
+    """
+    import deepspeed
+
+    parameter = next(parameter for parameter in engine.module.parameters() if parameter.requires_grad)
+    with deepspeed.zero.GatheredParameters([parameter]):
+        engine.backward((parameter * math.nan).sum(), scale_wrt_gas=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from omni_train import platform
 from omni_train.objectives.task import Outcome
 from omni_train.recipe.schema import Recipe
 from omni_train.training.engine import StepResult
+from omni_train.training.gradients import Finite
 from omni_train.training.initial import initialize_networks
 from omni_train.training.optimizer import freeze, parameter_groups, set_learning_rate
 from omni_train.training.plain_checkpoint import read_network
 from omni_train.training.tasks import build_evaluation, build_networks, build_task
-from omni_train.training.zero import forget_groups, import_deepspeed, wrap
+from omni_train.training.zero import forget_groups, import_deepspeed, spoil, wrap
 from omni_train.training.zero_checkpoint import ZeroStore, fill
 
 
@@ -33,6 +35,7 @@ class ZeroEngine:
         self.task = build_task(recipe)
         named = list(named_parameters(self.task.networks))
         freeze(named, recipe.trainable)
+        self._finite = Finite(named)
         for network in self.task.networks.values():
             for tensor in (*network.parameters(), *network.buffers()):
                 torch.distributed.broadcast(tensor.data, src=0)
@@ -46,10 +49,13 @@ class ZeroEngine:
         """Hand the networks, filled by now with what they start from, to DeepSpeed."""
         deepspeed, optimizer = import_deepspeed(), self.recipe.optimizer
         for name, network in self.task.networks.items():
-            groups = parameter_groups(optimizer, named_parameters({name: network}, alone=len(self.task.networks) == 1))
+            groups = parameter_groups(optimizer, self._named(name))
             self.engines[name] = wrap(deepspeed, self.recipe, network, groups)
         if self.decay:
             self._averages = {parameter: shard(parameter).float().clone() for parameter in self._averaged()}
+
+    def _named(self, name: str) -> Iterator:
+        return named_parameters({name: self.task.networks[name]}, alone=len(self.task.networks) == 1)
 
     def _averaged(self) -> Iterator[torch.nn.Parameter]:
         for network in self.task.networks.values():
@@ -110,26 +116,36 @@ class ZeroEngine:
         for engine in self.engines.values():
             engine.train()
             set_learning_rate(engine.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
+        self._finite.begin_step()
         outcomes = []
         for row in rows:
             outcome = self.task.run(self.engines, to_device(row), max(weight, 1.0), step, training=True)
             for name, loss in outcome.losses.items():
                 self.engines[name].backward(loss * world, scale_wrt_gas=False)  # it averages over the ranks
             outcomes.append(outcome)
+        stepping = {name: self.engines[name] for name in outcomes[0].losses}  # the others rest
         metrics = _figures(outcomes)
-        updated, first = True, next(iter(self.engines))
-        for name in outcomes[0].losses:  # the others rest
-            engine = self.engines[name]
+        updated, first = self._finite.everywhere() and math.isfinite(metrics.get("loss", 0.0)), next(iter(self.engines))
+        if not updated:
+            for engine in stepping.values():
+                spoil(engine)
+        for name, engine in stepping.items():
             engine.step()
-            updated = updated and bool(engine._step_applied)
+            updated = updated and engine.was_step_applied()
             norm = float(engine.get_global_grad_norm() or 0.0)
             metrics["grad_norm" if name == first else f"grad_norm_{name}"] = norm
-        metrics |= self.task.after_step(self.task.networks, step)
-        with torch.no_grad():
-            for parameter, average in self._averages.items():
-                average.lerp_(shard(parameter).float(), 1.0 - self.decay)
+        if updated:
+            metrics |= self.task.after_step(self.task.networks, step)
+            self._average()
+        else:
+            self.task.after_skipped_step(self.task.networks)
         self._plain = None
         return StepResult(metrics, tokens, int(samples), int(skipped), updated)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for parameter, average in self._averages.items():
+            average.lerp_(shard(parameter).float(), 1.0 - self.decay)
 
     @torch.no_grad()
     def evaluate(self, rows: list) -> dict[str, float]:

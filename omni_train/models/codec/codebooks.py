@@ -66,7 +66,7 @@ class Codebooks(torch.nn.Module):
         self.register_buffer("cluster_usage", torch.ones(count, size))
         self.register_buffer("embed_sum", torch.randn(count, size, dim))
         self._derived: _Derived | None = None
-        self._forget()
+        self.forget()
 
     @property
     def codewords(self) -> Tensor:
@@ -145,8 +145,14 @@ class Codebooks(torch.nn.Module):
         else:
             self._start(*self._gather("start"))
         self._derived = None
-        self._forget()
+        self.forget()
         return Usage(*usage_of(counts), revived)
+
+    def forget(self) -> None:
+        """Let go of what was sampled and counted."""
+        self._samples: list[tuple[Tensor, Tensor]] = []
+        self._counts: Tensor | None = None
+        self._sums: Tensor | None = None
 
     def _start(self, samples: Tensor, total: int) -> None:
         """K-means, codebook after codebook. Which inputs are the first centres is as random as the samples' order."""
@@ -206,11 +212,6 @@ class Codebooks(torch.nn.Module):
             tables = torch.cat([codewords, torch.ones_like(norms), norms], dim=-1)
             self._derived = _Derived(codewords, tables, bool(self.initialized.all()))
         return self._derived
-
-    def _forget(self) -> None:
-        self._samples: list[tuple[Tensor, Tensor]] = []
-        self._counts: Tensor | None = None
-        self._sums: Tensor | None = None
 
     def _apply(self, fn, recurse: bool = True):
         self._derived = None

@@ -134,6 +134,11 @@ class SplitQuantizer(torch.nn.Module):
         parts = [part.codebooks.update(generator, decay, dead_usage) for part in (self.semantic, self.acoustic)]
         return Usage(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
+    def forget(self) -> None:
+        """Let go of what was counted since the last update, and leave the codebooks as they are."""
+        for part in (self.semantic, self.acoustic):
+            part.codebooks.forget()
+
     def _draw(self, latents: Tensor, generator: torch.Generator, harder: Regularization) -> _Draws:
         B, T, _ = latents.shape
         quantized_B = torch.rand(B, generator=generator) < harder.quantize_rate
