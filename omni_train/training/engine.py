@@ -21,6 +21,7 @@ from omni_train.objectives.language_modelling import LanguageModelling
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import CheckpointStore
 from omni_train.training.flops import step_flops
+from omni_train.training.gradients import Arrivals
 from omni_train.training.initial import initialize
 from omni_train.training.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
 
@@ -56,6 +57,7 @@ class MegatronEngine:
         modules = build_chunks(recipe)
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
+        self._arrivals: Arrivals | None = Arrivals(named)
         self.config = modules[0].config
         self.seq_length = recipe.data.row_tokens * (2 if modules[0].carries_embeddings else 1)  # between the stages
         ddp = DistributedDataParallelConfig(
@@ -184,6 +186,9 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, sum(sums.tokens))
         metrics = self._schedule(rows, sums, forward_only=False)
+        if self._arrivals is not None:
+            self._arrivals.check(step)
+            self._arrivals = None
         set_learning_rate(self.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
         metrics["grad_norm"], updated = guarded_step(self.optimizer, metrics["loss"], self.recipe.optimizer.clip_grad)
         metrics |= balance.end_step(

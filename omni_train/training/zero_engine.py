@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from omni_train import platform
+from omni_train.errors import UserError
 from omni_train.objectives.task import Outcome
 from omni_train.recipe.schema import Recipe
 from omni_train.training.engine import StepResult
-from omni_train.training.gradients import Finite
+from omni_train.training.gradients import Arrivals, Finite
 from omni_train.training.initial import initialize_networks
 from omni_train.training.optimizer import freeze, parameter_groups, set_learning_rate
 from omni_train.training.plain_checkpoint import read_network
@@ -35,6 +36,10 @@ class ZeroEngine:
         self.task = build_task(recipe)
         named = list(named_parameters(self.task.networks))
         freeze(named, recipe.trainable)
+        for name, network in self.task.networks.items():
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                raise UserError(f"trainable: matches nothing of {name}; add '{name}.*'")
+        self._arrivals = {name: Arrivals(self._named(name)) for name in self.task.networks}
         self._finite = Finite(named)
         for network in self.task.networks.values():
             for tensor in (*network.parameters(), *network.buffers()):
@@ -124,6 +129,9 @@ class ZeroEngine:
                 self.engines[name].backward(loss * world, scale_wrt_gas=False)  # it averages over the ranks
             outcomes.append(outcome)
         stepping = {name: self.engines[name] for name in outcomes[0].losses}  # the others rest
+        for name in stepping:
+            if arrivals := self._arrivals.pop(name, None):
+                arrivals.check(step)
         metrics = _figures(outcomes)
         updated, first = self._finite.everywhere() and math.isfinite(metrics.get("loss", 0.0)), next(iter(self.engines))
         if not updated:
