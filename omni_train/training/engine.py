@@ -18,11 +18,12 @@ from omni_train.models.row import LocalRow
 from omni_train.models.thinker import build_chunks
 from omni_train.nn import balance
 from omni_train.objectives.language_modelling import LanguageModelling
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import OptimizerName, Recipe
 from omni_train.training.checkpoint import CheckpointStore
 from omni_train.training.flops import step_flops
 from omni_train.training.gradients import Arrivals
 from omni_train.training.initial import initialize
+from omni_train.training.muon import mark_matrices
 from omni_train.training.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
 
 
@@ -58,12 +59,15 @@ class MegatronEngine:
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
         self._arrivals: Arrivals | None = Arrivals(named)
+        if recipe.optimizer.name is OptimizerName.muon:
+            for module in modules:
+                mark_matrices(module)
         self.config = modules[0].config
         self.seq_length = recipe.data.row_tokens * (2 if modules[0].carries_embeddings else 1)  # between the stages
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
-            use_distributed_optimizer=recipe.optimizer.name == "adamw",
+            use_distributed_optimizer=True,
         )
         self.chunks = [
             DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)

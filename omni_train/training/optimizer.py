@@ -60,6 +60,8 @@ def parameter_groups(config: OptimizerConfig, named: Named) -> list[dict]:
 def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named):
     """Megatron's distributed optimizer over wrapped model chunks, in the recipe's parameter groups.
 
+    AdamW's, and beside it Muon's for what :func:`omni_train.training.muon.mark_matrices` has marked.
+
     Args:
         chunks: this rank's.
         named: their parameters.
@@ -73,7 +75,6 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
     from omni_train.training.distributed_optimizer import adapt
 
     config = recipe.optimizer
-    muon = config.name is OptimizerName.muon
     dtype = params_dtype(recipe.precision)
     overrides = {}
     factors = {parameter: _factors(config, name, parameter) for name, parameter in named if parameter.requires_grad}
@@ -84,7 +85,7 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
         )
         overrides[ParamKey(with_name_predicate=matches)] = {"lr_mult": pair[0], "wd_mult": pair[1]}
     options = MegatronOptimizerConfig(
-        optimizer="muon" if muon else "adam",
+        optimizer="adam",
         lr=config.lr,
         min_lr=config.min_lr,
         weight_decay=config.weight_decay,
@@ -94,12 +95,16 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
         clip_grad=config.clip_grad,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=not muon,
-        muon_tp_mode="distributed",  # whole matrices, as on one rank, rather than each rank its block
+        use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(
-        options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
-    )
+    if config.name is OptimizerName.muon:
+        from omni_train.training.muon import build_with_muon
+
+        optimizer = build_with_muon(options, chunks, overrides)
+    else:
+        optimizer = get_megatron_optimizer(
+            options, chunks, config_overrides=overrides, use_gloo_process_groups=platform.has_cuda()
+        )
     adapt(optimizer)
     return optimizer
 

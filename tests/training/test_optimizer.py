@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from omni_train.recipe.schema import CheckpointConfig, OptimizerName, ParallelConfig, ParamGroupConfig, Precision
+from omni_train.recipe.schema import ParallelConfig, ParamGroupConfig, Precision
 from tests.support.pool import RankFailed
 from tests.support.thinker import global_batches, small_recipe
 
@@ -149,44 +148,6 @@ def clipped_update(rank, world_size, parallel):
 def test_clipping_scales_the_gradients_that_the_optimizer_uses(distributed):
     for norm, clipped in distributed(2, clipped_update, ParallelConfig(tensor=2)):
         assert clipped == pytest.approx(norm / 4, rel=1e-5)
-
-
-def train_with_muon(rank, world_size, parallel, folder, start):
-    """Gradient norms of two steps; without `start`, also how far a resumed run's third step is from the run's own."""
-    from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore, load_model
-    from omni_train.training.engine import MegatronEngine
-
-    recipe = small_recipe(parallel)
-    recipe.optimizer.name = OptimizerName.muon
-    engine = engine_of(recipe)
-    store = CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), recipe.model)
-    if start is None:
-        store.save(0, engine.chunks, engine.optimizer, {}, None)
-    else:
-        load_model(engine.chunks, Path(start), recipe.model)
-        engine.optimizer.reload_model_params()
-    world, mine = platform.parallel.data_world_size(), platform.parallel.data_rank()
-    batches = [rows[mine * 2 // world : (mine + 1) * 2 // world] for rows in global_batches(3)]
-    norms = [engine.train_step(rows, learning_rate=3e-4).metrics["grad_norm"] for rows in batches[:2]]
-    if start is not None:
-        return norms
-    store.save(2, engine.chunks, engine.optimizer, {}, None)
-    resumed = MegatronEngine(recipe)
-    store.load(store.latest(), resumed.chunks, resumed.optimizer)
-    engine.train_step(batches[2], learning_rate=3e-4)
-    resumed.train_step(batches[2], learning_rate=3e-4)
-    ours, theirs = snapshot(engine), snapshot(resumed)
-    return norms, all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_muon_resumes_exactly_and_trains_alike_in_other_layouts(distributed, tmp_path):
-    pytest.importorskip("emerging_optimizers", reason="Muon needs the package emerging-optimizers")
-    norms, same = distributed(1, train_with_muon, ParallelConfig(), tmp_path, None)[0]
-    assert same
-    for parallel in (ParallelConfig(tensor=2), ParallelConfig(expert=2)):
-        for other in distributed(2, train_with_muon, parallel, tmp_path, tmp_path / "step_00000000"):
-            assert other == pytest.approx(norms, rel=1e-3)
 
 
 def test_step_counts_lie_where_the_fused_update_reads_them():
