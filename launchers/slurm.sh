@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits a run to SLURM, one task per GPU:
 #
-#   sbatch --nodes=16 launchers/slurm.sh train stage=s2_general model=flash_35b_a3b data.path=…
+#   sbatch --nodes=8 launchers/slurm.sh train stage=s2_general model=flash_35b_a3b parallel=tp2_ep8 data.path=…
 #
 # Five minutes before the time limit SLURM sends SIGUSR1 to this script, which hands it to every rank; the step is
 # finished, a checkpoint is saved, and the job queues itself again, where the same command goes on.

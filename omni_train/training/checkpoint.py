@@ -118,8 +118,8 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
             cause = next(iter(error.failures.values()))[0]  # what the first rank that failed met
         if "optimizer.state." in str(cause):
             raise UserError(
-                f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= of "
-                f"the run that wrote it, or start a new run with init_from={checkpoint}"
+                f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= "
+                f"of the run that wrote it, or start a new run with init_from={checkpoint}"
             ) from error
         raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(cause)}") from error
 

@@ -279,9 +279,9 @@ def test_packages_that_a_choice_needs_are_named_where_the_run_would_start(monkey
 
 
 def test_without_a_world_a_layout_of_any_size_is_accepted():
-    recipe = load_recipe(["stage=s2_general", "model=plus_397b_a17b", "parallel=tp4_pp4_ep32"])
+    recipe = load_recipe(["stage=s2_general", "model=plus_397b_a17b", "parallel=tp4_pp5_ep32"])
     validate(recipe, world_size=None)
-    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 128 …"):
+    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 160 …"):
         validate(recipe, world_size=8)
 
 
