@@ -75,6 +75,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update every parameter; its gradient's memory then holds the update."""
         updates = {}
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             momentum = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
@@ -177,13 +178,11 @@ def build_with_muon(options: OptimizerConfig, chunks: list[torch.nn.Module], ove
     gloo = platform.has_cuda()
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, chunks, use_gloo_process_groups=gloo)
     every = _get_param_groups(chunks, options, overrides | {ParamKey(attr=_MARK): {"optimizer": "muon"}})
+    dense_tensor_group = parallel_state.get_tensor_model_parallel_group()
+    expert_tensor_group = parallel_state.get_expert_tensor_parallel_group()
     optimizers = []
     for expert in (False, True):
-        tensor_group = (
-            parallel_state.get_expert_tensor_parallel_group()
-            if expert
-            else parallel_state.get_tensor_model_parallel_group()
-        )
+        tensor_group = expert_tensor_group if expert else dense_tensor_group
         data = "intra_expt_dp_group" if expert else "intra_dp_cp_group"
         model_group = groups["expt_tp_pp_with_egtp_remat_group" if expert else "mp_group"]
         for muon in (False, True):
@@ -219,8 +218,7 @@ def build_with_muon(options: OptimizerConfig, chunks: list[torch.nn.Module], ove
                     precision="medium" if options.bf16 else "highest",
                     **wrapped,
                 )
-                optimizer.tp_group = parallel_state.get_tensor_model_parallel_group()
-                optimizer.expert_tp_group = parallel_state.get_expert_tensor_parallel_group()
+                optimizer.tp_group, optimizer.expert_tp_group = dense_tensor_group, expert_tensor_group
             optimizer.grad_stats_parallel_group = groups["intra_dist_opt_group"]
             optimizers.append(optimizer)
     return ChainedOptimizer(optimizers)
