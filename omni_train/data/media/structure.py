@@ -9,6 +9,7 @@ UNKNOWN_RIFF_SIZE = 0x7FFF0000  # and above: of a writer that could not go back 
 UNKNOWN_SIZE = 1 << 62  # the same of eight bytes
 SEGMENT, CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 BLOCKS = b"\xa3\xa0"
+ID3 = re.compile(rb"ID3[\2-\4]\0[\0-\xf0]([\0-\x7f]{4})")  # version, flags, size
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra", b"meta")
 
@@ -59,11 +60,10 @@ def without_inner_tags(data: bytes) -> bytes:
     """An MP3 or ADTS file without the ID3 tags in its middle, with which those begin that were joined to the first."""
     if data[:3] != b"ID3" and not (data[:1] == b"\xff" and data[1] & 0xE0 == 0xE0):
         return data
-    kept, end = [], 0
-    for tag in re.finditer(rb"ID3[\2-\4]\0[\0-\xf0]([\0-\x7f]{4})", data):
-        if tag.start() >= max(end, 1):
-            kept.append(data[end : tag.start()])
-            end = tag.end() + _synchsafe(tag[1])
+    kept, end, at = [], 0, 10 + _synchsafe(data[6:10]) if data[:3] == b"ID3" else 1
+    while tag := ID3.search(data, at):
+        kept.append(data[end : tag.start()])
+        end = at = tag.end() + _synchsafe(tag[1])
     return b"".join([*kept, data[end:]]) if kept else data
 
 
@@ -100,10 +100,9 @@ def _ogg_breaks_off(data: bytes) -> bool:
     """Pages must follow each other, each of them whole; only the flag of the last may be missing."""
     at = 0
     while data[at : at + 4] == b"OggS":
-        header = data[at : at + 27]
-        segments = data[at + 27 : at + 27 + header[26]] if len(header) == 27 else b""
-        size = 27 + len(segments) + sum(segments)
-        if not segments or len(segments) < header[26] or at + size > len(data):
+        number = data[at + 26] if at + 27 <= len(data) else 0  # of segments, which may be none
+        size = 27 + number + sum(data[at + 27 : at + 27 + number])
+        if at + size > len(data):
             return True
         page = data[at : at + size]
         if ogg_checksum(page[:22] + bytes(4) + page[26:]) != int.from_bytes(page[22:26], "little"):

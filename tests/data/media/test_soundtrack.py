@@ -207,6 +207,10 @@ def test_an_ogg_file_without_the_flag_of_its_end_is_whole(name, tmp_path):
     waveform = read_audio(bytes(data), MEDIA)
     assert abs(len(waveform) - len(heard(file))) / 16000 < CLOSE
     np.testing.assert_allclose(beeps(waveform), BEEPS, atol=CLOSE)
+    empty = bytearray(data[page : page + 26]) + b"\0"  # a last page without segments, as some encoders write it
+    empty[5], empty[22:26] = 4, bytes(4)
+    empty[22:26] = ogg_checksum(bytes(empty)).to_bytes(4, "little")
+    assert len(read_audio(bytes(data + empty), MEDIA)) == len(waveform)
 
 
 JOINED = {
@@ -280,7 +284,7 @@ def test_a_matroska_file_of_which_a_piece_is_overwritten_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.wav", "x.flac", "x.mka"])
-@pytest.mark.parametrize("layout", ["3.0", "quad", "5.1", "7.1"])
+@pytest.mark.parametrize("layout", ["quad", "5.1", "7.1"])
 def test_more_channels_than_two_are_mixed_as_ffmpeg_mixes_them(name, layout, tmp_path):
     codec = () if name != "x.mka" else ("-c:a", "aac")
     for place in ("FL", "FC" if layout != "quad" else "BL"):
