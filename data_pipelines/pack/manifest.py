@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import av
 from omni_train.data.chat import TokenSequence, tokenize
 from omni_train.data.features.mel import SAMPLE_RATE
 from omni_train.data.media import read_audio
+from omni_train.data.media.container import open_container
 from omni_train.data.sample import SampleError, named_files, one_sample, parse_sample, read_json, sample_of
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.recipe.schema import LossOn
@@ -103,5 +103,5 @@ def _read(path: Path) -> bytes:
 
 def _duration(video: bytes) -> float:
     """Seconds, as the file's header says."""
-    with av.open(io.BytesIO(video)) as container:
+    with open_container(video) as container:
         return (container.duration or 0) / av.time_base
