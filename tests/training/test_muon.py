@@ -173,6 +173,18 @@ def test_each_map_of_a_fused_or_stacked_parameter_is_a_matrix_of_its_own(distrib
         same(qkv, rows(*(range(head + start, head + start + 6) for head in (0, 18, 36, 54))))
 
 
+def assert_tensor_ranks_agree(engine) -> None:
+    """On what they all hold; a checkpoint has that of one of them."""
+    from megatron.core import parallel_state
+
+    group, first = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_src_rank()
+    for name, parameter in (pair for chunk in engine.chunks for pair in chunk.module.global_parameters()):
+        if not getattr(parameter, "tensor_model_parallel", False):
+            theirs = parameter.detach().clone()
+            torch.distributed.broadcast(theirs, first, group=group)
+            assert torch.equal(theirs, parameter), name
+
+
 def saved(rank, world_size, parallel, folder, start, steps, batch_numel=None):
     """Steps from the checkpoint `start` (None: from initialisation), each saved; the last checkpoint's path."""
     from omni_train import platform
@@ -189,6 +201,7 @@ def saved(rank, world_size, parallel, folder, start, steps, batch_numel=None):
     for number in steps:
         step(engine, number)
         store.save(number + 1, engine.chunks, engine.optimizer, {}, None)
+    assert_tensor_ranks_agree(engine)
     store.close()
     platform.parallel.destroy()
     return str(store.latest())
