@@ -118,6 +118,7 @@ def _number_parameters(part: DistributedOptimizer) -> None:
 def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
     """Make the AdamW that Megatron takes without Transformer Engine fast, and able to save and load its state."""
     inner, restore_one, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
+    make_state_dict = part.state_dict
 
     def fuse() -> None:
         """One pass over each parameter instead of one per operation."""
@@ -134,6 +135,16 @@ def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
+    # Megatron reads the step count off the parameters, and a pipeline stage may train none.
+    def state_dict_with_a_step():
+        if inner.state:
+            return make_state_dict()
+        inner.state["none"] = {"step": torch.zeros(())}
+        try:
+            return make_state_dict()
+        finally:
+            del inner.state["none"]
+
     # The step count is kept apart: it must not be looked for among a parameter's loaded tensors.
     def restore_without_step(parameter, tensors):
         restore_one(parameter, {"step": None, **tensors})
@@ -146,5 +157,6 @@ def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
         for parameter, state in inner.state.items():
             state["step"] = state["step"].to(parameter.device, copy=True)
 
+    part.state_dict = state_dict_with_a_step
     part._set_main_param_and_optimizer_states = restore_without_step
     part.load_state_dict = load_with_steps_of_their_own

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from omni_train.errors import UserError
-from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Precision
+from omni_train.recipe.schema import CheckpointConfig, OptimizerConfig, OptimizerName, ParallelConfig, Precision
 from tests.distributed.test_checkpoints import read_plain
 from tests.distributed.test_layouts import assert_same
 from tests.support.pool import RankFailed
-from tests.support.thinker import global_batches, small_recipe
+from tests.support.thinker import encoders, global_batches, media_batches, small_recipe
 
 # The embedding is tied, so it has a bucket of its own; with these sizes the one before it is padded on the first stage.
 CHANGES = {"tie_word_embeddings": True, "mtp_num_hidden_layers": 1, "shared_expert_intermediate_size": 24}
@@ -237,3 +237,32 @@ def change_precision(rank, world_size, folder):
 
 def test_a_run_may_change_its_precision_when_it_resumes(distributed, tmp_path):
     assert distributed(1, change_precision, tmp_path) == [[True, True]]
+
+
+def train_the_adapter(rank, world_size, folder, optimizer):
+    """Loss and gradient norm of the step after a checkpoint, in the run that wrote it and in the one that resumed."""
+    from omni_train import platform
+    from omni_train.training.checkpoint import CheckpointStore
+    from omni_train.training.engine import MegatronEngine
+
+    recipe = small_recipe(ParallelConfig(pipeline=2), **encoders(), trainable=["audio_adapter.*"], optimizer=optimizer)
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    first, second = media_batches(2)
+    store = CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), recipe.model)
+    engine = MegatronEngine(recipe)
+    engine.train_step(first, 1e-3)
+    engine.save(store, 1, {}, None)
+    straight = engine.train_step(second, 1e-3, 1).metrics
+    resumed = MegatronEngine(recipe)
+    resumed.resume(store, store.latest())
+    again = resumed.train_step(second, 1e-3, 1).metrics
+    store.close()
+    platform.parallel.destroy()
+    return [(metrics["loss"], metrics["grad_norm"]) for metrics in (straight, again)]
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_a_pipeline_stage_that_trains_nothing_is_saved_and_resumed(distributed, tmp_path, name):
+    """S1 over pipeline stages: the adapter stands on the first, and Megatron's AdamW has no step to save elsewhere."""
+    for straight, again in distributed(2, train_the_adapter, tmp_path, OptimizerConfig(name=name, lr=1e-3)):
+        assert again == straight and straight[1] > 0.0
