@@ -85,14 +85,17 @@ def train(engine, first: int, last: int, rows: int = 4) -> list[dict[str, float]
 
 
 def held(engine) -> list[torch.Tensor]:
-    """What this rank holds of every parameter: master weights and both moments."""
+    """What this rank holds of every parameter, in the order of their names: master weights and both moments."""
     from omni_train.training.distributed_optimizer import _distributed_parts
 
-    masters = [
-        m for part in _distributed_parts(engine.optimizer) for g in part.optimizer.param_groups for m in g["params"]
-    ]
-    states = {m: s for part in _distributed_parts(engine.optimizer) for m, s in part.optimizer.state.items()}
-    return [t.detach().clone() for m in masters for t in (m, states[m]["exp_avg"], states[m]["exp_avg_sq"])]
+    names = {p: (i, name) for i, chunk in enumerate(engine.chunks) for name, p in chunk.named_parameters()}
+    states = {
+        names[parameter]: part._get_main_param_and_optimizer_states(parameter)
+        for part in _distributed_parts(engine.optimizer)
+        for parameter in part.model_param_group_index_map
+    }
+    kinds = ("param", "exp_avg", "exp_avg_sq")
+    return [states[name][kind].detach().clone() for name in sorted(states) for kind in kinds]
 
 
 def pads(engine) -> bool:

@@ -342,3 +342,23 @@ def test_a_folder_without_a_wavlm_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=message) as refused:
             WavLMTeacher(str(tmp_path), torch.device("cpu"))
         assert "\n" not in str(refused.value)
+
+
+def test_codebooks_of_a_frozen_quantiser_stay_as_they_are():
+    """Their codes must keep their meaning while a decoder is tuned to them; a moving average asks nobody."""
+    task = with_codebooks(codec_training())
+    quantizer = task.networks["generator"].quantizer
+    quantizer.acoustic.requires_grad_(False)
+    before = {name: value.clone() for name, value in quantizer.named_buffers()}
+    task.run(task.networks, wave_row(seed=9), 1.0, 1, training=True)
+    assert task.after_step(task.networks, 1)["codebook_used"] > 0.0
+    moved = {name for name, value in quantizer.named_buffers() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("semantic.") for name in moved)
+
+
+def test_a_frozen_quantiser_without_codebooks_is_refused():
+    task = codec_training()
+    task.networks["generator"].quantizer.requires_grad_(False)
+    task.run(task.networks, wave_row(), 1.0, 0, training=True)
+    with pytest.raises(UserError, match=r"generator\.quantizer is frozen"):
+        task.after_step(task.networks, 0)

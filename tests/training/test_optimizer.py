@@ -164,7 +164,9 @@ def test_step_counts_lie_where_the_fused_update_reads_them():
             one["step"] = state_dict["step"]
         inner.load_state_dict({"state": state, "param_groups": groups})
 
-    part = SimpleNamespace(optimizer=inner, load_state_dict=load, _set_main_param_and_optimizer_states=None)
+    part = SimpleNamespace(
+        optimizer=inner, state_dict=None, load_state_dict=load, _set_main_param_and_optimizer_states=None
+    )
     _adapt_torch_adamw(part)
     for loaded in (False, True):
         if loaded:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_train.errors import UserError
+
 KMEANS_ITERATIONS = 10
 SAMPLES = {"start": 16, "revival": 1}
 """Inputs of the global batch, for each codeword, that k-means and the revival of dead codewords see about at most."""
@@ -127,12 +129,18 @@ class Codebooks(torch.nn.Module):
         self._sums.view(-1, self.dim).index_add_(0, rows, residual.flatten(0, 2) * used[:, None])
 
     @torch.no_grad()
-    def update(self, generator: torch.Generator, decay: float, dead_usage: float) -> Usage:
+    def update(self, generator: torch.Generator, decay: float, dead_usage: float, frozen: bool = False) -> Usage:
         """See :meth:`omni_train.models.codec.quantizer.SplitQuantizer.update`. Collective."""
         counts = torch.zeros_like(self.cluster_usage) if self._counts is None else self._counts
         sums = torch.zeros_like(self.embed_sum) if self._sums is None else self._sums
         revived = counts.new_zeros(self.count)
-        if self.ready:
+        if frozen and not self.ready:
+            raise UserError(
+                "trainable: generator.quantizer is frozen and has no codebooks yet; train it too, or start from a codec"
+            )
+        if frozen:
+            _all_reduce(counts)
+        elif self.ready:
             _all_reduce(counts)
             _all_reduce(sums)
             self.cluster_usage.lerp_(counts, 1 - decay)

@@ -125,13 +125,20 @@ class SplitQuantizer(torch.nn.Module):
 
         The first time the codebooks are found by k-means among the latents of the step, which passed unquantised. From
         then on they follow their inputs' moving average, and codewords that are hardly used begin anew at an input.
+        Codebooks between projections that are frozen stay as they are, so that the codes keep their meaning.
 
         Args:
             generator: on the CPU, seeded alike on all ranks.
             decay: of the moving averages.
             dead_usage: codewords used less than this part of their codebook's mean begin anew.
+
+        Raises:
+            UserError: frozen codebooks that have never been found.
         """
-        parts = [part.codebooks.update(generator, decay, dead_usage) for part in (self.semantic, self.acoustic)]
+        parts = [
+            part.codebooks.update(generator, decay, dead_usage, frozen=not part.learns)
+            for part in (self.semantic, self.acoustic)
+        ]
         return Usage(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def forget(self) -> None:
@@ -172,6 +179,11 @@ class ResidualQuantizer(torch.nn.Module):
         self.output = torch.nn.Conv1d(dim, hidden, 1, bias=False)
         keep_size(self)
         self.codebooks = Codebooks(count, config.codebook_size, dim)
+
+    @property
+    def learns(self) -> bool:
+        """Whether training may move it: codebooks have no gradient, and go with their projections."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def forward(self, latents: Tensor, draws: _Draws | None = None) -> _Part:
         """(B, T, H) quantised, and with `draws` counted; see :class:`Quantized`."""
