@@ -53,7 +53,7 @@ gpu_wheels:
 	@rm -rf $@.partial
 	@.venv/bin/python -m pip wheel -q --disable-pip-version-check --no-deps -c constraints.txt -w $@.partial \
 		megatron-core fla-core einops emerging-optimizers hydra-core omegaconf antlr4-python3-runtime \
-		deepspeed hjson py-cpuinfo pydantic pydantic_core annotated-types typing-inspection av soundfile cffi pycparser soxr
+		deepspeed hjson py-cpuinfo pydantic pydantic_core annotated-types typing-inspection av soundfile cffi pycparser soxr langcodes
 	@mv $@.partial $@
 
 gpu-wheels: gpu_wheels ## fetch what the GPU check carries to a machine without a network
