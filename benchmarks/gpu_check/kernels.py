@@ -212,6 +212,17 @@ def norms_and_loss(report: Report) -> None:
         first, second, rest = x.double().split([32, 32, x.shape[-1] - 64], -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
+    gate = torch.randn(300, 2048, generator=draw)
+
+    def gated_norm(x, weight, gate):
+        return (_Normalize.apply(x, weight, 0.0, 1e-6) * F.silu(gate.float())).to(x.dtype)
+
+    def plain_gated_norm(x, weight, gate):
+        return F.rms_norm(x, (2048,), weight, 1e-6) * F.silu(gate)
+
+    def plain_l2norm(x):
+        return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
     def rotary(x, ids):
         return apply_rotary(x, embedding(ids))
 
@@ -233,6 +244,13 @@ def norms_and_loss(report: Report) -> None:
             plain = lambda x, weight, offset=offset: F.rms_norm(x, (2048,), weight + offset, 1e-6)  # noqa: E731
             case = "RMSNorm, zero-centred" if offset else "RMSNorm"
             _compare(report, case, dtype, norm, plain, {"x": wide, "weight": scale}, EXACT)
+        # As Megatron compiles it in Gated DeltaNet; without a GPU no code is generated.
+        compiled = torch.compile(gated_norm, backend="inductor" if platform.has_cuda() else "eager")
+        inputs = {"x": wide, "weight": scale, "gate": gate}
+        _compare(report, "gated RMSNorm, compiled", dtype, compiled, plain_gated_norm, inputs, EXACT)
+        inputs = {"x": wide.view(1, 300, 32, 64)}
+        compiled = torch.compile(delta_rule.l2norm, backend="inductor" if platform.has_cuda() else "eager")
+        _compare(report, "l2norm in torch, compiled", dtype, compiled, plain_l2norm, inputs, EXACT)
         x = torch.randn(300, 4, 256, generator=draw).to(dtype)
         got = outputs_and_gradients(rotary, {"x": x.to(device)}, ids=ids.to(device))
         want = outputs_and_gradients(reference_rotary, {"x": x.double()}, ids=ids)

@@ -49,6 +49,7 @@ def thinker_recipe(**changes) -> Recipe:
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
         mtp_num_hidden_layers=1,
+        initializer_range=0.02,  # with larger weights, bf16's last bit alone moves the gradient's norm by a half
     )
     heard_and_seen = encoders(audio_hidden_size=32, vision_hidden_size=32)
     return small_recipe(**({"row_tokens": 192} | sizes | heard_and_seen | changes))

@@ -136,7 +136,7 @@ class _L2Norm(torch.autograd.Function):
         y = wide * rstd
         ctx.save_for_backward(y, rstd)
         ctx.dim, ctx.dtype = dim, x.dtype
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # as in `omni_train.nn.norm`: torch 2.11's compiler
 
     @staticmethod
     @once_differentiable

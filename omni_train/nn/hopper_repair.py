@@ -66,8 +66,10 @@ def chunk_bwd_dqkwg(
         rows = [slice(0, 1)]
     place_NC = starts[:, None] + steps
     real_NC = place_NC < ends[:, None]
-    place_NC = place_NC.clamp(max=T - 1)
-    results = [torch.zeros_like(x) for x in (q, k, w)] + [torch.zeros(g.shape, dtype=torch.float32, device=g.device)]
+    # What stands behind a sequence's end reads the last token, counts nothing, and is written behind the last.
+    place_NC = torch.where(real_NC, place_NC, T)
+    results = [x.new_zeros(B, T + 1, *x.shape[2:]) for x in (q, k, w)]
+    results.append(torch.zeros(B, T + 1, H, dtype=torch.float32, device=g.device))
     for row in rows:
         for part in range(0, len(starts), CHUNKS_AT_ONCE):
             chosen = slice(part, part + CHUNKS_AT_ONCE)
@@ -76,13 +78,13 @@ def chunk_bwd_dqkwg(
             states = [x[row][0, chosen].float() for x in (h, dh)]
             made = _gradients(*inputs, _chunked(g[row][0, :, :, None], place, real)[..., 0], *states, real, scale)
             for result, gradient in zip(results, made, strict=True):
-                result[row][0][place[real]] = gradient.transpose(1, 2)[real].to(result.dtype)
-    return tuple(results)
+                result[row][0][place] = gradient.transpose(1, 2).to(result.dtype)
+    return tuple(result[:, :T].contiguous() for result in results)
 
 
 def _chunked(x: Tensor, place_NC: Tensor, real_NC: Tensor) -> Tensor:
     """(T, H, D) -> (N, H, C, D) fp32, zeros behind a sequence's end."""
-    return (x[place_NC] * real_NC[..., None, None]).transpose(1, 2).float()
+    return (x[place_NC.clamp(max=len(x) - 1)] * real_NC[..., None, None]).transpose(1, 2).float()
 
 
 def _gradients(q, k, v, do, dv, g, h, dh, real_NC, scale):

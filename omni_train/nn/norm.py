@@ -26,7 +26,10 @@ class _Normalize(torch.autograd.Function):
         inverse_rms = rms.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         ctx.offset = offset
-        return (x * inverse_rms).mul_(weight.float() + offset).to(x.dtype)
+        # Neither in place nor a cast to the type it has: on a GPU Megatron compiles what this is a part of, and torch
+        # 2.11's compiler gives the result of either no gradient.
+        normed = (x * inverse_rms) * (weight.float() + offset)
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     @once_differentiable
