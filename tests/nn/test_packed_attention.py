@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from omni_train.nn import packed_attention
 from omni_train.nn.packed_attention import (
     _sequence_by_sequence,
     packed_bidirectional_attention,
@@ -135,3 +136,35 @@ def test_a_long_row_never_holds_a_matrix_of_queries_by_keys(distributed):
     tokens = 12_288
     (growth,) = distributed(1, memory_growth, tokens, 24)
     assert growth < 4 * tokens**2 / 8
+
+
+def varlen_stand_in(grouped: bool):
+    """What torch documents of ``varlen_attn``, sequence by sequence; before 2.12 it knew no grouped heads."""
+
+    def attend(query, key, value, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa=False):
+        assert {ends_q.dtype, ends_k.dtype} == {torch.int32}
+        assert most_q >= ends_q.diff().max() and most_k >= ends_k.diff().max()
+        assert (enable_gqa is grouped) and (grouped or query.shape[1] == key.shape[1]) and scale is None
+        if window_size == (-1, 0):
+            return separate(query, key, value, ends_q, ends_k)
+        assert window_size == (-1, -1)
+        return packed_bidirectional_attention(query, key, value, ends_q)
+
+    return attend
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_flash_attention_is_asked_for_what_is_meant(monkeypatch, grouped):
+    """A GPU's kernel for bf16, whose arguments other torches take differently; here it is played in torch."""
+    inputs = problem(2, 71, 190)
+    expected = run(packed_causal_attention, *inputs, BOUNDARIES_Q, BOUNDARIES_K)
+    both_ways = packed_bidirectional_attention(*problem(6, 71, 71)[:3], BOUNDARIES_Q)
+    monkeypatch.setattr(packed_attention, "_GROUPED", {"enable_gqa": True} if grouped else None)
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen_stand_in(grouped))
+    for longest in (None, 200):
+        got = packed_attention._varlen(*inputs[:3], BOUNDARIES_Q.long(), BOUNDARIES_K, None, longest, causal=True)
+        torch.testing.assert_close(got, expected[0], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen_stand_in(True))
+    monkeypatch.setattr(packed_attention, "_GROUPED", {"enable_gqa": True})
+    got = packed_attention._varlen(*problem(6, 71, 71)[:3], BOUNDARIES_Q, BOUNDARIES_Q, None, None, causal=False)
+    torch.testing.assert_close(got, both_ways)
