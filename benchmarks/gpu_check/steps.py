@@ -26,7 +26,8 @@ class Reference:
 
     def __init__(self) -> None:
         names = [] if platform.has_cuda() else ["AdamW"]  # what it is compared with
-        self.folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+        self._temporary = tempfile.TemporaryDirectory(prefix="gpu_check_")
+        self.folder = Path(self._temporary.name)
         environment = os.environ | {
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
@@ -50,7 +51,11 @@ class Reference:
         return json.loads((self.folder / "reference.json").read_text())
 
     def stop(self) -> None:
+        """End the process, and remove what it wrote."""
         self._process.kill()
+        self._process.wait()
+        self._log.close()
+        self._temporary.cleanup()
 
 
 def same_steps(report: Report, name: str, got: list[dict], want: list[dict], loss: float, norm: float) -> None:
