@@ -40,14 +40,12 @@ def boundaries(lengths: list[int]) -> Tensor:
 def _compare(report: Report, name: str, dtype, path, reference, inputs: dict[str, Tensor], limits=LIMITS, **fixed):
     """`path` on the device in `dtype` against `reference` on the CPU, on the same numbers.
 
-    `inputs` stay fp32 where their name begins with `wide_`; `fixed` are arguments without gradients.
+    `inputs` are of floating point, and stay fp32 where their name begins with `wide_`; `fixed` are arguments without
+    gradients.
     """
-    inputs = {n: x.to(dtype).float() if x.is_floating_point() and n[:5] != "wide_" else x for n, x in inputs.items()}
     device = platform.device()
-    there = {
-        name: x.to(device, dtype if x.is_floating_point() and name[:5] != "wide_" else x.dtype)
-        for name, x in inputs.items()
-    }
+    there = {name: x.to(device, x.dtype if name.startswith("wide_") else dtype) for name, x in inputs.items()}
+    inputs = {name: x.float().cpu() for name, x in there.items()}  # the same numbers, rounded alike
     moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in fixed.items()}
     wanted = outputs_and_gradients(reference, inputs, **fixed)
     got = outputs_and_gradients(path, there, **moved)
@@ -173,9 +171,24 @@ def experts(report: Report) -> None:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up * wide_probs[:, None]
 
+    def fused_swiglu(gate_up, wide_probs):
+        return weighted_swiglu(gate_up, wide_probs)
+
+    def spread(tokens, source, rows):
+        return _Spread.apply(tokens, source, rows)
+
+    def plain_spread(tokens, source, rows):
+        return tokens[source]
+
+    def gather(tokens, source, rows):
+        return _Gather.apply(tokens, source, rows)
+
+    def plain_gather(tokens, source, rows):
+        return tokens[rows].sum(1)
+
     T, K = 100, 4
     source = torch.arange(T).repeat_interleave(K)[torch.randperm(T * K, generator=draw)]
-    rows = source.argsort(stable=True).view(T, K)
+    places = {"source": source, "rows": source.argsort(stable=True).view(T, K)}
     for dtype in dtypes():
         inputs = {
             "tokens": torch.randn(R, hidden, generator=draw),
@@ -183,16 +196,11 @@ def experts(report: Report) -> None:
         }
         _compare(report, "grouped product", dtype, product, one_by_one, inputs, EXACT, ends=ends)
         inputs = {"gate_up": torch.randn(R, 2 * width, generator=draw), "wide_probs": torch.rand(R, generator=draw)}
-        path = lambda gate_up, wide_probs: weighted_swiglu(gate_up, wide_probs)  # noqa: E731
-        _compare(report, "SwiGLU", dtype, path, swiglu, inputs, EXACT)
+        _compare(report, "SwiGLU", dtype, fused_swiglu, swiglu, inputs, EXACT)
         inputs = {"tokens": torch.randn(T, hidden, generator=draw)}
-        spread = lambda tokens, source, rows: _Spread.apply(tokens, source, rows)  # noqa: E731
-        reference = lambda tokens, source, rows: tokens[source]  # noqa: E731
-        _compare(report, "rows to experts", dtype, spread, reference, inputs, EXACT, source=source, rows=rows)
+        _compare(report, "rows to experts", dtype, spread, plain_spread, inputs, EXACT, **places)
         inputs = {"tokens": torch.randn(T * K, hidden, generator=draw)}
-        gather = lambda tokens, source, rows: _Gather.apply(tokens, source, rows)  # noqa: E731
-        reference = lambda tokens, source, rows: tokens[rows].sum(1)  # noqa: E731
-        _compare(report, "rows from experts", dtype, gather, reference, inputs, EXACT, source=source, rows=rows)
+        _compare(report, "rows from experts", dtype, gather, plain_gather, inputs, EXACT, **places)
 
 
 def norms_and_loss(report: Report) -> None:

@@ -36,11 +36,8 @@ def thinker_recipe(**changes) -> Recipe:
     """Every kind of layer, both encoders and multi-token prediction, in widths that the GPU's kernels take."""
     sizes = dict(
         hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         mrope_section=[4, 2, 2],
-        partial_rotary_factor=0.5,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=16,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from omni_train.data.chat import TokenSequence, tokenize
 from omni_train.data.features.mel import SAMPLE_RATE
 from omni_train.data.media import read_audio
 from omni_train.data.media.container import open_container
-from omni_train.data.sample import SampleError, named_files, one_sample, parse_sample, read_json, sample_of
+from omni_train.data.sample import SampleError, named_files, one_sample, read_json, sample_of
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.recipe.schema import LossOn
 
@@ -68,7 +67,7 @@ def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str
         name = f"{paths.index(path)}{_suffix(path)}"
         media[name] = media.get(name) or _read(job.manifest.parent / path)
         owner[what] = name
-    sample = parse_sample(json.dumps(fields, ensure_ascii=False).encode())
+    sample = sample_of(fields)  # once more, now with the names in the shard
     spoken = [] if sample.speech is None else read_audio(media[sample.speech], job.media)
     sequences = tokenize(
         sample,
