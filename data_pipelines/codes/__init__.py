@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def _open(job: Job) -> None:
 
 def _write(shard: str) -> None:
     """Make one shard and, last, the record that it is complete."""
-    missing: dict[str, int] = {}
+    missing: Counter[str] = Counter()
     partial = _job.making.partial(shard)
 
     def files() -> Iterator[tuple[str, bytes]]:
@@ -110,7 +111,7 @@ def _write(shard: str) -> None:
                 with one_sample():
                     parts[CODES] = _codes(parts)
             except SampleError as error:
-                missing[error.reason] = missing.get(error.reason, 0) + 1
+                missing[error.reason] += 1
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
 
     write_files(partial, files())
@@ -159,9 +160,8 @@ def _finish(job: Job, shards: list[str]) -> None:
         copy_tokenizer(job.data / "tokenizer", out / "tokenizer")
     whose = {shard: record["codec"] for shard, record in records.items()}
     write_json(out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
-    missing: dict[str, int] = {}
+    missing: Counter[str] = Counter()
     for record in records.values():
-        for reason, count in record["missing"].items():
-            missing[reason] = missing.get(reason, 0) + count
+        missing.update(record["missing"])
     told = describe(missing) or "none"
     print(f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")

@@ -6,8 +6,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipelines.making import Making
@@ -18,7 +19,7 @@ from omni_train.data.sample import describe
 from omni_train.data.tokenizer import Tokenizer, copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.schema import ChatTemplate, MediaConfig, ModelConfig
+from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class Job:
     making: Making
     tokenizer: Path
     model: ModelConfig
-    media: MediaConfig
-    row_tokens: int
-    template: ChatTemplate = ChatTemplate.chatml
+    data: DataConfig
 
 
 def pack(
@@ -78,7 +77,8 @@ def pack(
     settings["chat_template"] = chat_template
     making = Making(out, "packed")
     making.claim(settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
-    job = Job(manifest, making, tokenizer, recipe.model, recipe.data.media, row_tokens, ChatTemplate(chat_template))
+    written = {"row_tokens": row_tokens, "chat_template": ChatTemplate(chat_template), "loss_on": LossOn.assistant}
+    job = Job(manifest, making, tokenizer, recipe.model, replace(recipe.data, **written))
     shards = dict(_shards(manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")
@@ -135,9 +135,7 @@ def _finish(making: Making, names: Iterable[str], tokenizer: Path) -> None:
     with (out / "refused.jsonl").open("w", encoding="utf-8") as file:
         for line in sorted(refused, key=lambda line: line["line"]):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    reasons: dict[str, int] = {}
-    for line in refused:
-        reasons[line["reason"]] = reasons.get(line["reason"], 0) + 1
+    reasons = Counter(line["reason"] for line in refused)
     if not total.samples:
         raise UserError(f"out={out}: every line was refused: {describe(reasons)}; see refused.jsonl")
     copy_tokenizer(tokenizer, out / "tokenizer")

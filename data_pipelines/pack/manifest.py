@@ -9,13 +9,12 @@ from typing import Any
 
 import av
 
-from omni_train.data.chat import TokenSequence, tokenize
+from omni_train.data.chat import TokenSequence, sequences_of
 from omni_train.data.features.mel import SAMPLE_RATE
 from omni_train.data.media import read_audio
 from omni_train.data.media.container import open_container
 from omni_train.data.sample import SampleError, named_files, one_sample, read_json, sample_of
 from omni_train.data.tokenizer import Tokenizer
-from omni_train.recipe.schema import LossOn
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,8 @@ def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str
         media[name] = media.get(name) or _read(job.manifest.parent / path)
         owner[what] = name
     sample = sample_of(fields)  # once more, now with the names in the shard
-    spoken = [] if sample.speech is None else read_audio(media[sample.speech], job.media)
-    sequences = tokenize(
-        sample,
-        tokenizer,
-        row_tokens=job.row_tokens,
-        loss_on=LossOn.assistant,
-        media=job.media,
-        model=job.model,
-        parts=media,
-        template=job.template,
-    )
+    spoken = [] if sample.speech is None else read_audio(media[sample.speech], job.data.media)
+    sequences = sequences_of(sample, tokenizer, job.data, job.model, media)
     videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
     seconds = sum(_duration(media[name]) for name in videos)
     return Line(key, fields, sequences, media, seconds, len(spoken) / SAMPLE_RATE)

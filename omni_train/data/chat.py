@@ -15,7 +15,7 @@ from omni_train.data.positions import Kind, rotary_ids
 from omni_train.data.rendering import Rendering, rendered_length
 from omni_train.data.sample import Chat, Document, Medium, Sample, SampleError, Turn
 from omni_train.data.tokenizer import Tokenizer
-from omni_train.recipe.schema import ChatTemplate, LossOn, MediaConfig, ModelConfig
+from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, MediaConfig, ModelConfig
 
 PADS = {Kind.audio: "<|audio_pad|>", Kind.image: "<|image_pad|>", Kind.video: "<|video_pad|>"}
 VIDEO_READINGS = 4  # at most, until a video fits; the second nearly always does
@@ -75,9 +75,10 @@ def tokenize(
 
     def read(medium: Medium, **room: int) -> Clip:
         """A video, which is read anew for each room, or what is the same in every round."""
-        if room or medium not in shown:
-            clip = read_clip(medium, parts=parts, model=model, media=media, **room)
-            return clip if room else shown.setdefault(medium, clip)
+        if room:
+            return read_clip(medium, parts=parts, model=model, media=media, **room)
+        if medium not in shown:
+            shown[medium] = read_clip(medium, parts=parts, model=model, media=media)
         return shown[medium]
 
     for turns in rounds(sample.turns, template):
@@ -91,6 +92,22 @@ def tokenize(
     if not sequences:
         raise SampleError("no_loss")
     return sequences
+
+
+def sequences_of(
+    sample: Sample, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, parts: Mapping[str, bytes]
+) -> list[TokenSequence]:
+    """What :func:`tokenize` makes of a sample as a recipe's data are written."""
+    return tokenize(
+        sample,
+        tokenizer,
+        row_tokens=data.row_tokens,
+        loss_on=data.loss_on,
+        media=data.media,
+        model=model,
+        parts=parts,
+        template=data.chat_template,
+    )
 
 
 def prompt(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
 from omni_train.data.batch import PackedBatch
-from omni_train.data.chat import TokenSequence, prompt, tokenize
+from omni_train.data.chat import TokenSequence, prompt, sequences_of
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import Chat, Medium, SampleError, one_sample
 from omni_train.data.sources import ShardFolder, first_samples, open_source
@@ -117,7 +117,7 @@ def answer_rows(
     Returns:
         rows whose loss is on the assistant's turns; as many on every rank, the last ones perhaps of padding alone.
     """
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer, data = Tokenizer(data.tokenizer), replace(data, loss_on=LossOn.assistant)
     sequences: list[TokenSequence] = []
     for source in data.sources:
         folder = open_source(source, split, training=False)
@@ -133,16 +133,7 @@ def answer_rows(
                         theirs = other[1]()
                         files = zip(chat.media, other[0].media, strict=True)
                         parts = {mine.file: theirs[another.file] for mine, another in files}
-                    sequences += tokenize(
-                        chat,
-                        tokenizer,
-                        row_tokens=data.row_tokens,
-                        loss_on=LossOn.assistant,
-                        media=data.media,
-                        model=model,
-                        parts=parts,
-                        template=data.chat_template,
-                    )
+                    sequences += sequences_of(chat, tokenizer, data, model, parts)
             except SampleError:
                 continue
     rows = _pack_all(sequences, data, tokenizer.end_of_text)

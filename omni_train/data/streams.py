@@ -26,7 +26,7 @@ from megatron.energon.wrappers.buffer import SavableSampleBuffer
 from omni_train.data.augmentation import Augmentation
 from omni_train.data.batch import Row
 from omni_train.data.blend import TokenBlend, Tokenized
-from omni_train.data.chat import TokenSequence, tokenize
+from omni_train.data.chat import TokenSequence, sequences_of
 from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import SampleError, one_sample, sample_in
@@ -204,16 +204,7 @@ def sequence_reader(
                     augmentation=Augmentation(config.augmentation, seed, raw["__restore_key__"]) if augmented else None,
                 )
             ]
-        return tokenize(
-            sample,
-            tokenizer,
-            row_tokens=config.row_tokens,
-            loss_on=config.loss_on,
-            media=config.media,
-            model=model,
-            parts=parts,
-            template=config.chat_template,
-        )
+        return sequences_of(sample, tokenizer, config, model, parts)
 
     def read(raw: dict) -> Iterator[Tokenized]:
         try:

@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from omni_train import platform
+
 _BATCH_NUMEL = 1 << 26  # numbers that an owner works on at once: a quarter of a gigabyte, several times over
 
 
@@ -105,7 +107,7 @@ class Exchange:
 
     def _all_to_all(self, tensors: list[Tensor], sent: list[int], received: list[int], like: Tensor | None) -> Tensor:
         if not tensors:
-            device = torch.cuda.current_device() if like is None else like.device
+            device = platform.device() if like is None else like.device
             tensors = [torch.empty(0, dtype=torch.float32, device=device)]
         flat = torch.cat(tensors)
         if self.group.size() == 1:

@@ -126,12 +126,12 @@ def test_shuffling_and_restoring_read_only_what_is_packed(blended, monkeypatch):
 
 
 def test_an_unexpected_error_costs_its_sample_and_is_logged_once(blended, monkeypatch, caplog):
-    def fragile(given, *args, original=streams.tokenize, **kwargs):
+    def fragile(given, *args, original=streams.sequences_of, **kwargs):
         if given.text.startswith("bb1"):
             raise ZeroDivisionError("nothing to divide by")
         return original(given, *args, **kwargs)
 
-    monkeypatch.setattr(streams, "tokenize", fragile)
+    monkeypatch.setattr(streams, "sequences_of", fragile)
     monkeypatch.setattr(sample, "_logged", set())
     with caplog.at_level(logging.WARNING):
         rows = evaluation_rows(blended, MODEL, split="train", rows=10_000)
@@ -146,6 +146,6 @@ def test_a_failed_assertion_is_not_taken_for_a_bad_sample(blended, monkeypatch):
     def wrong(*args, **kwargs):
         raise AssertionError("a mistake of ours")
 
-    monkeypatch.setattr(streams, "tokenize", wrong)
+    monkeypatch.setattr(streams, "sequences_of", wrong)
     with pytest.raises(AssertionError, match="a mistake of ours"):
         next(build_loader(blended, MODEL, seed=SEED))

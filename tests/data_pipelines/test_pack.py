@@ -27,7 +27,7 @@ from data_pipelines.shards import digest
 from omni_train.data.sources import open_source
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import MediaConfig, ModelConfig, SourceConfig
+from omni_train.recipe.schema import DataConfig, ModelConfig, SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +208,8 @@ def test_an_error_that_nobody_thought_of_costs_its_line(tokenizer, tmp_path, mon
     def divide(*args, **kwargs):
         raise ZeroDivisionError
 
-    job = Job(tmp_path / "all.jsonl", None, tokenizer, ModelConfig(), MediaConfig(), 400)
-    monkeypatch.setattr(module, "tokenize", divide)
+    job = Job(tmp_path / "all.jsonl", None, tokenizer, ModelConfig(), DataConfig(row_tokens=400))
+    monkeypatch.setattr(module, "sequences_of", divide)
     refused = module.read_line(4, b'{"text": "one"}', Tokenizer(tokenizer), job)
     assert refused == module.Refused(5, "unexpected_ZeroDivisionError", [])
 

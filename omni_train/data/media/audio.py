@@ -21,14 +21,11 @@ from omni_train.data.media.soundtrack import (
     frames_after,
     last_seconds,
     mixing,
-    packet_frames,
     stream_blocks,
 )
 from omni_train.data.media.structure import breaks_off, mp3_samples, without_inner_tags
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig
-
-__all__ = ["audio_seconds", "packet_frames", "read_audio", "stream_blocks", "waveform_of"]
 
 LONGEST_PRIMING = 0.1  # seconds that a lossy decoder makes before there is sound
 SHORTEST_SECONDS = 0.01  # one mel frame; less is no sound

@@ -14,9 +14,10 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 
 from omni_train.data.features.patches import image_size, patchify, resize, video_size
-from omni_train.data.media.audio import packet_frames, stream_blocks, waveform_of
+from omni_train.data.media.audio import waveform_of
 from omni_train.data.media.container import open_container, refused_as
 from omni_train.data.media.frames import Decoded, Misplaced, Packets, Stamped, decoded, stamped
+from omni_train.data.media.soundtrack import packet_frames, stream_blocks
 from omni_train.data.media.structure import breaks_off
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
