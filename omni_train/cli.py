@@ -25,8 +25,8 @@ omni-train <command> [arguments]
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
 
-Exit codes: 0 done, or stopped by a signal with all saved; 2 something given is wrong (one line says what); 130
-interrupted."""
+Exit codes: 0 done; 1 a crash; 2 something given is wrong (one line says what); 75 asked to stop, all is saved and the
+same command goes on; 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

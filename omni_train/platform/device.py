@@ -10,6 +10,7 @@ import torch
 
 from omni_train.platform.cpu_streams import CARD
 from omni_train.platform.quiet import quiet
+from omni_train.processes import die_with_parent
 
 _ready = False
 _store: torch.distributed.Store | None = None  # where the ranks find each other, for the life of the process
@@ -36,9 +37,7 @@ def setup() -> None:
 
         cpu.install()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from omni_train.platform.launch import die_with_launcher
-
-        die_with_launcher()
+        die_with_parent()  # rather than train on beside a new run
     _ready = True
 
 

@@ -9,7 +9,6 @@ are passed on and the ranks decide when to end, and ranks do not outlive a launc
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -19,10 +18,11 @@ import psutil
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from omni_train.processes import Exit
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 _USAGE = "usage: launchers/local.sh N COMMAND …, N being a number of processes, at least 1"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(arguments: list[str]) -> int:
@@ -54,20 +54,11 @@ def launch(count: int, module: str, arguments: list[str]) -> int:
         torchrun.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a UserError, which the rank has printed
-            return 2
+        if failure.exitcode in (Exit.wrong, Exit.stopped):  # of which the rank has said why
+            return failure.exitcode
         print(f"rank {rank} {_ending(failure.exitcode)}; the other ranks were stopped", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
-
-
-def die_with_launcher() -> None:
-    """Called by a rank that ``main`` started: be killed when the launcher is, rather than train on beside a new run.
-
-    Linux only; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _forward(number: int, _frame: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from omni_train import platform
 from omni_train.errors import UserError
 from omni_train.platform.logs import say
+from omni_train.processes import Exit
 from omni_train.recipe.compose import read_recipe
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
@@ -44,10 +45,10 @@ def run_pipeline(pipeline: Pipeline) -> int:
             continue
         say(title)
         if not train(recipe):
-            return 0
+            return Exit.stopped
     if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.stages.values()):
         report(pipeline.directory)
-    return 0
+    return Exit.finished
 
 
 def is_complete(recipe: Recipe) -> bool:

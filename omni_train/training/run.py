@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omni_train import platform
 from omni_train.errors import UserError, announce
+from omni_train.processes import Exit
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
@@ -20,8 +21,7 @@ def run(recipe: Recipe) -> int:
     Raises:
         UserError: the recipe, the data or a checkpoint cannot work.
     """
-    train(recipe)
-    return 0
+    return Exit.finished if train(recipe) else Exit.stopped
 
 
 def train(recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from omni_train.processes import Exit
 from tests.e2e.conftest import Runs, kill
 
 
@@ -79,7 +80,7 @@ def test_a_signal_finishes_the_step_and_nothing_is_repeated(runs, ranks):
     runs.wait(lambda: len(runs.metrics("signalled")) >= 3, process)
     process.send_signal(signal.SIGTERM if ranks == 2 else signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == Exit.stopped, err
     before = losses(runs, "signalled")
     assert f"after step {len(before)}, saved; the same command goes on from here" in err
     assert "Traceback" not in err

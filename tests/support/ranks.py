@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 from omni_train.errors import UserError, announce
-from omni_train.platform.launch import die_with_launcher
+from omni_train.processes import die_with_parent
 
 
 def main(behaviour: str, folder: str) -> int:
     rank = int(os.environ["RANK"])
     mark = Path(folder, f"rank{rank}")
-    die_with_launcher()
+    die_with_parent()
     if behaviour == "user_error":
         announce(UserError("parallel.tensor=3: no"))
         return 2
