@@ -30,7 +30,7 @@ same command goes on; 130 interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and 2."""
+    """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and its status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert}
     try:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except UserError as error:
         announce(error)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 130
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import sys
 import time
@@ -16,6 +17,19 @@ class UserError(Exception):
     """Something the user gave is wrong. The message is one line: what, where, what to do. The command line exits 2."""
 
     announced = False
+    status = 2
+
+
+class RunFailed(UserError):
+    """What a run needs has failed it, as a full disk does. One line too; the command line exits 1: worth a try."""
+
+    status = 1
+
+
+def cannot_write(path: object, error: OSError) -> UserError:
+    """What to raise where a run cannot do without writing `path`: a ``UserError`` where only a person can mend it."""
+    wrong = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    return (UserError if wrong else RunFailed)(f"{path}: cannot be written: {error.strerror or first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:

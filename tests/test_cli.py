@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from omni_train.cli import main
-from omni_train.errors import UserError
+from omni_train.errors import RunFailed, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,3 +112,9 @@ def test_the_module_is_the_command(tmp_path):
     assert result.stderr.startswith("error: parallel.tensor=2: needs 2 processes")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_failed_the_run_is_one_line_and_exits_1_as_another_try_may_help(training, capsys):
+    training.outcome = RunFailed("runs/a: no space")
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "error: runs/a: no space\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from omni_train.platform.device import rank
@@ -10,7 +11,8 @@ from omni_train.platform.device import rank
 def say(message: str) -> None:
     """Print a line once for the whole run."""
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # standard error may be a file on a full disk
+            print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
