@@ -40,9 +40,11 @@ from omni_train.recipe.schema import (
     Recipe,
     ScheduleConfig,
     SourceConfig,
+    Verify,
 )
 from omni_train.recipe.validate import validate
 from omni_train.training.checkpoint_store import holds_checkpoints, resolve
+from omni_train.training.integrity import require_intact
 
 _TENSORS = "tensors.json"
 """In a checkpoint's ``hf`` folder: name and dtype of every tensor of the folder that it was imported from."""
@@ -98,7 +100,7 @@ def import_checkpoint(
         platform.parallel.initialize(recipe.parallel, recipe.seed)
         chunks = build_chunks(recipe)
         state = _read_state(chunks, table, folder)
-        store = CheckpointStore(checkpoint, CheckpointConfig(asynchronous=False), model)
+        store = CheckpointStore(checkpoint, CheckpointConfig(asynchronous=False, max_failures=1), model)
         with tempfile.TemporaryDirectory(dir=checkpoint, suffix=".partial") as carried:
             if platform.rank() == 0:
                 folder.copy_carried(Path(carried))
@@ -127,7 +129,7 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
             for one file and its largest tensor is needed.
 
     Raises:
-        UserError: the checkpoint is not of this format, or lacks a tensor or has one too many.
+        UserError: the checkpoint is damaged or not of this format, or lacks a tensor or has one too many.
     """
     from omni_train.training.checkpoint import read_model_config
 
@@ -139,19 +141,20 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     family = _family(format)
     platform.setup()
     checkpoint = resolve(checkpoint)
-    model = read_model_config(checkpoint)
-    reader = CheckpointReader(checkpoint)
-    carried = checkpoint / "hf"
-    dtypes = {}
-    if carried.is_dir():
-        dtypes = {name: getattr(torch, dtype) for name, dtype in read_json(carried / _TENSORS).items()}
-    config = to_hugging_face(format, model, whole=_whole(family, model, dtypes))
-    table = _table(family, model, dtypes)
-    reader.check(table)
-    files = plan_files(reader, table, dtypes, int(max_file_gigabytes * 1e9))
-    embedding = next(iter(files[0].values()))
-    files += sorted(carried.glob("*.safetensors"))
     with _process_group():
+        require_intact(checkpoint, Verify.all)
+        model = read_model_config(checkpoint)
+        reader = CheckpointReader(checkpoint)
+        carried = checkpoint / "hf"
+        dtypes = {}
+        if carried.is_dir():
+            dtypes = {name: getattr(torch, dtype) for name, dtype in read_json(carried / _TENSORS).items()}
+        config = to_hugging_face(format, model, whole=_whole(family, model, dtypes))
+        table = _table(family, model, dtypes)
+        reader.check(table)
+        files = plan_files(reader, table, dtypes, int(max_file_gigabytes * 1e9))
+        embedding = next(iter(files[0].values()))
+        files += sorted(carried.glob("*.safetensors"))
         torch.distributed.barrier()  # all have seen the folder empty
         hf.mkdir(parents=True, exist_ok=True)
         write_files(reader, files, hf, platform.rank(), platform.world_size())

@@ -15,9 +15,10 @@ from omni_train.interop.folder import read_json
 from omni_train.interop.speech import State, read_code2wav, read_mimi, write_code2wav, write_mimi
 from omni_train.models.codec import SpeechCodec
 from omni_train.platform.logs import say
-from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.schema import ModelConfig, Verify
 from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import point_latest, resolve
+from omni_train.training.integrity import require_intact, write_digests
 from omni_train.training.plain_checkpoint import read_network, write_networks
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
@@ -55,6 +56,7 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
     write_networks(partial, {_NETWORK: state})
     torch.save({"name": hf.resolve().name, **model}, partial / "model.pt")
     (partial / "metadata.json").write_text(json.dumps({"format": format}))
+    write_digests(partial)
     partial.rename(final)
     point_latest(final)
     say(
@@ -74,9 +76,11 @@ def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
         checkpoint: a step_XXXXXXXX folder, or a run's (its latest).
 
     Raises:
-        UserError: the checkpoint has no such network.
+        UserError: the checkpoint is damaged, or has no such network.
     """
     checkpoint = resolve(checkpoint)
+    only = ("model.pt", f"{_NETWORK}*.safetensors", "hf/config.json")
+    require_intact(checkpoint, Verify.all, only, together=False)
     model, state = read_model_config(checkpoint), read_network(checkpoint, _NETWORK)
     came_from = checkpoint / "hf" / "config.json"
     original = read_json(came_from) if came_from.exists() else None

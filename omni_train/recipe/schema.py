@@ -66,6 +66,12 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+class Verify(StrEnum):
+    all = "all"
+    small = "small"  # all but tensors, of which the sizes are compared
+    none = "none"
+
+
 class LossOn(StrEnum):
     """Which turns of a chat are learned. Documents (samples without turns) are always learned whole."""
 
@@ -308,6 +314,8 @@ class CheckpointConfig:
     save_every: int = 1000  # steps; the last step is always saved
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
     asynchronous: bool = True  # of engine=megatron; the other's are small, and the run waits for them
+    verify: Verify = Verify.all  # which files of a checkpoint are compared with their digests before it is read
+    max_failures: int = 3  # saves in a row that cannot be written end the run; the last save has as many tries
 
 
 @dataclass

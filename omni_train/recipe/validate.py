@@ -81,6 +81,7 @@ _AT_LEAST = {
     "evaluation.print_samples": 0,
     "checkpoint.save_every": 1,
     "checkpoint.keep": 0,
+    "checkpoint.max_failures": 1,
     "tracking.expert_load_every": 0,
     "safety.max_nonfinite_steps": 0,
     "safety.hang_seconds": 1,

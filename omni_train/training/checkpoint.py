@@ -1,4 +1,4 @@
-"""Megatron's sharded checkpoints: written in the background, read in any layout."""
+"""Megatron's sharded checkpoints: written by a thread while the run goes on, read in any layout."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from omni_train import platform
 from omni_train.errors import UserError, first_line
+from omni_train.platform.agreement import agree, anywhere
 from omni_train.recipe.schema import (
     AudioEncoderConfig,
     CheckpointConfig,
@@ -23,9 +25,15 @@ from omni_train.recipe.schema import (
     RecognizerConfig,
     VisionEncoderConfig,
 )
-from omni_train.training.checkpoint_store import Store, step_of
+from omni_train.training.checkpoint_store import Store, attempt, describe, step_of
+from omni_train.training.integrity import Digests, damaged, digests_of, read_digests, reading
 from omni_train.training.plain_checkpoint import is_plain, load_plain, read_plain_progress
 
+if TYPE_CHECKING:
+    from omni_train.training.sharded_write import Plan, Write
+
+# What a damaged file makes the libraries that read it raise.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
 _PARTS = {
     "audio": AudioEncoderConfig,
     "vision": VisionEncoderConfig,
@@ -49,12 +57,21 @@ _FREE_MODEL_KEYS = {
 
 
 def read_progress(checkpoint: Path) -> dict:
-    """What :meth:`CheckpointStore.save` was given as `progress`, without process groups."""
+    """What :meth:`CheckpointStore.save` was given as `progress`, without process groups.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
 
     if is_plain(checkpoint):
         return read_plain_progress(checkpoint)
-    return load_common_state_dict(checkpoint)["progress"]
+    with reading(checkpoint / ".metadata"):
+        try:
+            return load_common_state_dict(checkpoint)["progress"]
+        except CheckpointException as error:  # which is no Exception
+            raise _cause(error) from error
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -112,16 +129,19 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
         return load_plain(sharded, checkpoint)
     try:
         return dist_checkpointing.load(sharded, str(checkpoint))
-    except (CheckpointingException, CheckpointException, KeyError, OSError, EOFError) as error:
-        cause = error
-        if isinstance(error, CheckpointException):
-            cause = next(iter(error.failures.values()))[0]  # what the first rank that failed met
+    except (CheckpointingException, CheckpointException, *_UNREADABLE) as error:
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
         if "optimizer.state." in str(cause):
             raise UserError(
                 f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= "
                 f"of the run that wrote it, or start a new run with init_from={checkpoint}"
             ) from error
         raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(cause)}") from error
+
+
+def _cause(error) -> BaseException:
+    """What the first rank that failed met."""
+    return next(iter(error.failures.values()))[0]
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
@@ -132,7 +152,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     """
     try:
         written = torch.load(checkpoint / "model.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{checkpoint}: its model.pt cannot be read, use another: {first_line(error)}") from error
     config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
     for name, kind in _PARTS.items():
@@ -179,11 +199,10 @@ class CheckpointStore(Store):
     """The checkpoints of one run of the Megatron engine."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
         self.model = model
         self.carried: Path | None = None  # a folder that travels with every checkpoint, as its `hf`
-        self._queue = AsyncCallsQueue()
+        self._carried_digests: Digests = {}
+        self._writing: tuple[Path, Path, Digests, Plan, Write] | None = None
         super().__init__(directory, config)
 
     def save(self, step: int, chunks, optimizer, progress: dict, loader_state, state: dict | None = None) -> None:
@@ -197,48 +216,77 @@ class CheckpointStore(Store):
             loader_state: this data rank's loader, None on ranks that do not load.
             state: what to write of the model; that of `chunks` where it is not given.
         """
-        from megatron.core import dist_checkpointing
+        from omni_train.training.sharded_write import Write, plan, staged
 
         self.finish(blocking=True)
-        paths = self._begin(step, loader_state)
+        paths = self._begin(step)
         if paths is None:
             return
         partial, final = paths
-        if platform.rank() == 0:
-            torch.save(described(self.model), partial / "model.pt")
-            if self.carried is not None:
-                shutil.copytree(self.carried, partial / "hf", copy_function=_link)
-        torch.save(random_state(), partial / f"random_{platform.rank():05d}.pt")
-
+        digests: Digests = {}
+        if problem := agree(attempt(lambda: digests.update(self._write_small(partial, loader_state)))):
+            self._failed(final, problem)
+            return
         state = model_state(chunks) if state is None else state
         if optimizer is not None and step > 0:  # before its first step it has no state
             state["optimizer"] = optimizer.sharded_state_dict(state, metadata=state_metadata())
         state["progress"] = progress
-        request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=step == 0
-        )
-        request.finalize_fns.append(lambda: self._complete(partial, final))
-        if self.config.asynchronous:
-            self._queue.schedule_async_request(request)
-        else:
-            request.execute_sync()
+        planned = plan(state, partial, check=step == 0)
+        write = Write(staged(planned.buckets))
+        planned.buckets.clear()
+        self._writing = (partial, final, digests, planned, write)
+        write.start()
+        if not self.config.asynchronous:
+            self.finish(blocking=True)
+
+    def _write_small(self, partial: Path, loader_state) -> Digests:
+        """Write what this rank has beside tensors."""
+        names = self._write_loader(partial, loader_state)
+        names.append(f"random_{platform.rank():05d}.pt")
+        torch.save(random_state(), partial / names[-1])
+        carried: Digests = {}
+        if platform.rank() == 0:
+            names.append("model.pt")
+            torch.save(described(self.model), partial / names[-1])
+            if self.carried is not None:
+                shutil.copytree(self.carried, partial / "hf", copy_function=_link)
+                carried = self._carried_digests  # of what it once was, not of what may have become of it
+        return digests_of(partial, names) | carried
 
     def finish(self, blocking: bool = False) -> None:
-        """Complete the writes that are done; with `blocking`, wait for all of them. Collective."""
-        self._queue.maybe_finalize_async_calls(blocking=blocking)
+        """Complete the write that is done; with `blocking`, wait for it. Collective."""
+        if self._writing is None:
+            return
+        partial, final, digests, planned, write = self._writing
+        if blocking:
+            write.join()
+        if anywhere(write.is_alive()):
+            return
+        self._writing = None
+        if problem := agree(None if write.error is None else describe(write.error)):
+            self._failed(final, problem)
+            return
+        from omni_train.training.sharded_write import seal
 
-    def close(self) -> None:
-        """Wait for the last write."""
-        super().close()
-        self._queue.close()
+        digests |= write.digests
+        self._complete(partial, final, digests, write.results, lambda results: seal(planned, partial, results))
+
+    def abandon(self) -> None:
+        """Stop what is being written; nothing where nothing is. Not collective: for a run that ends by an error."""
+        if self._writing is not None:
+            self._writing[-1].cancel()
+            self._writing = None
 
     def _completed(self, final: Path) -> None:
         self.carry_from(final)  # the one it came from may be pruned
+        super()._completed(final)
 
     def carry_from(self, checkpoint: Path) -> None:
         """Let what an import left in a checkpoint (tokenizer, configuration) travel on with the next ones."""
         carried = checkpoint / "hf"
         self.carried = carried if carried.is_dir() else None
+        written = (read_digests(checkpoint) or {}) if self.carried else {}
+        self._carried_digests = {name: digest for name, digest in written.items() if name.startswith("hf/")}
 
     def load(self, checkpoint: Path, chunks, optimizer) -> dict:
         """Read model, optimizer and random state. Collective.
@@ -260,9 +308,7 @@ class CheckpointStore(Store):
             restore(optimizer, state["optimizer"], checkpoint)
         else:
             optimizer.reload_model_params()
-        random_state = checkpoint / f"random_{platform.rank():05d}.pt"
-        if random_state.exists():
-            restore_random_state(torch.load(random_state, weights_only=False))
+        restore_random_state(checkpoint)
         return state["progress"]
 
 
@@ -278,6 +324,7 @@ def random_state() -> dict:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     return {
+        "ranks": platform.world_size(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -286,11 +333,22 @@ def random_state() -> dict:
     }
 
 
-def restore_random_state(state: dict) -> None:
+def restore_random_state(checkpoint: Path) -> None:
+    """Draw on as the rank of this number did in the run that wrote a checkpoint, where it was in the same layout.
+
+    Raises:
+        DamagedCheckpoint: it is not there, or cannot be read.
+    """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    files = [checkpoint / f"random_{rank:05d}.pt" for rank in (platform.rank(), 0)]
+    path = next(filter(Path.exists, files), files[-1])
+    with reading(path):
+        state = torch.load(path, weights_only=False)
+    if path != files[0] and state.get("ranks") == platform.world_size():
+        raise damaged(checkpoint, f"{files[0].name} is missing")
     tracker = get_cuda_rng_tracker()
-    if set(tracker.get_states()) != set(state["tracker"]):
+    if path != files[0] or set(tracker.get_states()) != set(state["tracker"]):
         return  # written in another layout: the generators keep their fresh seeds
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

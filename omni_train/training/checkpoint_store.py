@@ -3,7 +3,7 @@
 A checkpoint is a directory ``step_XXXXXXXX``. It is written beside its final name, renamed when every rank's part is on
 disk, and only then does the link ``latest`` move to it; a crash at any moment leaves the previous one usable. The link
 is for people and their scripts: which checkpoint is the newest is read from the directories, because copies and object
-stores lose links.
+stores lose links. One that was damaged since is set aside under another name, and the one before it is taken.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from omni_train import platform
-from omni_train.errors import UserError
+from omni_train.errors import RunFailed, UserError, cannot_write, first_line
+from omni_train.platform.agreement import gathered, on_first_rank
 from omni_train.platform.logs import warn
 from omni_train.recipe.schema import CheckpointConfig
+from omni_train.training.integrity import DamagedCheckpoint as DamagedCheckpoint
+from omni_train.training.integrity import Digests, damaged, find_damage, reading, write_digests
 
 _PARTIAL = ".partial"
 _LATEST = "latest"
+_INCOMPLETE = "it was not written to its end, or lost its metadata.json"
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -31,13 +36,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 def newest(directory: Path) -> Path | None:
     """The newest complete checkpoint in a run's ``checkpoints``, or that its link leads to."""
-    found = [*_steps(directory), *filter(_is_step, [(directory / _LATEST).resolve()])]
-    return max(filter(is_complete, found), key=step_of, default=None)
+    return next(iter(_complete_ones(directory)), None)
 
 
 def holds_checkpoints(directory: Path) -> bool:
     """Whether there are checkpoints in a directory, complete or not, or what is left of them."""
-    return bool(_steps(directory)) or os.path.lexists(directory / _LATEST)
+    return bool(_remains(directory))
 
 
 def resolve(path: str | Path) -> Path:
@@ -70,6 +74,23 @@ def point_latest(checkpoint: Path) -> None:
     os.replace(fresh, checkpoint.with_name(_LATEST))
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint a name under which none looks for it, and return that.
+
+    Raises:
+        UserError: its folder cannot be written.
+    """
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged.{number}")
+    try:
+        return checkpoint.rename(aside)
+    except OSError as error:
+        raise cannot_write(checkpoint.parent, error) from error
+
+
 def _steps(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first, complete or not."""
     return sorted(filter(_is_step, directory.glob("step_*")), key=step_of)
@@ -79,96 +100,217 @@ def _is_step(path: Path) -> bool:
     return re.fullmatch(r"step_\d+", path.name) is not None
 
 
+def _complete_ones(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, and that its link leads to, newest first."""
+    linked = Path(os.path.realpath(directory / _LATEST))
+    found = dict.fromkeys(path.resolve() for path in (*_steps(directory), *filter(_is_step, [linked])))
+    return sorted(filter(is_complete, found), key=step_of, reverse=True)
+
+
+def _remains(directory: Path) -> list[Path]:
+    """All that says that a run has had a checkpoint: also one set aside, and a link that leads nowhere."""
+    aside = [path for path in sorted(directory.glob("step_*.damaged*")) if path.is_dir()]
+    link = directory / _LATEST
+    return [*aside, *([Path(os.path.realpath(link))] if os.path.lexists(link) else []), *_steps(directory)]
+
+
+def attempt(write: Callable[[], None]) -> str | None:
+    """What stops a write, None where nothing does."""
+    try:
+        write()
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        return describe(error)
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """What stopped a write, and on which rank."""
+    where = f"rank {platform.rank()}: " if platform.world_size() > 1 else ""
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return f"{where}{kind}{first_line(error)}"
+
+
 class Store:
-    """What the stores of both engines share. Process groups must exist."""
+    """What the stores of both engines share. Process groups must exist.
+
+    A checkpoint that cannot be written costs a warning; `config.max_failures` in a row raise ``RunFailed``, by whatever
+    call of :meth:`save` or :meth:`finish` learns it, on all ranks.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self.directory, self.config = directory, config
-        if platform.rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(leftover)
-        torch.distributed.barrier()
+        self.failures = 0  # saves in a row that could not be written
+        self.last: int | None = None  # step of the newest checkpoint that this run has written, or found written
+        on_first_rank(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.directory, error) from error
+        self._remove_partial("*")
+
+    def _remove_partial(self, names: str = "step_*") -> None:
+        for leftover in self.directory.glob(names + _PARTIAL):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, to go on from; None where a run has none yet. Says it of what it leaves out.
+        """The newest checkpoint that is whole, to go on from; None where a run has none yet. Collective.
+
+        Those that are newer but damaged or incomplete are set aside, and named.
 
         Raises:
             UserError: something is there, but nothing that a run can go on from.
         """
-        found, link = newest(self.directory), self.directory / _LATEST
+        candidates = on_first_rank(self._candidates)
+        damage: dict[Path, str] = {}
+        for found in candidates:
+            if (problem := find_damage(found, self.config.verify)) is None:
+                break
+            damage[found] = problem
+        else:
+            if not candidates:
+                return None
+            remedy = f"there is no other to go on from: restore it, or remove {self.directory} to start anew"
+            raise damaged(candidates[0], damage[candidates[0]], remedy)
+        on_first_rank(lambda: self._go_on_from(found, damage))
+        return found
+
+    def _candidates(self) -> list[Path]:
+        """The complete checkpoints, newest first."""
+        link = self.directory / _LATEST
         if link.is_dir() and not link.is_symlink():
             raise UserError(
                 f"{link}: is a folder, not a link; remove it where it is a copy of the newest step_XXXXXXXX beside it, "
                 "or else give it the name of the step that it holds"
             )
-        incomplete = [path for path in _steps(self.directory) if found is None or step_of(path) > step_of(found)]
-        if found is None:
-            if incomplete or os.path.lexists(link):
-                lost = incomplete[-1] if incomplete else link.resolve()
-                raise UserError(
-                    f"{lost}: not a complete checkpoint, and there is no other to go on from; restore it, or remove "
-                    f"{self.directory} to start anew"
-                )
-            return None
-        if incomplete:
-            warn(f"{incomplete[-1]}: not a complete checkpoint, left out")
-        if link.resolve() != found.resolve():
+        candidates = _complete_ones(self.directory)
+        if not candidates and (remains := _remains(self.directory)):
+            raise UserError(
+                f"{remains[-1]}: not a complete checkpoint, and there is no other to go on from; restore it, or remove "
+                f"{self.directory} to start anew"
+            )
+        return candidates
+
+    def _go_on_from(self, found: Path, damage: dict[Path, str]) -> None:
+        newer = [path for path in _steps(self.directory) if step_of(path) > step_of(found)]
+        incomplete = {path: _INCOMPLETE for path in newer if not is_complete(path)}
+        for checkpoint, problem in (incomplete | damage).items():
+            aside = set_aside(checkpoint)
+            warn(f"{checkpoint}: damaged: {problem}; set aside as {aside.name}, {found.name} is taken in its place")
+        link = self.directory / _LATEST
+        if Path(os.path.realpath(link)) != found:
             warn(f"{link}: does not lead to the newest complete checkpoint, {found.name}; now it does")
-            if platform.rank() == 0:
-                point_latest(found)
-        return found.resolve()
+            self._link(found)
+
+    def _link(self, checkpoint: Path) -> None:
+        """The link is for people: a run can do without."""
+        try:
+            point_latest(self.directory / checkpoint.name)
+        except OSError as error:
+            warn(f"{self.directory / _LATEST}: cannot be moved to {checkpoint.name}: {error.strerror}")
 
     def finish(self, blocking: bool = False) -> None:
         """Complete the writes that are done; with `blocking`, wait for all of them. Collective."""
 
     def close(self) -> None:
-        """Wait for the last write."""
+        """Wait for the last write. Collective."""
         self.finish(blocking=True)
+
+    def abandon(self) -> None:
+        """Stop what is being written; nothing where nothing is. Not collective: for a run that ends by an error."""
 
     @staticmethod
     def loader_states(checkpoint: Path) -> list:
         """The loader states of all data ranks that wrote the checkpoint, in their order.
 
         Raises:
-            UserError: one is not there.
+            DamagedCheckpoint: one is not there, or cannot be read.
         """
-        states = [torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("loader_*.pt"))]
+        states = []
+        for path in sorted(checkpoint.glob("loader_*.pt")):
+            with reading(path):
+                states.append(torch.load(path, weights_only=False))
         if not states or len(states) != states[0]["world_size"]:
-            raise UserError(f"{checkpoint}: lacks files loader_XXXXX.pt; restore them, or use another checkpoint")
+            raise damaged(checkpoint, "lacks files loader_XXXXX.pt")
         return states
 
-    def _begin(self, step: int, loader_state) -> tuple[Path, Path] | None:
-        """Where a checkpoint is written and where it will be, with this rank's loader in it; None: it is there."""
+    def _begin(self, step: int) -> tuple[Path, Path] | None:
+        """Where a checkpoint is written and where it will be. None: it is there, or cannot be begun. Collective."""
         final = self.directory / f"step_{step:08d}"
-        if is_complete(final):
-            return None
         partial = final.with_name(final.name + _PARTIAL)
-        if platform.rank() == 0:
-            for unfinished in (partial, final):
-                shutil.rmtree(unfinished, ignore_errors=True)
-            partial.mkdir(parents=True)
-        torch.distributed.barrier()
-        if loader_state is not None:
-            torch.save(loader_state, partial / f"loader_{platform.parallel.data_rank():05d}.pt")
-        return partial, final
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        if platform.rank() == 0:
+        def make() -> None:
+            self._remove_partial()
+            if os.path.lexists(final):
+                set_aside(final)
+            partial.mkdir(parents=True)
+
+        there, problem = on_first_rank(lambda: (True, None) if is_complete(final) else (False, attempt(make)))
+        if there:
+            self.last = step
+        elif problem:
+            self._failed(final, problem)
+        return None if there or problem else (partial, final)
+
+    @staticmethod
+    def _write_loader(partial: Path, loader_state) -> list[str]:
+        """Write this rank's loader, where it has one; the names of the files."""
+        if loader_state is None:
+            return []
+        name = f"loader_{platform.parallel.data_rank():05d}.pt"
+        torch.save(loader_state, partial / name)
+        return [name]
+
+    def _complete(
+        self, partial: Path, final: Path, digests: Digests, results: object = None, seal: Callable | None = None
+    ) -> None:
+        """Make a checkpoint of what all ranks have written. Collective.
+
+        Args:
+            digests: of the files that this rank has written; of others the first rank makes them.
+            results: anything that the first rank needs of this one.
+            seal: writes on the first rank what is left to write, given the results of all.
+        """
+        parts = gathered((digests, results))
+
+        def write() -> None:
+            if seal is not None:
+                seal([part for _, part in parts])
+            write_digests(partial, {name: digest for known, _ in parts for name, digest in known.items()})
             partial.rename(final)
-            self._completed(final)
-            point_latest(final)
-            self._prune()
-        torch.distributed.barrier()
+
+        if problem := on_first_rank(lambda: attempt(write)):
+            self._failed(final, problem)
+            return
+        self.failures, self.last = 0, step_of(final)
+        on_first_rank(lambda: self._completed(final))
 
     def _completed(self, final: Path) -> None:
-        """On the first rank, before older checkpoints are removed."""
+        """On the first rank, when a checkpoint is there."""
+        self._link(final)
+        if problem := attempt(lambda: self._prune(final)):
+            warn(f"{self.directory}: older checkpoints cannot be removed: {problem}")
 
-    def _prune(self) -> None:
+    def _failed(self, final: Path, problem: str) -> None:
+        """Count a checkpoint that could not be written. The ranks have agreed on it."""
+        self.failures += 1
+        if platform.rank() == 0:
+            self._remove_partial()
+        allowed, what = self.config.max_failures, f"{final}: could not be written: {problem}"
+        if self.failures >= allowed:
+            last = f"; it is the last of checkpoint.max_failures={allowed} in a row, and ends the run"
+            raise RunFailed(what + last * (allowed > 1))
+        warn(f"{what}; the run goes on, and the next save tries again ({self.failures} of {allowed} in a row)")
+
+    def _prune(self, written: Path) -> None:
+        """Remove what is older than the newest `keep` checkpoints up to the one just written."""
         if not self.config.keep:
             return
-        kept = [path for path in _steps(self.directory) if is_complete(path)][-self.config.keep :]
-        for old in _steps(self.directory):
-            if step_of(old) < step_of(kept[0]):
+        older = [path for path in _steps(self.directory) if step_of(path) <= step_of(written)]
+        kept = list(filter(is_complete, older))[-self.config.keep :]
+        linked = Path(os.path.realpath(self.directory / _LATEST))
+        for old in older:
+            if step_of(old) < step_of(kept[0]) and old.resolve() != linked:
                 (old / "metadata.json").unlink(missing_ok=True)  # incomplete from here on, should this be interrupted
                 shutil.rmtree(old)

@@ -11,8 +11,10 @@ import torch
 from omni_train.data.codes import content_hash, is_hash
 from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
+from omni_train.recipe.schema import Verify
 from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import resolve
+from omni_train.training.integrity import require_intact
 from omni_train.training.plain_checkpoint import is_plain, read_network
 
 
@@ -43,9 +45,10 @@ def open_codec(path: str) -> OpenCodec:
     An imported Mimi has no decoder here, and makes codes all the same.
 
     Raises:
-        UserError: there is no checkpoint, or it is of another network.
+        UserError: there is no checkpoint, or it is damaged, or of another network.
     """
     checkpoint = resolve(path)
+    require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
     model = read_model_config(checkpoint)
     if not is_plain(checkpoint) or model.codec is None:
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")

@@ -13,6 +13,7 @@ from omni_train.platform.logs import say
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import apply_model_state, check_architecture, load_sharded, model_state
 from omni_train.training.checkpoint_store import resolve
+from omni_train.training.integrity import require_intact
 from omni_train.training.plain_checkpoint import check_shapes, is_plain, shapes, tensors_of, whole_tensors
 
 RANDOM = "random"
@@ -32,8 +33,8 @@ def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
         the checkpoint of `init_from`.
 
     Raises:
-        UserError: a path without a checkpoint, a part of another architecture, a parameter that its checkpoint does not
-            have, or a pattern that matches no parameter.
+        UserError: a path without a checkpoint, a damaged one, a part of another architecture, a parameter that its
+            checkpoint does not have, or a pattern that matches no parameter.
     """
     state = model_state(chunks)
     keys = {entry.key for chunk in state.values() for entry in chunk.values()}
@@ -75,6 +76,8 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
 def _sources(recipe: Recipe, keys: list[str], depth: int = 1) -> Iterator[tuple[Path, list[str]]]:
     """Each checkpoint that the recipe starts from, and the keys to take from it; says it when they have been taken.
 
+    Collective: each is verified first. What a person named is not replaced by another when it is damaged.
+
     Args:
         depth: words of a key that name its module.
     """
@@ -86,6 +89,7 @@ def _sources(recipe: Recipe, keys: list[str], depth: int = 1) -> Iterator[tuple[
         if not taken:
             continue
         if checkpoint is not None:
+            require_intact(checkpoint, recipe.checkpoint.verify)
             yield checkpoint, taken
         modules = ", ".join(_modules(taken, depth))
         say(f"starting {'fresh' if checkpoint is None else f'from {checkpoint}'}: {modules}")

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_train.errors import UserError, first_line
+from omni_train.training.integrity import reading
 
 AVERAGED = "_ema"
 
@@ -69,22 +70,31 @@ def check_shapes(checkpoint: Path, wanted: Mapping[str, torch.Tensor], found: Ma
 
 
 def read_plain_progress(checkpoint: Path) -> dict:
-    """What the trainer must remember, as it was saved."""
-    return json.loads((checkpoint / "progress.json").read_text())
+    """What the trainer must remember, as it was saved.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    with reading(checkpoint / "progress.json"):
+        return json.loads((checkpoint / "progress.json").read_text())
 
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the checkpoint's networks."""
     found = {}
     for path in _files(checkpoint):
-        with safe_open(path, "pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return found
 
 
 def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint's networks; averaged ones are not among them."""
-    return {key: value for path in _files(checkpoint) for key, value in load_file(path).items()}
+    found = {}
+    for path in _files(checkpoint):
+        with reading(path):
+            found |= load_file(path)
+    return found
 
 
 def load_plain(sharded: dict, checkpoint: Path) -> dict:
@@ -106,7 +116,8 @@ def load_plain(sharded: dict, checkpoint: Path) -> dict:
     apply_factories(sharded)
     files = {}
     for path in _files(checkpoint):
-        file = safe_open(path, "pt")
+        with reading(path):
+            file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
 
     def read(entry):

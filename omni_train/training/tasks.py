@@ -13,6 +13,7 @@ from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Task
 from omni_train.recipe.schema import NetworkName, Recipe
 from omni_train.training.checkpoint_store import resolve
+from omni_train.training.integrity import require_intact
 
 if TYPE_CHECKING:
     from omni_train.objectives.semantic import Teacher
@@ -90,10 +91,12 @@ def _teacher(recipe: Recipe):
 
 
 def _listener(checkpoint: str, recipe: Recipe):
-    """The recognizer of a checkpoint or a run."""
+    """The recognizer of a checkpoint or a run. Collective."""
     from omni_train.training.listener import Listener
 
-    return Listener(resolve(checkpoint), recipe)
+    found = resolve(checkpoint)
+    require_intact(found, recipe.checkpoint.verify, only=("model.pt", "model*.safetensors"))
+    return Listener(found, recipe)
 
 
 def _is_wavlm(teacher: str) -> bool:

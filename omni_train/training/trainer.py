@@ -18,6 +18,9 @@ from omni_train.training.checkpoint_store import step_of
 from omni_train.training.feed import Feed
 from omni_train.training.schedule import Schedule
 
+SECONDS_BETWEEN_SAVES = 5.0
+"""How long the last save of a run waits where it failed, before it is tried again."""
+
 
 def build_engine(recipe: Recipe):
     """The recipe's engine. Process groups must exist."""
@@ -46,8 +49,8 @@ class Trainer:
             "skipped_steps": 0,
             "skipped_samples": {},
             "tokens_by_modality": {},
+            "nonfinite_in_a_row": 0,
         }
-        self.nonfinite_in_a_row = 0
         self.feed: Feed | None = None
         self._held_out = None
         self._evaluation: Callable | None = None
@@ -58,6 +61,9 @@ class Trainer:
             self.step = step_of(resume_from)
             say(f"resuming from {resume_from} at step {self.step}")
         else:
+            metrics = self.directory / "metrics.jsonl"
+            if metrics.exists() and metrics.stat().st_size:
+                warn(f"{self.directory}: has logged steps but no checkpoint; the run starts anew")
             self.engine.initialize(self.store)
         if recipe.schedule.steps > 0:
             self.feed = Feed(recipe)
@@ -98,9 +104,7 @@ class Trainer:
                 if self.step % self.recipe.checkpoint.save_every == 0:
                     self._save()
                 self.store.finish()
-            watchdog.alive()
-            self._save()
-            self.store.close()
+            self._save_last(watchdog)
             stopped = stop.agreed()  # also a signal that came while saving
             if stopped:
                 by = stop.name or "a signal to another rank"
@@ -109,6 +113,7 @@ class Trainer:
         finally:
             watchdog.stop()
             stop.close()
+            self.store.abandon()
             if self.feed is not None:
                 self.feed.close()
             self.engine.close()
@@ -180,15 +185,15 @@ class Trainer:
     def _guard(self, updated: bool) -> None:
         """Count a step that a non-finite loss or gradient made useless; give up after too many in a row."""
         if updated:
-            self.nonfinite_in_a_row = 0
+            self.progress["nonfinite_in_a_row"] = 0
             return
-        self.nonfinite_in_a_row += 1
+        self.progress["nonfinite_in_a_row"] += 1
         self.progress["skipped_steps"] += 1
-        allowed = self.recipe.safety.max_nonfinite_steps
-        warn(f"step {self.step}: non-finite loss or gradient; the step is skipped ({self.nonfinite_in_a_row} in a row)")
-        if self.nonfinite_in_a_row > allowed:
+        in_a_row, allowed = self.progress["nonfinite_in_a_row"], self.recipe.safety.max_nonfinite_steps
+        warn(f"step {self.step}: non-finite loss or gradient; the step is skipped ({in_a_row} in a row)")
+        if in_a_row > allowed:
             raise UserError(
-                f"step {self.step}: non-finite loss or gradient {self.nonfinite_in_a_row} times in a row, "
+                f"step {self.step}: non-finite loss or gradient {in_a_row} times in a row, "
                 f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
             )
 
@@ -210,6 +215,21 @@ class Trainer:
         for callback in callbacks:
             (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, predictions)
         return figures
+
+    def _save_last(self, watchdog: Watchdog) -> None:
+        """Save until it is written: a run that ends well leaves its last step behind.
+
+        Raises:
+            RunFailed: it cannot be, `checkpoint.max_failures` times.
+        """
+        self.store.failures = 0
+        while True:
+            watchdog.alive()
+            self._save()
+            self.store.close()
+            if self.store.last == self.step:
+                return
+            time.sleep(SECONDS_BETWEEN_SAVES)
 
     def _save(self) -> None:
         state = self.feed.state() if self.feed else None

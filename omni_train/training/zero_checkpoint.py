@@ -10,9 +10,11 @@ import torch
 
 from omni_train import platform
 from omni_train.errors import UserError
+from omni_train.platform.agreement import agree
 from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 from omni_train.training.checkpoint import described, random_state, restore_random_state
-from omni_train.training.checkpoint_store import Store, step_of
+from omni_train.training.checkpoint_store import Store, attempt, step_of
+from omni_train.training.integrity import Digests, damaged, digests_of, reading
 from omni_train.training.plain_checkpoint import (
     AVERAGED,
     check_shapes,
@@ -44,7 +46,7 @@ class ZeroStore(Store):
             progress: what the trainer must remember; equal on all ranks.
             loader_state: this rank's loader.
         """
-        paths = self._begin(step, loader_state)
+        paths = self._begin(step)
         if paths is None:
             return
         partial, final = paths
@@ -52,19 +54,31 @@ class ZeroStore(Store):
         if engine.decay:
             averaged = engine.states(averaged=True)
             states |= {name + AVERAGED: state for name, state in averaged.items()}
-        if platform.rank() == 0:
-            write_networks(partial, states)
-            torch.save(described(self.model), partial / "model.pt")
-            (partial / "progress.json").write_text(json.dumps(progress))
-        torch.save(random_state(), partial / f"random_{platform.rank():05d}.pt")
-        if step > 0:  # before its first step an optimizer has no state
-            for name, one in engine.engines.items():
-                one.save_checkpoint(str(partial / _SHARES), tag=name, save_latest=False)
-        torch.distributed.barrier()
-        if platform.rank() == 0:
+        shares = _shares(engine, partial / _SHARES) if step > 0 else {}  # before its first step there is no state
+        digests: Digests = {}
+
+        def write() -> None:
+            names = self._write_loader(partial, loader_state)
+            if platform.rank() == 0:
+                write_networks(partial, states)
+                torch.save(described(self.model), partial / "model.pt")
+                (partial / "progress.json").write_text(json.dumps(progress))
+            names.append(f"random_{platform.rank():05d}.pt")
+            torch.save(random_state(), partial / names[-1])
+            for path, share in shares.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(share, path)
+                names.append(str(path.relative_to(partial)))
+            digests.update(digests_of(partial, names))
+
+        def seal(_) -> None:
             layout = {"ranks": torch.distributed.get_world_size(), "zero_stage": engine.recipe.zero.stage}
             (partial / "metadata.json").write_text(json.dumps(layout))
-        self._complete(partial, final)
+
+        if problem := agree(attempt(write)):
+            self._failed(final, problem)
+        else:
+            self._complete(partial, final, digests, seal=seal)
 
     def check(self, checkpoint: Path, engine: ZeroEngine) -> None:
         """Refuse a checkpoint that this run cannot go on from.
@@ -90,10 +104,48 @@ class ZeroStore(Store):
         """
         if step_of(checkpoint) > 0:
             for name, one in engine.engines.items():
-                one.load_checkpoint(str(checkpoint / _SHARES), tag=name)
+                with reading(checkpoint / _SHARES):
+                    path, _ = one.load_checkpoint(str(checkpoint / _SHARES), tag=name)
+                if path is None:
+                    raise damaged(checkpoint, f"{_SHARES}/{name} is missing")
         engine.restore_averages(checkpoint)
-        restore_random_state(torch.load(checkpoint / f"random_{platform.rank():05d}.pt", weights_only=False))
+        restore_random_state(checkpoint)
         return read_plain_progress(checkpoint)
+
+
+def _shares(engine: ZeroEngine, folder: Path) -> dict[Path, dict]:
+    """What DeepSpeed would write on this rank of each network, by the file it would write it to. Collective.
+
+    It writes while the ranks wait for each other, and would leave them waiting for one whose disk is full.
+    """
+    shares: dict[Path, dict] = {}
+    for name, one in engine.engines.items():
+        writer, one.checkpoint_engine = one.checkpoint_engine, _Collector(shares)
+        one._copy_recovery_script = lambda folder: None  # a program, for checkpoints that have no whole networks
+        one.save_checkpoint(str(folder), tag=name, save_latest=False)
+        one.checkpoint_engine = writer
+    return shares
+
+
+class _Collector:
+    """What DeepSpeed takes for its writer of checkpoints."""
+
+    def __init__(self, files: dict[Path, dict]) -> None:
+        self.files = files
+
+    def save(self, state_dict: dict, path: str) -> None:
+        self.files[Path(path)] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Later."""
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True  # as torch.save does
+
+    create = commit = lambda self, info: None
 
 
 def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:

@@ -45,15 +45,20 @@ def test_a_checkpoint_with_a_damaged_file(trained, tmp_path):
     shutil.copytree((trained.folder / "start" / "checkpoints" / "latest").resolve(), damaged / "step_00000000")
     for part in (damaged / "step_00000000").glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
-    line = refusal(trained, "run=damaged", f"init_from={damaged / 'step_00000000'}")
-    assert "cannot be read" in line
+    start = f"init_from={damaged / 'step_00000000'}"
+    line = refusal(trained, "run=damaged", start)
+    assert "step_00000000: damaged: __0_0.distcp has 1000 bytes, not " in line
+    line = refusal(trained, "run=unseen", start, "checkpoint.verify=none")
+    assert "step_00000000: this checkpoint cannot be read, use another: " in line
 
 
 def test_a_checkpoint_that_does_not_say_of_what_it_is(trained, tmp_path):
     unnamed = tmp_path / "step_00000000"
     shutil.copytree((trained.folder / "start" / "checkpoints" / "latest").resolve(), unnamed)
     (unnamed / "model.pt").unlink()
-    assert "its model.pt cannot be read" in refusal(trained, "run=unnamed", f"init_from={unnamed}")
+    assert "its model.pt cannot be read" in refusal(
+        trained, "run=unnamed", f"init_from={unnamed}", "checkpoint.verify=none"
+    )
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(trained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ import torch
 from omni_train.errors import UserError
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import CheckpointConfig
-from omni_train.training.checkpoint_store import Store, resolve
+from omni_train.training.checkpoint_store import Store, resolve, step_of
+from omni_train.training.integrity import digests_of
 from omni_train.training.pipeline import is_complete
 from tests.support.thinker import small_recipe
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> Store:
+def store(tmp_path) -> Store:
     """Of a run with complete checkpoints of steps 2, 4 and 6."""
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     store = Store(tmp_path / "run" / "checkpoints", CheckpointConfig(keep=0))
     for step in (2, 4, 6):
         save(store, step)
@@ -27,9 +28,10 @@ def store(tmp_path, monkeypatch) -> Store:
 
 
 def save(store: Store, step: int) -> None:
-    partial, final = store._begin(step, {"world_size": 1, "step": step})
+    partial, final = store._begin(step)
+    names = store._write_loader(partial, {"world_size": 1, "step": step})
     (partial / "metadata.json").touch()
-    store._complete(partial, final)
+    store._complete(partial, final, digests_of(partial, names))
 
 
 def step(store: Store, number: int) -> Path:
@@ -87,14 +89,61 @@ def test_removing_the_newest_goes_back_to_the_one_before(store):
     assert store.latest() == step(store, 4)
 
 
-def test_what_is_newer_but_incomplete_is_left_out_by_name_and_replaced(store, capsys):
+def test_what_is_newer_but_incomplete_is_set_aside_by_name_and_does_not_block_its_step(store, capsys):
     (step(store, 6) / "metadata.json").unlink()
     (step(store, 6) / "remains").touch()
     assert store.latest() == step(store, 4)
-    assert f"{step(store, 6)}: not a complete checkpoint, left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"WARNING: {step(store, 6)}: damaged: it was not written to its end, or lost its metadata.json" in said
+    assert "set aside as step_00000006.damaged, step_00000004 is taken" in said
     save(store, 6)
     assert store.latest() == step(store, 6)
     assert not (step(store, 6) / "remains").exists()
+    assert (store.directory / "step_00000006.damaged" / "remains").exists()
+
+
+def test_what_could_not_be_set_aside_when_the_run_began_is_not_overwritten(store):
+    """It came while the run was going on: a restored backup, say."""
+    (step(store, 8)).mkdir()
+    (step(store, 8) / "restored").touch()
+    save(store, 8)
+    assert (store.directory / "step_00000008.damaged" / "restored").exists()
+
+
+def test_only_what_is_set_aside_is_no_new_run(store):
+    for path in [*store.directory.glob("step_*")]:
+        path.rename(path.with_name(path.name + ".damaged"))
+    link(store).unlink()
+    with pytest.raises(UserError, match=r"step_00000006.damaged: not a complete checkpoint, and there is no other"):
+        store.latest()
+
+
+def test_what_a_crash_left_of_the_first_checkpoint_is_a_new_run(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000002.partial").mkdir(parents=True)
+    store = Store(tmp_path / "checkpoints", CheckpointConfig())
+    assert store.latest() is None
+    assert not list(store.directory.iterdir())
+
+
+def test_a_link_in_a_circle_or_half_made_is_mended(store):
+    link(store).unlink()
+    link(store).symlink_to("latest")
+    link(store).with_name("latest.new").symlink_to("step_00000002")  # a crash came before it was renamed
+    assert resolve(store.directory) == store.latest() == step(store, 6)
+    assert link(store).resolve() == step(store, 6)
+    assert not link(store).with_name("latest.new").exists()
+
+
+def test_a_link_that_cannot_be_made_costs_a_line(store, capsys, monkeypatch):
+    """Object stores and some network file systems have none."""
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    save(store, 8)
+    assert "checkpoints/latest: cannot be moved to step_00000008: Operation not permitted" in capsys.readouterr().err
+    assert step_of(store.latest()) == store.last == 8
 
 
 def test_nothing_complete_is_no_new_run(store):
@@ -103,8 +152,7 @@ def test_nothing_complete_is_no_new_run(store):
     with pytest.raises(UserError, match="step_00000006: not a complete checkpoint, and there is no other"):
         store.latest()
     for number in (2, 4, 6):
-        (step(store, number) / "loader_00000.pt").unlink()
-        step(store, number).rmdir()
+        shutil.rmtree(step(store, number))
     with pytest.raises(UserError, match="step_00000006: not a complete checkpoint, and there is no other"):
         store.latest()
     link(store).unlink()
@@ -138,13 +186,42 @@ def test_pruning_keeps_the_newest_and_leaves_no_remains(store):
     assert sorted(path.name for path in store.directory.iterdir()) == ["latest", "step_00000006", "step_00000008"]
 
 
+def test_neither_a_newer_checkpoint_nor_where_the_link_leads_is_pruned(store):
+    stale(store)
+    store.config.keep = 1
+    store._prune(step(store, 6))
+    assert sorted(map(step_of, store.directory.glob("step_*"))) == [4, 6]
+    save(store, 5)
+    assert sorted(map(step_of, store.directory.glob("step_*"))) == [5, 6]
+
+
+def test_what_cannot_be_pruned_costs_a_line(store, capsys, monkeypatch):
+    def refuse(path):
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None if ignore_errors else refuse(path))
+    store.config.keep = 1
+    save(store, 8)
+    assert "older checkpoints cannot be removed: [Errno 39] Directory not empty" in capsys.readouterr().err
+    assert store.latest() == step(store, 8)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/checkpoints: cannot be written: Not a directory"):
+        Store(tmp_path / "file" / "checkpoints", CheckpointConfig())
+
+
 def test_a_checkpoint_that_lacks_a_loader_is_refused(store):
     assert store.loader_states(step(store, 6)) == [{"world_size": 1, "step": 6}]
     torch.save({"world_size": 2, "step": 6}, step(store, 6) / "loader_00000.pt")
-    with pytest.raises(UserError, match=r"step_00000006: lacks files loader_XXXXX\.pt"):
+    with pytest.raises(UserError, match=r"step_00000006: damaged: lacks files loader_XXXXX\.pt"):
         store.loader_states(step(store, 6))
     (step(store, 6) / "loader_00000.pt").unlink()
-    with pytest.raises(UserError, match=r"step_00000006: lacks files loader_XXXXX\.pt"):
+    with pytest.raises(UserError, match=r"step_00000006: damaged: lacks files loader_XXXXX\.pt"):
+        store.loader_states(step(store, 6))
+    (step(store, 6) / "loader_00000.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match=r"step_00000006: damaged: loader_00000\.pt cannot be read"):
         store.loader_states(step(store, 6))
 
 
@@ -159,4 +236,7 @@ def test_a_stage_is_complete_by_its_newest_checkpoint(store, lose):
     lose(store)
     assert is_complete(recipe)
     recipe.schedule.steps = 7
+    assert not is_complete(recipe)
+    recipe.schedule.steps = 6
+    (step(store, 6) / "progress.json").write_text("{")  # the run itself sees what it can go on from
     assert not is_complete(recipe)
