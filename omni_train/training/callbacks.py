@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from omni_train.data.sample import MEDIA, Medium
-from omni_train.errors import UserError, first_line
+from omni_train.errors import UserError, cannot_write, first_line
+from omni_train.platform.logs import say, warn
 from omni_train.recipe.schema import Recipe, WandbMode
 from omni_train.training.codec_evaluation import Resynthesis
 from omni_train.training.evaluation import Prediction
+from omni_train.training.lines import read_lines
 
 
 class Callback:
@@ -33,29 +36,76 @@ class Callback:
 
 
 class MetricsFile(Callback):
-    """One JSON object per logged step. What came after the checkpoint a run resumes from is dropped."""
+    """One JSON object per logged step. What came after the checkpoint a run resumes from is dropped.
+
+    Steps that cannot be written, on a full disk say, are kept until they can.
+
+    Raises:
+        UserError: the file cannot be written when it is opened.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line + "\n")
-                except json.JSONDecodeError:
-                    pass  # the line that a crash cut short
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join(kept))
-        os.replace(fresh, path)
-        self._file = path.open("a")
+        self._path, self._unwritten, self._failing = path, b"", False
+        try:
+            kept = [line + b"\n" for line, step in read_lines(path) if step["step"] <= resume_step]
+            fresh = path.with_suffix(".new")
+            fresh.write_bytes(b"".join(kept))
+            os.replace(fresh, path)
+            self._file = path.open("ab", buffering=0)  # what is written of a line that fails is known
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(finite).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._failing:
+                warn(f"{self._path}: cannot be written, kept until it can: {error.strerror}")
+            self._failing = True
+            return
+        if self._failing:
+            say(f"{self._path}: written again, nothing is missing")
+        self._failing = False
 
     def close(self) -> None:
-        self._file.close()
+        self._write()
+        if self._unwritten:
+            warn(f"{self._path}: its last {self._unwritten.count(10)} lines could not be written and are lost")
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class Spared(Callback):
+    """A callback that a run can do without: where its files cannot be written, that is said once."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback, self._failed = callback, False
+
+    def _call(self, method: str, *args) -> None:
+        try:
+            getattr(self._callback, method)(*args)
+        except OSError as error:
+            if not self._failed:
+                warn(f"{type(self._callback).__name__}: not everything can be written: {error}")
+            self._failed = True
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        self._call("on_metrics", metrics)
+
+    def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
+        self._call("on_predictions", step, predictions)
+
+    def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
+        self._call("on_resyntheses", step, resyntheses)
+
+    def close(self) -> None:
+        self._call("close")
 
 
 class Wandb(Callback):
@@ -68,9 +118,9 @@ class Wandb(Callback):
 
         self._wandb, self._media = wandb, directory / "questions"
         identity = directory / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
         try:
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
             self._run = wandb.init(
                 mode=recipe.tracking.mode.value,
                 project=recipe.tracking.project,
@@ -86,6 +136,8 @@ class Wandb(Callback):
             raise UserError(
                 f"tracking: wandb refuses: {first_line(error)}; log in, or choose tracking=wandb_offline"
             ) from error
+        except OSError as error:
+            raise cannot_write(directory, error) from error
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
         self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
@@ -184,6 +236,6 @@ def build_callbacks(recipe: Recipe, directory: Path, resume_step: int) -> list[C
     """The recipe's callbacks, for rank 0."""
     callbacks: list[Callback] = [MetricsFile(directory / "metrics.jsonl", resume_step)]
     if recipe.tracking.mode is not WandbMode.disabled:
-        callbacks.append(Wandb(recipe, directory))
-    callbacks.append(Progress(recipe.schedule.steps, resume_step))
+        callbacks.append(Spared(Wandb(recipe, directory)))
+    callbacks.append(Spared(Progress(recipe.schedule.steps, resume_step)))
     return callbacks

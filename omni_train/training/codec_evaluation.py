@@ -98,7 +98,12 @@ class CodecEvaluation:
             everywhere += part
             everywhere_NK += part_NK
         figures = everywhere.figures() | _usage(everywhere_NK)
-        kept = self._keep(pairs) if platform.rank() == 0 else []
+        kept: list[Resynthesis] = []
+        if platform.rank() == 0:
+            try:
+                kept = self._keep(pairs)
+            except (OSError, soundfile.LibsndfileError) as error:
+                warn(f"{self.directory}: the resyntheses cannot be written: {error}")
         return {f"eval_{name}": value for name, value in figures.items()}, kept
 
     def _measure(self, tally: Tally, original: np.ndarray, spoken: np.ndarray) -> None:

@@ -6,7 +6,6 @@ curves into its ``report/`` too.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from omni_train.data.batch import MODALITIES
 from omni_train.errors import UserError
+from omni_train.training.lines import read_lines
 
 COLUMNS = {
     "step": "{:,}",
@@ -39,11 +39,9 @@ def read_steps(run: Path) -> list[dict]:
         UserError: the run has logged no step.
     """
     path = run / "metrics.jsonl"
-    try:
-        steps = _steps(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected the directory of a run") from error
-    if not steps:
+    if not path.exists():
+        raise UserError(f"{path}: No such file or directory; expected the directory of a run")
+    if not (steps := _steps(path)):
         raise UserError(f"{path} has no training step yet")
     return steps
 
@@ -63,14 +61,29 @@ def read_stages(pipeline: Path) -> Stages:
 
 
 def _steps(path: Path) -> list[dict]:
-    return [row for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
+    """The training steps of a file, their figures only.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        steps = [step for _, step in read_lines(path) if "loss" in step]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected the file of a run") from error
+    return [{key: value for key, value in step.items() if _is_figure(value)} for step in steps]
+
+
+def _is_figure(value: object) -> bool:
+    """Numbers, but not what is logged as null since it is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def steps_table(steps: list[dict], rows: int = 12) -> Table:
     """At most ``rows`` steps, evenly spaced, the first and the last among them."""
     last = len(steps) - 1
     shown = sorted({round(i * last / max(1, rows - 1)) for i in range(rows)})
-    title = f"loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f} in {steps[-1]['step']:,} steps"
+    first, final = (_shown(step, "loss", "{:.3f}") for step in (steps[0], steps[-1]))
+    title = f"loss {first} → {final} in {steps[-1]['step']:,} steps"
     header = [name.replace("_per_", "/").replace("_", " ") for name in COLUMNS]
     return _table(title, header, [[_shown(steps[i], name, form) for name, form in COLUMNS.items()] for i in shown])
 
@@ -83,7 +96,7 @@ def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
     rows = []
     losses = ["loss", "eval_loss", *(f"loss_{modality}" for modality in modalities)]
     for name, steps in stages.items():
-        cells = [f"{steps[-1]['step']:,}", _shown(last[name], "tokens", "{:,.0f}"), f"{steps[0]['loss']:.3f}"]
+        cells = [f"{steps[-1]['step']:,}", _shown(last[name], "tokens", "{:,.0f}"), _shown(steps[0], "loss", "{:.3f}")]
         rows.append([name, *cells, *(_shown(last[name], key, "{:.3f}") for key in losses)])
     return header, rows
 

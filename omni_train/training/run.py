@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omni_train import platform
 from omni_train.errors import UserError, announce
+from omni_train.platform.logs import warn
 from omni_train.processes import Exit
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import Recipe
@@ -33,9 +34,10 @@ def train(recipe: Recipe) -> bool:
 
         platform.parallel.initialize(recipe.parallel, recipe.seed)
         trainer = Trainer(recipe)
-        if platform.rank() == 0:
-            write_recipe(recipe, Path(recipe.runs_dir) / recipe.run / "recipe.yaml")
+        written = _write_recipe(recipe)
         finished = trainer.fit()
+        if not written:
+            _write_recipe(recipe)
         del trainer  # its memory is given back below
         return finished
     except UserError as error:
@@ -44,3 +46,15 @@ def train(recipe: Recipe) -> bool:
     finally:
         platform.parallel.destroy()
         platform.leave_distributed()
+
+
+def _write_recipe(recipe: Recipe) -> bool:
+    """Write the run's ``recipe.yaml`` on the first rank; False where it cannot be, which a run can do without."""
+    path = Path(recipe.runs_dir) / recipe.run / "recipe.yaml"
+    try:
+        if platform.rank() == 0:
+            write_recipe(recipe, path)
+    except OSError as error:
+        warn(f"{path}: cannot be written: {error.strerror}; it is tried again when the run ends")
+        return False
+    return True

@@ -46,6 +46,16 @@ def test_a_run_without_steps_is_one_line_and_exit_2(tmp_path, capsys, content):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_broken_lines_and_losses_that_are_no_number_do_not_stop_a_report(tmp_path, capsys):
+    """A loss that is not finite is logged as null."""
+    lines = [b'{"step": 1, "loss": null}', b'{"step": 2, "loss": 2.5}', b"\xff", b"[]", b'{"step": 3, "loss": "x", "lr']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert main([str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    assert "loss – → 2.500 in 2 steps" in output.out
+    assert "3 of its 5 lines cannot be read" in output.err
+
+
 @pytest.fixture
 def pipeline(tmp_path):
     """Text alone, then with audio and held-out figures; a stage that logged nothing, one that has not begun."""
