@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from omni_train import platform
-from omni_train.errors import UserError
-from omni_train.platform.logs import say
+from omni_train.errors import UserError, cannot_write
+from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
 from omni_train.recipe.compose import read_recipe
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import read_progress
-from omni_train.training.checkpoint_store import newest, resolve, step_of
+from omni_train.training.checkpoint_store import DamagedCheckpoint, newest, resolve, set_aside, step_of
 from omni_train.training.report import report
 from omni_train.training.run import train
 from omni_train.training.schedule import Schedule
@@ -36,19 +37,54 @@ def run_pipeline(pipeline: Pipeline) -> int:
     """
     platform.setup()
     if platform.rank() == 0:
-        pipeline.directory.mkdir(parents=True, exist_ok=True)
-        (pipeline.directory / "pipeline.yaml").write_text(pipeline.to_yaml())
-    for number, (name, composed) in enumerate(pipeline.stages.items(), start=1):
-        recipe, title = _from_checkpoints(composed, pipeline), f"stage {number} of {len(pipeline.stages)}, {name}"
+        try:
+            pipeline.directory.mkdir(parents=True, exist_ok=True)
+            (pipeline.directory / "pipeline.yaml").write_text(pipeline.to_yaml())
+        except OSError as error:
+            raise cannot_write(pipeline.directory, error) from error
+    names, number = list(pipeline.stages), 0
+    while number < len(names):
+        name = names[number]
+        recipe = _from_checkpoints(pipeline.stages[name], pipeline)
+        title = f"stage {number + 1} of {len(names)}, {name}"
         if is_complete(recipe):
             say(f"{title}: complete, skipped")
-            continue
-        say(title)
-        if not train(recipe):
-            return Exit.stopped
+        else:
+            say(title)
+            try:
+                if not train(recipe):
+                    return Exit.stopped
+            except DamagedCheckpoint as error:
+                number = _go_back(error, pipeline, number)
+                continue
+        number += 1
     if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.stages.values()):
-        report(pipeline.directory)
+        try:
+            report(pipeline.directory)
+        except OSError as error:
+            warn(f"{pipeline.directory}: the report cannot be written: {error}")
     return Exit.finished
+
+
+def _go_back(error: DamagedCheckpoint, pipeline: Pipeline, number: int) -> int:
+    """The stage whose last checkpoint is damaged, which goes on from the one before: that is set aside.
+
+    Args:
+        error: what ended stage `number`, on all ranks.
+
+    Raises:
+        DamagedCheckpoint: it is no checkpoint of an earlier stage.
+    """
+    for before, (name, recipe) in enumerate([*pipeline.stages.items()][:number]):
+        folder = Path(recipe.runs_dir, recipe.run, "checkpoints").resolve()
+        if error.checkpoint is not None and error.checkpoint.parent.resolve() == folder:
+            say(f"stage {before + 1}, {name}: goes on from the checkpoint before")
+            if platform.rank() == 0:
+                set_aside(error.checkpoint)
+            while error.checkpoint.exists():
+                time.sleep(0.1)  # the other ranks, which have parted, must not take it for the newest
+            return before
+    raise error
 
 
 def is_complete(recipe: Recipe) -> bool:
@@ -65,7 +101,11 @@ def is_complete(recipe: Recipe) -> bool:
     step = step_of(checkpoint)
     if stop is not None and step >= stop:
         return True
-    return Schedule(recipe.schedule, recipe.optimizer).done(step, read_progress(checkpoint)["tokens"])
+    try:
+        tokens = read_progress(checkpoint)["tokens"]
+    except DamagedCheckpoint:
+        return False  # the run itself finds what it can go on from
+    return Schedule(recipe.schedule, recipe.optimizer).done(step, tokens)
 
 
 def _check_unchanged(recipe: Recipe, directory: Path) -> None:
