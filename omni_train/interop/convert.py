@@ -148,7 +148,9 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
         carried = checkpoint / "hf"
         dtypes = {}
         if carried.is_dir():
-            dtypes = {name: getattr(torch, dtype) for name, dtype in read_json(carried / _TENSORS).items()}
+            dtypes = {name: getattr(torch, str(dtype), None) for name, dtype in read_json(carried / _TENSORS).items()}
+            if not all(isinstance(dtype, torch.dtype) for dtype in dtypes.values()):
+                raise UserError(f"{carried / _TENSORS}: not the types of tensors; import the folder again")
         config = to_hugging_face(format, model, whole=_whole(family, model, dtypes))
         table = _table(family, model, dtypes)
         reader.check(table)

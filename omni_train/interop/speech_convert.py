@@ -7,8 +7,6 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from omni_train import platform
 from omni_train.errors import UserError
 from omni_train.interop.folder import read_json
@@ -20,6 +18,7 @@ from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import point_latest, resolve
 from omni_train.training.integrity import require_intact, write_digests
 from omni_train.training.plain_checkpoint import read_network, write_networks
+from omni_train.training.state_files import write_state
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
 _NETWORK = "generator"
@@ -54,7 +53,7 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
     (partial / "hf").mkdir(parents=True)
     shutil.copy(hf / "config.json", partial / "hf")
     write_networks(partial, {_NETWORK: state})
-    torch.save({"name": hf.resolve().name, **model}, partial / "model.pt")
+    write_state(partial / "model.pt", {"name": hf.resolve().name, **model})
     (partial / "metadata.json").write_text(json.dumps({"format": format}))
     write_digests(partial)
     partial.rename(final)

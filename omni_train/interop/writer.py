@@ -39,13 +39,11 @@ class CheckpointReader:
     """The model's tensors in a sharded checkpoint, without process groups and without the model."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
+        from omni_train.training.sharded_files import Reader
 
         self.path = checkpoint
-        self._reader = FileSystemReader(checkpoint)
-        metadata = self._reader.read_metadata()
-        self._reader.read_metadata = lambda: metadata  # it would be read again for every tensor
-        entries = metadata.state_dict_metadata
+        self._reader = Reader(checkpoint)
+        entries = self._reader.read_metadata().state_dict_metadata
         self._tensors = {
             name: entry
             for name, entry in entries.items()
@@ -74,8 +72,11 @@ class CheckpointReader:
         """A whole tensor, put together from the parts of all ranks."""
         from torch.distributed import checkpoint
 
+        from omni_train.training.sharded_files import user_errors
+
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        with user_errors():
+            checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
 

@@ -28,6 +28,7 @@ from omni_train.recipe.schema import (
 from omni_train.training.checkpoint_store import Store, attempt, describe, step_of
 from omni_train.training.integrity import Digests, damaged, digests_of, read_digests, reading
 from omni_train.training.plain_checkpoint import is_plain, load_plain, read_plain_progress
+from omni_train.training.state_files import read_state, write_state
 
 if TYPE_CHECKING:
     from omni_train.training.sharded_write import Plan, Write
@@ -62,12 +63,14 @@ def read_progress(checkpoint: Path) -> dict:
     Raises:
         DamagedCheckpoint: it cannot be read.
     """
+    if is_plain(checkpoint):
+        return read_plain_progress(checkpoint)
     from megatron.core.dist_checkpointing import load_common_state_dict
     from torch.distributed.checkpoint.api import CheckpointException
 
-    if is_plain(checkpoint):
-        return read_plain_progress(checkpoint)
-    with reading(checkpoint / ".metadata"):
+    from omni_train.training.sharded_files import as_data
+
+    with reading(checkpoint / ".metadata"), as_data(checkpoint):
         try:
             return load_common_state_dict(checkpoint)["progress"]
         except CheckpointException as error:  # which is no Exception
@@ -125,10 +128,13 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from omni_train.training.sharded_files import as_data
+
     if is_plain(checkpoint):
         return load_plain(sharded, checkpoint)
     try:
-        return dist_checkpointing.load(sharded, str(checkpoint))
+        with as_data(checkpoint):
+            return dist_checkpointing.load(sharded, str(checkpoint))
     except (CheckpointingException, CheckpointException, *_UNREADABLE) as error:
         cause = _cause(error) if isinstance(error, CheckpointException) else error
         if "optimizer.state." in str(cause):
@@ -150,10 +156,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     Raises:
         UserError: the checkpoint does not say it.
     """
-    try:
-        written = torch.load(checkpoint / "model.pt", weights_only=True)
-    except _UNREADABLE as error:
-        raise UserError(f"{checkpoint}: its model.pt cannot be read, use another: {first_line(error)}") from error
+    written = read_state(checkpoint / "model.pt")
     config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
     for name, kind in _PARTS.items():
         if part := getattr(config, name):
@@ -243,11 +246,11 @@ class CheckpointStore(Store):
         """Write what this rank has beside tensors."""
         names = self._write_loader(partial, loader_state)
         names.append(f"random_{platform.rank():05d}.pt")
-        torch.save(random_state(), partial / names[-1])
+        write_state(partial / names[-1], random_state())
         carried: Digests = {}
         if platform.rank() == 0:
             names.append("model.pt")
-            torch.save(described(self.model), partial / names[-1])
+            write_state(partial / names[-1], described(self.model))
             if self.carried is not None:
                 shutil.copytree(self.carried, partial / "hf", copy_function=_link)
                 carried = self._carried_digests  # of what it once was, not of what may have become of it
@@ -321,12 +324,14 @@ def _link(source: str, target: str) -> None:
 
 
 def random_state() -> dict:
+    """Of all generators of this process, in plain containers."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    kind, words, *rest = np.random.get_state()
     return {
         "ranks": platform.world_size(),
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (kind, words.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
@@ -343,8 +348,7 @@ def restore_random_state(checkpoint: Path) -> None:
 
     files = [checkpoint / f"random_{rank:05d}.pt" for rank in (platform.rank(), 0)]
     path = next(filter(Path.exists, files), files[-1])
-    with reading(path):
-        state = torch.load(path, weights_only=False)
+    state = read_state(path)
     if path != files[0] and state.get("ranks") == platform.world_size():
         raise damaged(checkpoint, f"{files[0].name} is missing")
     tracker = get_cuda_rng_tracker()

@@ -14,15 +14,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from omni_train import platform
 from omni_train.errors import RunFailed, UserError, cannot_write, first_line
 from omni_train.platform.agreement import gathered, on_first_rank
 from omni_train.platform.logs import warn
 from omni_train.recipe.schema import CheckpointConfig
 from omni_train.training.integrity import DamagedCheckpoint as DamagedCheckpoint
-from omni_train.training.integrity import Digests, damaged, find_damage, reading, write_digests
+from omni_train.training.integrity import Digests, damaged, find_damage, write_digests
+from omni_train.training.state_files import read_state, write_state
 
 _PARTIAL = ".partial"
 _LATEST = "latest"
@@ -227,10 +226,7 @@ class Store:
         Raises:
             DamagedCheckpoint: one is not there, or cannot be read.
         """
-        states = []
-        for path in sorted(checkpoint.glob("loader_*.pt")):
-            with reading(path):
-                states.append(torch.load(path, weights_only=False))
+        states = [read_state(path) for path in sorted(checkpoint.glob("loader_*.pt"))]
         if not states or len(states) != states[0]["world_size"]:
             raise damaged(checkpoint, "lacks files loader_XXXXX.pt")
         return states
@@ -259,7 +255,7 @@ class Store:
         if loader_state is None:
             return []
         name = f"loader_{platform.parallel.data_rank():05d}.pt"
-        torch.save(loader_state, partial / name)
+        write_state(partial / name, loader_state)
         return [name]
 
     def _complete(

@@ -130,10 +130,13 @@ def _check_tensors(wanted: dict, checkpoint: Path) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+    from omni_train.training.sharded_files import as_data
+
     if is_plain(checkpoint):
         written = shapes(checkpoint)
     else:
-        written = {key: tensor.global_shape for key, tensor in load_tensors_metadata(str(checkpoint)).items()}
+        with as_data(checkpoint):
+            written = {key: tensor.global_shape for key, tensor in load_tensors_metadata(str(checkpoint)).items()}
     entries = [entry for chunk in wanted.values() for entry in chunk.values()]
     built = [entry.build() if isinstance(entry, ShardedTensorFactory) else [entry] for entry in entries]
     tensors = [tensor for part in built for tensor in nested_values(part) if isinstance(tensor, ShardedTensor)]

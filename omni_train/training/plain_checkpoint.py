@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from omni_train.errors import UserError, first_line
+from omni_train.errors import UserError
 from omni_train.training.integrity import reading
+from omni_train.training.state_files import check_extra_states
 
 AVERAGED = "_ema"
 
@@ -46,10 +47,14 @@ def read_network(checkpoint: Path, name: str, averaged: bool = True) -> dict[str
         raise UserError(
             f"{checkpoint}: has no network '{name}' but {others}: it is of another network= than what is asked for here"
         )
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read, use another checkpoint: {first_line(error)}") from error
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    with reading(path):
+        tensors = load_file(path)
+    check_extra_states(path, tensors.items())
+    return tensors
 
 
 def tensors_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -90,11 +95,7 @@ def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint's networks; averaged ones are not among them."""
-    found = {}
-    for path in _files(checkpoint):
-        with reading(path):
-            found |= load_file(path)
-    return found
+    return {key: value for path in _files(checkpoint) for key, value in _read(path).items()}
 
 
 def load_plain(sharded: dict, checkpoint: Path) -> dict:

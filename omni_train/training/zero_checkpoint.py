@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ from omni_train.training.plain_checkpoint import (
     tensors_of,
     write_networks,
 )
+from omni_train.training.state_files import check_extra_states, load_plain, write_state
 
 if TYPE_CHECKING:
     from omni_train.training.zero_engine import ZeroEngine
@@ -61,10 +62,10 @@ class ZeroStore(Store):
             names = self._write_loader(partial, loader_state)
             if platform.rank() == 0:
                 write_networks(partial, states)
-                torch.save(described(self.model), partial / "model.pt")
+                write_state(partial / "model.pt", described(self.model))
                 (partial / "progress.json").write_text(json.dumps(progress))
             names.append(f"random_{platform.rank():05d}.pt")
-            torch.save(random_state(), partial / names[-1])
+            write_state(partial / names[-1], random_state())
             for path, share in shares.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(share, path)
@@ -104,6 +105,8 @@ class ZeroStore(Store):
         """
         if step_of(checkpoint) > 0:
             for name, one in engine.engines.items():
+                one.checkpoint_engine.load = _read_share
+                one._get_all_ckpt_names = lambda folder, tag, one=one: [one._get_ckpt_name(folder, tag)]  # no patterns
                 with reading(checkpoint / _SHARES):
                     path, _ = one.load_checkpoint(str(checkpoint / _SHARES), tag=name)
                 if path is None:
@@ -146,6 +149,21 @@ class _Collector:
         return True  # as torch.save does
 
     create = commit = lambda self, info: None
+
+
+def _read_share(path: str, map_location: Any = None) -> dict:
+    """What DeepSpeed wrote of this rank's share, in place of its own reading, which runs what is in a file.
+
+    Raises:
+        Exception: as :func:`load_plain`.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    share = load_plain(path, path, LossScaler, ZeroStageEnum, fragment_address)
+    check_extra_states(path, (share.get("module") or {}).items())
+    return share
 
 
 def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
