@@ -6,6 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
+export PYTHONSAFEPATH=1 # modules in the folder that this is started in are not ours
 
 if [[ ${1:-} == 1 ]]; then
     shift

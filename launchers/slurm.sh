@@ -29,6 +29,7 @@ fi
 root=${OMNI_TRAIN_ROOT:-$SLURM_SUBMIT_DIR}
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
+export PYTHONSAFEPATH=1 # modules in the folder that this is started in are not ours
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR

@@ -8,18 +8,18 @@ thought. Only answers behind the last question have it; those before are history
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from omni_train.data.sample import SampleError, Turn
-from omni_train.errors import UserError, first_line
+from omni_train.errors import UserError
 from omni_train.recipe.schema import ChatTemplate
 
 _THINK, _THOUGHT = "<think>\n", "\n</think>\n\n"
+_RENDERER = Path(__file__).with_name("render_template.py")
 _FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
@@ -122,7 +122,7 @@ def check_template(folder: str | Path, template: ChatTemplate) -> str | None:
     own = _own_template(folder)
     if own is None:
         return None
-    theirs = [_as_served(own, asked) for asked in _PROBES]
+    theirs = _as_served(own, _PROBES)
     alike = [one for one in ChatTemplate if theirs == [_as_trained(asked, one) for asked in _PROBES]]
     if template in alike:
         return None
@@ -144,21 +144,19 @@ def _as_trained(turns: Sequence[Turn], template: ChatTemplate) -> str:
     return text if answered else f"{text}<|im_start|>assistant\n{generation_prompt(template)}"
 
 
-def _as_served(own: str, turns: Sequence[Turn]) -> str:
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return environment.from_string(own).render(
-            messages=messages, add_generation_prompt=turns[-1].role != "assistant", enable_thinking=False
-        )
-    except Exception as error:  # a template may do anything
-        return f"not rendered: {first_line(error)}"
+def _as_served(own: str, chats: Sequence[Sequence[Turn]]) -> list[str] | None:
+    """What a folder's template writes of chats; None where it takes too long or too much memory."""
+    asked = [
+        {
+            "messages": [{"role": turn.role, "content": turn.text} for turn in turns],
+            "add_generation_prompt": turns[-1].role != "assistant",
+            "enable_thinking": False,
+        }
+        for turns in chats
+    ]
+    task = json.dumps({"template": own, "asked": asked})
+    done = subprocess.run([sys.executable, "-P", _RENDERER], input=task, capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 def _own_template(folder: str | Path) -> str | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from omni_train.errors import UserError, first_line
+from omni_train.platform.unpickling import tensors_and
 
 TEACHER_SAMPLING_RATE = 16000
 """Hz, of what every teacher hears."""
@@ -48,17 +50,22 @@ class WavLMTeacher:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:
-            from transformers import WavLMModel
+            from transformers import WavLMConfig, WavLMModel
         except ImportError:
             raise UserError(
                 f"codec_training.teacher={folder}: needs the package transformers; install it, or set teacher=null"
             ) from None
         try:
-            kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
-            if kind != "wavlm":
+            written = json.loads((Path(folder) / "config.json").read_text())
+            if (kind := written.get("model_type")) != "wavlm":
                 raise UserError(f"codec_training.teacher={folder}: a {kind} model; give a folder of a WavLM model")
-            self.model = WavLMModel.from_pretrained(folder, local_files_only=True).to(device).eval()
-        except (OSError, ValueError) as error:
+            # Only what describes the network: a configuration may also name a repository of kernels to fetch and run.
+            known = WavLMConfig().to_dict().keys() | {"torch_dtype"}
+            config = WavLMConfig.from_dict({key: value for key, value in written.items() if key in known})
+            with tensors_and():
+                self.model = WavLMModel.from_pretrained(folder, config=config, local_files_only=True)
+            self.model.to(device).eval()
+        except (OSError, ValueError, UnpicklingError) as error:
             raise UserError(
                 f"codec_training.teacher={folder}: no WavLM model can be read here: {first_line(error)}"
             ) from None
