@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from omni_train.data.chat import TokenSequence, sequences_of
 from omni_train.data.crops import Crop, pack_crops, read_crop
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import SampleError, one_sample, sample_in
+from omni_train.data.snapshots import read_snapshot, write_snapshot
 from omni_train.data.sources import ShardFolder, StreamConfig
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_sequence
@@ -235,12 +235,16 @@ class StreamState:
 
 
 class StreamReader:
-    """Iterates over (row, snapshot or None) of one stream, from where ``state`` says."""
+    """Iterates over (row, snapshot or None) of one stream, from where ``state`` says.
+
+    Raises:
+        UserError: the snapshot in ``state`` cannot be read.
+    """
 
     def __init__(self, stream: Packer, state: StreamState):
         self.stream = stream
         if state.snapshot is not None:
-            stream.restore_state(pickle.loads(state.snapshot))
+            stream.restore_state(read_snapshot(state.snapshot, stream.save_state()))
         self._iterator = iter(stream)
         self._since_snapshot = 0
         self._snapshot_rows = max(1, min(SNAPSHOT_ROWS, SNAPSHOT_TOKENS // stream.data.row_tokens))
@@ -260,4 +264,4 @@ class StreamReader:
         if self._since_snapshot < self._snapshot_rows:
             return row, None
         self._since_snapshot = 0
-        return row, pickle.dumps(self.stream.save_state())
+        return row, write_snapshot(self.stream.save_state())
