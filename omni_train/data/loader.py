@@ -5,84 +5,52 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gc
 import itertools
-import os
-import resource
 import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+import sys
+from collections.abc import Iterator
 from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni_train.data.batch import Row
 from omni_train.data.codes import check_codes
+from omni_train.data.rows import Made, Rows, allow_open_files, work
 from omni_train.data.sample import describe
 from omni_train.data.sources import open_source
-from omni_train.data.streams import Packer, StreamReader, StreamState, open_stream
+from omni_train.data.streams import StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.workers import Worker, end, start_server
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, ModelConfig
 
-OPEN_FILES = 65536  # a stream keeps 16 shards of each source open with their indices, and a row its shared tensors
 SKIP_GRACE = 1000  # samples before the skip limit applies
-
-
-class Rows(IterableDataset):
-    """A data rank's rows from number ``first`` on, in turn from its streams; worker w of W makes every W-th."""
-
-    def __init__(self, open_stream: Callable[[int], Packer], states: dict[int, StreamState], first: int):
-        self.open_stream = open_stream
-        self.states = states
-        self.first = first
-
-    def __iter__(self) -> Iterator[tuple[int, Row | UserError, bytes | None]]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        streams = list(self.states)
-        readers: dict[int, StreamReader] = {}
-        for number in itertools.count(self.first + worker, workers):
-            stream = streams[number % len(streams)]
-            try:
-                if stream not in readers:
-                    readers[stream] = StreamReader(self.open_stream(stream), self.states[stream])
-                yield stream, *next(readers[stream])
-            except UserError as error:
-                yield stream, error, None  # raised inside a worker it would arrive as a stack trace
-                return
+AHEAD = 2  # rows that a worker makes before they are taken
+MOST_DEATHS = 3  # of workers without a row in between: what is chance is over by then, and what a sample does is not
 
 
 class Loader:
     """The endless rows of one data rank. Iterate over it; ``state_dict`` is where the rows taken so far have led."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        open_stream: Callable[[int], Packer],
-        source_samples: list[int],
-        data_rank: int,
-        data_world_size: int,
-    ):
-        self.config = config
-        self.source_samples = source_samples
-        self.world_size = data_world_size
-        self._open_stream = open_stream
-        self._states = {s: StreamState() for s in range(data_rank, config.streams, data_world_size)}
+    def __init__(self, rows: Rows, data_rank: int, data_world_size: int):
+        self.config = rows.config
+        self.source_samples = [len(source) for source in rows.sources]
+        self.data_rank, self.world_size = data_rank, data_world_size
+        self._source = rows
+        self._states = {s: StreamState() for s in range(data_rank, self.config.streams, data_world_size)}
         self._rows = 0  # taken on this rank
-        self._iterator: Iterator | None = None
+        self._iterator: Iterator[Made] | None = None  # where there are no workers
+        self._workers: dict[int, Worker] = {}  # row n on this rank comes from worker n mod data.workers
+        self._deaths = 0  # of workers, since the last row
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Row:
-        """The next row. Raises UserError when more than ``data.max_skip_fraction`` of the samples were refused."""
-        if self._iterator is None:
-            self._iterator = self._start()
-        stream, row, snapshot = next(self._iterator)
+        """The next row.
+
+        Raises UserError when more than ``data.max_skip_fraction`` of the samples were refused, or when workers die
+        again and again.
+        """
+        stream, row, snapshot = self._from_a_worker() if self.config.workers else self._made_here()
         if isinstance(row, UserError):
             self.close()
             raise row
@@ -110,8 +78,10 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the rows of ``state``, with any number of workers. For another number of ranks, see redistribute.
 
-        Raises UserError when the state is of other data, another number of streams, or another layout of data ranks.
+        Raises UserError when the state is of other data, another number of streams, or another layout of data ranks, or
+        is no such state at all. What it holds of each stream is read with that stream's next row.
         """
+        _check_state(state)
         if state["source_samples"] != self.source_samples:
             raise UserError(
                 f"data.sources: samples per source are {self.source_samples}, in the checkpoint "
@@ -129,28 +99,58 @@ class Loader:
     def close(self) -> None:
         """End the worker processes."""
         self._iterator = None
+        end(self._workers.values())
+        self._workers.clear()
 
-    def _start(self) -> Iterator:
-        rows = Rows(self._open_stream, copy.deepcopy(self._states), self._rows)
+    def _made_here(self) -> Made:
+        if self._iterator is None:
+            self._iterator = self._source.made(copy.deepcopy(self._states), self._rows)
+        return next(self._iterator)
+
+    def _from_a_worker(self) -> Made:
+        for number in range(self.config.workers):
+            if number not in self._workers:
+                self._workers[number] = self._start(number)
+        number = self._rows % self.config.workers
+        while True:
+            try:
+                made = self._workers[number].receive()
+            except EOFError:
+                self._start_anew(number)
+                continue
+            _ask_for_a_row(self._workers[number])
+            self._deaths = 0
+            return made
+
+    def _start(self, number: int) -> Worker:
+        """Worker ``number``, on its way to its rows from those taken so far on."""
         workers = self.config.workers
-        # What is garbage by now goes here, and a worker collects none before it has set its inheritance aside: FFmpeg's
-        # filters wait for ever for threads of this process when a worker frees them.
-        gc.collect()
-        with warnings.catch_warnings(), _no_collection():
-            # A worker inherits the open sources, and touches nothing that threads of this process hold (gloo, CUDA).
-            warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the recipe says how many
-            return iter(
-                DataLoader(
-                    rows,
-                    batch_size=None,
-                    collate_fn=_unchanged,
-                    num_workers=workers,
-                    multiprocessing_context="fork" if workers else None,
-                    worker_init_fn=_init_worker,
-                    generator=torch.Generator(),  # else it draws from the generator of the model
-                )
+        streams = list(self._states)[number::workers]
+        first = max(0, -(-(self._rows - number) // workers))
+        worker = Worker(work, self._source, {stream: self._states[stream] for stream in streams}, first)
+        for _ in range(AHEAD):
+            _ask_for_a_row(worker)
+        return worker
+
+    def _start_anew(self, number: int) -> None:
+        """Replace a worker that has died. Raises UserError when that happens too often."""
+        worker = self._workers.pop(number)
+        (code,) = end([worker])
+        self._deaths += 1
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        who = f"worker {number} of data rank {self.data_rank} died ({how}; {worker.note or 'before its first sample'})"
+        if self._deaths >= MOST_DEATHS:
+            self.close()
+            raise UserError(
+                f"data: {who}, {MOST_DEATHS} times without a row in between; take that sample out of the data if it is "
+                "the same each time, or give the job more memory"
             )
+        print(
+            f"WARNING: data: {who}; another makes its rows ({self._deaths} in a row, {MOST_DEATHS} end the run)",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._workers[number] = self._start(number)
 
     def _check_skipped(self) -> None:
         seen = sum(state.seen for state in self._states.values())
@@ -189,21 +189,14 @@ def build_loader(
             f"data.streams={config.streams} must be a multiple of data ranks ({data_world_size}) x data.workers "
             f"({config.workers}); set data.streams={-(-config.streams // share) * share}, or other data.workers"
         )
-    tokenizer = Tokenizer(config.tokenizer)
-    sources = [open_source(source, split, training=True) for source in config.sources]
-    samples = [len(source) for source in sources]
-    if max(samples) < config.streams:
-        raise UserError(
-            f"data.streams={config.streams} are more than the {max(samples)} samples; set fewer data.streams"
-        )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    # A loader worker is forked; the tokenizer's own threads do not survive that.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    opened = partial(_open_repeating, sources, tokenizer, config, model, seed)
-    return Loader(config, opened, samples, data_rank, data_world_size)
+    allow_open_files()
+    if config.workers:
+        start_server()
+    rows = Rows(config, model, split, seed)
+    rows.open()
+    if (longest := max(map(len, rows.sources))) < config.streams:
+        raise UserError(f"data.streams={config.streams} are more than the {longest} samples; set fewer data.streams")
+    return Loader(rows, data_rank, data_world_size)
 
 
 def evaluation_rows(
@@ -242,12 +235,16 @@ def redistribute(states: list[dict[str, Any]], data_world_size: int) -> list[dic
 
     Raises UserError when the streams or the rows taken so far cannot be shared evenly among that many ranks.
     """
+    for state in states:
+        _check_state(state)
     world_size, rows = len(states), {state["rows"] for state in states}
     if len(rows) > 1:
         raise UserError(
             f"data: the ranks of the checkpoint took different numbers of rows ({sorted(rows)}); it is damaged"
         )
     streams = {stream: saved for state in states for stream, saved in state["streams"].items()}
+    if sorted(streams) != list(range(len(streams))):
+        raise UserError(f"data: the checkpoint has the streams {sorted(streams)}, not all; it is damaged")
     taken = rows.pop() * world_size
     if len(streams) % data_world_size or taken % data_world_size:
         raise UserError(
@@ -265,6 +262,36 @@ def redistribute(states: list[dict[str, Any]], data_world_size: int) -> list[dic
     ]
 
 
+def _check_state(state: Any) -> None:
+    def count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    def of_stream(saved: Any) -> bool:
+        return (
+            isinstance(saved, dict)
+            and saved.keys() == vars(StreamState()).keys()
+            and isinstance(saved["snapshot"], bytes | None)
+            and count(saved["replay"])
+            and count(saved["seen"])
+            and isinstance(saved["skipped"], dict)
+            and all(isinstance(reason, str) and count(number) for reason, number in saved["skipped"].items())
+        )
+
+    if not (
+        isinstance(state, dict)
+        and state.keys() == {"world_size", "rows", "source_samples", "streams"}
+        and count(state["world_size"])
+        and count(state["rows"])
+        and isinstance(state["source_samples"], list)
+        and isinstance(state["streams"], dict)
+        and all(count(stream) and of_stream(saved) for stream, saved in state["streams"].items())
+    ):
+        raise UserError(
+            "data: what the checkpoint holds of the loader is no state of one; it is damaged, or another version wrote "
+            "it: resume from another checkpoint, or start a new run with init_from"
+        )
+
+
 def _check(config: DataConfig) -> None:
     if not config.sources:
         raise UserError("data.sources is empty; name at least one folder of shards")
@@ -273,38 +300,6 @@ def _check(config: DataConfig) -> None:
     check_codes(config)
 
 
-def _open_repeating(
-    sources: list, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig, seed: int, stream: int
-) -> Packer:
-    return open_stream(sources, tokenizer, config, model, stream=stream, streams=config.streams, seed=seed, repeat=True)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _init_worker(worker: int) -> None:
-    gc.freeze()  # what the parent owns (CUDA tensors, process groups, filters) must not be finalised here
-    gc.enable()
-    # Signals go to the whole job; the training process decides when to stop, and then asks by SIGTERM of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_when_the_parent_says(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def _ask_for_a_row(worker: Worker) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, which is noticed in its turn
+        worker.end.send(b".")

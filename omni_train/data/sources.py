@@ -20,6 +20,7 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
 from omni_train.data.sample import Sample, SampleError, one_sample, sample_in
+from omni_train.data.workers import note
 from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import SourceConfig
 
@@ -64,6 +65,8 @@ class LateReader:
         """
         if pointer is None:
             raise SampleError("unreadable_index")
+        shard = self.reader.tar_filepaths[pointer.tar_file_id]
+        note(f"the last sample that it began is number {index} of its source, in {shard}")
         try:
             sample = self.reader._get_item_by_sample_pointer(pointer, index)
         except (tarfile.TarError, ValueError, EOFError):
@@ -92,8 +95,15 @@ class ShardFolder(CrudeWebdataset):
         return dataset
 
 
-def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFolder:
-    """Read a source's index. Raises UserError when the folder, its index, the split or a shard is missing."""
+def open_source(source: SourceConfig, split: str, *, training: bool, look: bool = True) -> ShardFolder:
+    """Read a source's index.
+
+    Args:
+        look: whether the shards are there; not again in every process that opens what another has looked at.
+
+    Raises:
+        UserError: the folder, its index, the split or a shard is missing.
+    """
     command = f"energon prepare --non-interactive --split-ratio 9,1,0 --sample-type CrudeWebdataset {source.path}"
     local = None if "://" in source.path else Path(source.path)
     if local is not None and not local.is_dir():
@@ -118,7 +128,7 @@ def open_source(source: SourceConfig, split: str, *, training: bool) -> ShardFol
         raise UserError(
             f"data.sources: {source.path}: {first_line(error)}; if its index is at fault, `{command}`"
         ) from None
-    if local is not None:
+    if local is not None and look:
         present = {file for place in {(local / shard.name).parent for shard in folder.shards} for file in _files(place)}
         for shard in folder.shards:
             for file in (local / shard.name, (local / shard.name).with_suffix(".tar.idx")):

@@ -15,6 +15,7 @@ from omni_train.data.chat_template import check_template
 from omni_train.data.evaluation import Question, answer_rows, held_out_questions
 from omni_train.data.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn
 from omni_train.recipe.schema import Recipe
@@ -32,7 +33,7 @@ class Feed:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.group = platform.parallel.model_group()
-        self.source = torch.distributed.get_global_rank(self.group, 0)
+        self.source = _reading_rank()
         self.reads = platform.rank() == self.source
         self.media_group = platform.parallel.first_stage_group()  # whose first rank reads
         self.wait_seconds = 0.0  # that the last call of `rows` took
@@ -150,6 +151,16 @@ class Feed:
         """End the loader's workers."""
         if self.loader is not None:
             self.loader.close()
+
+
+def prepare(recipe: Recipe) -> None:
+    """Start what loader workers are forked from, on ranks that will read: it is ready when the model is built."""
+    if recipe.data.workers and platform.rank() == _reading_rank():
+        start_server()
+
+
+def _reading_rank() -> int:
+    return torch.distributed.get_global_rank(platform.parallel.model_group(), 0)
 
 
 def _described(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:

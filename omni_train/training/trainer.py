@@ -15,7 +15,7 @@ from omni_train.platform.signals import StopRequest, Watchdog
 from omni_train.recipe.schema import EngineName, NetworkName, Recipe
 from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.checkpoint_store import step_of
-from omni_train.training.feed import Feed
+from omni_train.training.feed import Feed, prepare
 from omni_train.training.schedule import Schedule
 
 SECONDS_BETWEEN_SAVES = 5.0
@@ -39,6 +39,8 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.directory = Path(recipe.runs_dir) / recipe.run
+        if recipe.schedule.steps > 0:
+            prepare(recipe)
         self.engine = build_engine(recipe)
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
         self.store = self.engine.open_store(self.directory / "checkpoints")

@@ -2,22 +2,25 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gc
 import io
 import itertools
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from omni_train.data.batch import IGNORE, PackedBatch
 from omni_train.data.loader import Loader, build_loader, evaluation_rows, redistribute
+from omni_train.data.rows import Rows
 from omni_train.data.sample import SampleError
 from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.workers import SIGNALS
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig
 from tests.data.conftest import MODEL, documents
@@ -214,46 +217,21 @@ def _first_rows(rank: int, world_size: int, config: DataConfig) -> list[PackedBa
     return take(build_loader(config, MODEL, seed=SEED, data_rank=rank, data_world_size=world_size), 10)
 
 
-def test_workers_fork_safely_beside_process_groups(config, distributed):
+def test_workers_load_beside_process_groups(config, distributed):
     expected = take(build_loader(config, MODEL, seed=SEED), 20)
     one, other = distributed(2, _first_rows, dataclasses.replace(config, workers=2))
     assert_same([row for step in zip(one, other, strict=True) for row in step], expected)
 
 
-class Held:
-    """Something of this process that must not be freed in another."""
+def test_a_process_that_loads_is_never_forked(config, monkeypatch):
+    """Not even where it has no threads yet: what holds for tests has to hold beside CUDA and NCCL."""
+    expected = take(build_loader(config, MODEL, seed=SEED), 6)
 
-    def __init__(self, diary: Path) -> None:
-        self.itself, self.diary, self.owner = self, diary, os.getpid()
+    def refused() -> int:
+        raise AssertionError("forked")
 
-    def __del__(self) -> None:
-        with self.diary.open("a") as file:
-            file.write("owner\n" if os.getpid() == self.owner else "worker\n")
-
-
-def test_workers_free_nothing_of_the_process_that_they_come_from(config, tmp_path, monkeypatch):
-    """A collection between a worker's fork and its first line is rare, and hangs it where FFmpeg had threads."""
-    fork, usual = os.fork, gc.get_threshold()
-
-    def fork_and_collect() -> int:
-        child = fork()
-        if child == 0 and gc.isenabled():
-            gc.collect()
-        return child
-
-    monkeypatch.setattr(os, "fork", fork_and_collect)
-    gc.set_threshold(10**9)
-    try:
-        for _ in range(20):
-            Held(tmp_path / "diary")  # refers to itself: only the collector frees it
-        loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
-        take(loader, 3)
-        loader.close()
-        assert gc.isenabled()
-    finally:
-        gc.set_threshold(*usual)
-    gc.collect()
-    assert (tmp_path / "diary").read_text() == 20 * "owner\n"
+    monkeypatch.setattr(os, "fork", refused)
+    assert_same(take(build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED), 6), expected)
 
 
 def test_evaluation_rows_are_the_same_every_time_and_shared_among_ranks(config):
@@ -272,24 +250,113 @@ def test_evaluation_ends_with_the_split(config, tokenizer_folder):
     assert sum(row.samples for row in rows) == 40
 
 
-def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def workers_of(loader: Loader) -> list[psutil.Process]:
+    return [psutil.Process(worker.pid) for _, worker in sorted(loader._workers.items())]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes by Linux's /proc")
 def test_workers_outlive_signals_to_the_job_and_end_with_the_loader(config):
-    before = set(children(os.getpid()))
     loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
     expected = take(build_loader(config, MODEL, seed=SEED), 40)
     rows = take(loader, 5)
-    workers = set(children(os.getpid())) - before
+    workers = workers_of(loader)
     assert len(workers) == 2
-    for worker in workers:
-        for name in ("TERM", "INT", "USR1"):  # as a scheduler does, not the training process
-            subprocess.run(["/bin/kill", f"-{name}", str(worker)], check=True)
+    for process in [*workers, workers[0].parent()]:
+        for number in SIGNALS:  # as a scheduler sends them, not the training process
+            process.send_signal(number)
     assert_same(rows + take(loader, 35), expected)
+    assert workers == workers_of(loader)
     loader.close()
-    assert not workers & set(children(os.getpid()))
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_loaders_share_a_fork_server(config):
+    loaders = [build_loader(dataclasses.replace(config, workers=1), MODEL, seed=seed) for seed in range(2)]
+    for loader in loaders:
+        next(loader)
+    (one,), (other,) = map(workers_of, loaders)
+    assert one.ppid() == other.ppid()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_replaced_and_no_row_is_lost_or_repeated(config, number, capfd):
+    expected = take(build_loader(config, MODEL, seed=SEED), 90)
+    loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
+    rows = take(loader, 75)
+    undisturbed, killed = workers_of(loader)
+    killed.send_signal(number)
+    rows += take(loader, 15)
+    assert_same(rows, expected)
+    assert workers_of(loader)[0] == undisturbed
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == 1
+    assert re.search(
+        rf"WARNING: data: worker 1 of data rank 0 died \(killed by {number.name}; the last sample that it began is "
+        r"number \d+ of its source, in /.*\.tar\); another makes its rows \(1 in a row, 3 end the run\)$",
+        lines[0],
+    )
+
+
+def test_a_fork_server_that_dies_is_replaced_with_its_workers(config, capfd):
+    expected = take(build_loader(config, MODEL, seed=SEED), 40)
+    loader = build_loader(dataclasses.replace(config, workers=2), MODEL, seed=SEED)
+    rows = take(loader, 11)
+    workers = workers_of(loader)
+    workers[0].parent().kill()
+    assert_same(rows + take(loader, 29), expected)
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert capfd.readouterr().err.count("WARNING: data: worker") == 2
+
+
+@dataclasses.dataclass
+class Deadly(Rows):
+    """Rows of which the fourth of a worker kills it, whatever it tries."""
+
+    def made(self, states, first):
+        for number, item in enumerate(super().made(states, first), start=first):
+            if number >= 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+
+def test_a_sample_that_kills_every_worker_ends_the_run_in_one_line(config, capfd):
+    rows = Deadly(dataclasses.replace(config, workers=2), MODEL, "train", SEED)
+    loader = Loader(rows, 0, 1)
+    assert_same(take(loader, 6), take(build_loader(config, MODEL, seed=SEED), 6))
+    with pytest.raises(
+        UserError,
+        match=r"data: worker 0 of data rank 0 died \(killed by SIGKILL; .* number \d+ of its source, in .*\.tar\), "
+        r"3 times without a row in between; take that sample out",
+    ):
+        next(loader)
+    assert capfd.readouterr().err.count("WARNING") == 2
+    assert not loader._workers
+
+
+@dataclasses.dataclass
+class Faulty(Rows):
+    """Rows that a mistake of ours ends."""
+
+    def made(self, states, first):
+        yield from itertools.islice(super().made(states, first), 2)
+        raise ZeroDivisionError("a mistake of ours")
+
+
+def test_an_error_in_a_worker_arrives_with_its_trace(config):
+    loader = Loader(Faulty(dataclasses.replace(config, workers=1), MODEL, "train", SEED), 0, 1)
+    take(loader, 2)
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker process:.*in made.*ZeroDivisionError: a mistake of ours"):
+        next(loader)
+
+
+def test_an_index_that_changes_under_a_run_is_told_from_the_one_it_began_with(config, write):
+    folder = write(documents(30, seed=1))
+    config = dataclasses.replace(config, sources=[SourceConfig(str(folder))], workers=1)
+    loader = build_loader(config, MODEL, seed=SEED)
+    assert write(documents(40, seed=1)) == folder
+    with pytest.raises(
+        UserError, match=r"index was changed .* \(?samples per source were \[30\], now \[40\]; restore it"
+    ):
+        next(loader)
 
 
 def test_a_process_that_ends_with_a_live_loader_does_not_hang(config, tmp_path):

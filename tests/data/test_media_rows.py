@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import itertools
 import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ from omni_train.data.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.recipe.schema import DataConfig, MediaConfig, Positions, SourceConfig
 from tests.data.conftest import MODEL, documents
-from tests.data.test_loader import assert_same, children, take, through_a_file
+from tests.data.test_loader import assert_same, take, through_a_file, workers_of
 from tests.support.media import image_file, sound_file, tone, video_file
 
 SEED = 41
@@ -167,11 +167,9 @@ def resident(process: int) -> float:
     return (size - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def shared_memory(*processes: int) -> set[str]:
-    """Tensors that this process has mapped, and those that ``processes`` left behind; others work there meanwhile."""
-    mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    left = [name for process in processes for name in glob.glob(f"/dev/shm/torch_{process}_*")]
-    return {name for name in mapped + left if name.startswith("/dev/shm/torch_")}
+def rows_mapped() -> int:
+    """Rows out of workers whose memory this process has mapped."""
+    return sum("memfd:omni_train" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
@@ -188,13 +186,12 @@ def test_memory_files_and_processes_stay_the_same_over_five_thousand_samples(mix
         alignment=4,
         max_skip_fraction=0.2,
     )
-    shared = shared_memory()
-    before = set(children(os.getpid()))
+    mapped = rows_mapped()
     loader = build_loader(config, MODEL, seed=SEED)
     seen_samples, used = 0, []
     for number, row in enumerate(itertools.islice(loader, 1000)):
         seen_samples += row.samples
-        worker = max(set(children(os.getpid())) - before)
+        (worker,) = (process.pid for process in workers_of(loader))
         if number % 10 == 9:
             files = [len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), worker)]
             used.append((resident(os.getpid()), resident(worker), *files))
@@ -206,5 +203,6 @@ def test_memory_files_and_processes_stay_the_same_over_five_thousand_samples(mix
     assert (late[2:] <= early[2:] + 16).all(), used
     del row
     loader.close()
-    assert set(children(os.getpid())) == before
-    assert shared_memory(os.getpid(), worker) <= shared
+    assert not psutil.pid_exists(worker)
+    del loader
+    assert rows_mapped() == mapped
