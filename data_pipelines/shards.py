@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import socket
 import tarfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +52,22 @@ def index_shards(folder: Path) -> None:
     What ``energon prepare`` does, without its questions. One process reads the shards, so the same ones give the same
     index.
     """
-    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator  # with torch: not for those who write
+    from omni_train.data.workers import Worker, end  # with torch: not for those who write
+
+    indexer = Worker(_index, folder)
+    try:
+        indexer.receive()
+    except EOFError:
+        raise RuntimeError(f"{folder}: the shards could not be indexed; what went wrong is above") from None
+    finally:
+        end([indexer])
+
+
+def _index(done: socket.socket, folder: Path) -> None:
+    """In a process without threads, for energon forks another."""
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    from omni_train.data import transfer
 
     shards = sorted(path.name for path in folder.glob("*.tar"))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -61,6 +77,7 @@ def index_shards(folder: Path) -> None:
     meta = folder / ".nv-meta"
     (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
     (meta / "index.uuid").write_text(str(uuid.UUID(digest(folder / name for name in shards)[:32])))
+    transfer.send(done, None)
 
 
 def digest(files: Iterable[Path]) -> str:
