@@ -196,11 +196,12 @@ def _fork(server: socket.socket, job: bytes, channel: int, memory: int) -> int:
         os.close(channel)
         os.close(memory)
         return pid
+    end = socket.socket(fileno=channel)  # open until this process ends, so that its exit code is known by then
     try:
         die_with_parent()
         server.close()
         if os.getppid() == parent:  # else it died before we could ask to die with it
-            _run(job, socket.socket(fileno=channel), memory)
+            _run(job, end, memory)
     except BaseException:
         traceback.print_exc()
     finally:

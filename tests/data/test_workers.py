@@ -123,7 +123,7 @@ def test_an_interrupt_while_the_server_is_asked_does_not_mix_up_its_answers(monk
     with pytest.raises(KeyboardInterrupt):
         Worker(_echo)
     assert end([running]) == [None]
-    assert gone(running.pid)
+    assert eventually(lambda: gone(running.pid))
     worker = Worker(_report)
     assert worker.receive()["server"] == server().pid
     assert end([worker]) == [0]
