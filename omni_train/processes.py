@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
-import os
 import signal
 import sys
 from enum import IntEnum
-from multiprocessing.context import BaseContext
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -21,15 +18,6 @@ class Exit(IntEnum):
     wrong = 2  # something given is wrong, and one line says what: another try would end the same way
     stopped = 75  # asked to stop; all is saved, and the same command goes on (EX_TEMPFAIL of sysexits.h)
     interrupted = 130  # asked twice: ended at once
-
-
-def fork_server(module: str) -> BaseContext:
-    """The context of processes that are forked from one that has imported ``module``, and has no threads if that starts
-    none."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy starts threads when it is imported
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
-    return context
 
 
 def die_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,6 @@ from data_pipelines.shards import index_shards, write_shard
 from omni_train.data.sample import describe
 from omni_train.data.tokenizer import Tokenizer, copy_tokenizer
 from omni_train.errors import UserError
-from omni_train.processes import fork_server
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, ModelConfig
 
@@ -82,8 +82,9 @@ def pack(
     shards = dict(_shards(manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")
-    jobs = {name: (job, name, lines) for name, lines in shards.items()}
-    making.make(_write, jobs, processes, mp_context=fork_server(__name__))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    making.make(_write, {name: (job, name, lines) for name, lines in shards.items()}, processes, mp_context=context)
     _finish(making, shards, tokenizer)
 
 

@@ -19,7 +19,6 @@ from data_pipelines.rehearsal.world import SHARDS
 from data_pipelines.shards import index_shards
 from omni_train.data.tokenizer import CONTROL_TOKENS
 from omni_train.errors import UserError
-from omni_train.processes import fork_server
 
 
 def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool:
@@ -63,7 +62,8 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool
 
 def _render(folder: Path, samples: float) -> None:
     """Write all shards, each with media by a process of its own, which makes espeak-ng's speech the same each time."""
-    context = fork_server(kinds.__name__)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([kinds.__name__])
     waiting = [context.Process(target=kinds.write_text, args=(folder, samples))]
     for kind in kinds.KINDS:
         for split, shards in SHARDS.items():

@@ -147,7 +147,7 @@ class _Server:
 
 
 def _environment() -> dict[str, str]:
-    # NumPy would start threads when it is imported. The workers are the parallelism.
+    # NumPy's OpenBLAS would start threads when it is imported, and again in every worker; those are the parallelism.
     return {"TOKENIZERS_PARALLELISM": "false", **os.environ, "OPENBLAS_NUM_THREADS": "1"}
 
 
