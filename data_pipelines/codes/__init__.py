@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
+import itertools
 import multiprocessing
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ import numpy as np
 
 from data_pipelines.making import Making, write_json
 from data_pipelines.shards import index_shards, write_files
-from omni_train.data.codes import CODES, RECORD
+from omni_train.data.codes import CODES, MAX_SECONDS, RECORD
 from omni_train.data.crops import read_speech
+from omni_train.data.files import open_regular
+from omni_train.data.members import check_member, members, read_member
 from omni_train.data.sample import SampleError, describe, one_sample, sample_in
 from omni_train.data.tokenizer import copy_tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import MediaConfig
+from omni_train.recipe.schema import DataConfig, MediaConfig
 
 
 class Codec(Protocol):
@@ -50,15 +51,26 @@ class Job:
     making: Making
     open_codec: Callable[[str], Codec]
     content_hash: str
+    max_seconds: float
+    max_sample_bytes: int
+    max_text_bytes: int
 
 
 def extract(
-    data: Path, codec: str, open_codec: Callable[[str], Codec], out: Path | None = None, workers: int = 0
+    data: Path,
+    codec: str,
+    open_codec: Callable[[str], Codec],
+    out: Path | None = None,
+    workers: int = 0,
+    max_seconds: float = MAX_SECONDS,
+    max_sample_bytes: int = DataConfig.max_sample_bytes,
+    max_text_bytes: int = DataConfig.max_text_bytes,
 ) -> None:
     """Write the shards of a folder anew, with the codes of every sample's speech as ``key.codes.npy``.
 
     See ``docs/data.md``. Stopped at any moment, the same call goes on where it was, and the shards become the same,
-    whatever the number of processes. A sample without speech, or whose speech cannot be read, is kept without codes.
+    whatever the number of processes. A sample without speech, or whose speech cannot be read, is kept without codes;
+    one that training would refuse for its files is left out.
 
     Args:
         data: folder of indexed shards; it stays as it is.
@@ -66,10 +78,15 @@ def extract(
         open_codec: reads the codec, in every process; importable by name.
         out: folder of the new shards, their index and ``codec.json``; None: ``data`` with ``_codes`` after its name.
         workers: processes that work side by side; 0 for one per core.
+        max_seconds: longer speech is kept without codes.
+        max_sample_bytes: samples that are larger are left out, as in a training with this `data.max_sample_bytes`.
+        max_text_bytes: the same of their ``key.json``.
 
     Raises:
         UserError: no shards, or ``out`` holds something else.
     """
+    if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
+        raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
     shards = sorted(file.name for file in data.glob("*.tar"))
     if not shards:
         raise UserError(f"data={data}: no shards (*.tar) here; give a folder of shards")
@@ -79,8 +96,9 @@ def extract(
     if out.resolve() == data.resolve():
         raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
     making = Making(out, "coded")
-    job = Job(data, codec, making, open_codec, open_codec(codec).content_hash)
-    making.claim({"codec": job.content_hash, "data": str(data.resolve()), "shards": shards})
+    limits = {"max_seconds": max_seconds, "max_sample_bytes": max_sample_bytes, "max_text_bytes": max_text_bytes}
+    job = Job(data, codec, making, open_codec, open_codec(codec).content_hash, **limits)
+    making.claim({"codec": job.content_hash, "data": str(data.resolve()), "shards": shards} | limits)
     context = multiprocessing.get_context("spawn")  # a fork would share threads and the device with this process
     jobs = {name: (name,) for name in shards}
     making.make(_write, jobs, workers, mp_context=context, initializer=_open, initargs=(job,))
@@ -103,10 +121,11 @@ def _open(job: Job) -> None:
 def _write(shard: str) -> None:
     """Make one shard and, last, the record that it is complete."""
     missing: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     partial = _job.making.partial(shard)
 
     def files() -> Iterator[tuple[str, bytes]]:
-        for key, parts in _samples(_job.data / shard):
+        for key, parts in _samples(_job.data / shard, _job.max_sample_bytes, _job.max_text_bytes, left_out):
             try:
                 with one_sample():
                     parts[CODES] = _codes(parts)
@@ -116,37 +135,35 @@ def _write(shard: str) -> None:
 
     write_files(partial, files())
     os.replace(partial, _job.making.out / shard)
-    _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing})
+    _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing, "left_out": left_out})
 
 
-@contextlib.contextmanager
-def _whole(shard: Path) -> Iterator[None]:
+def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and files of a shard, whose files stand together by key; ``left_out`` counts the others by reason."""
     try:
-        yield
-    except tarfile.TarError as error:
+        with open_regular(shard) as file:
+            files = (member for member in members(file) if member.key is not None)
+            for key, group in itertools.groupby(files, key=lambda member: member.key):
+                parts: dict[str, bytes] = {}
+                try:
+                    for member in group:
+                        if member.name != CODES:  # another codec's, which these replace
+                            check_member(member, parts, most=most, most_text=most_text)
+                            parts[member.name] = read_member(file, member)
+                except SampleError as error:
+                    if error.reason in ("broken_shard", "truncated_shard"):
+                        raise
+                    left_out[error.reason] += 1
+                    continue
+                if parts:
+                    yield key, parts
+    except (SampleError, OSError) as error:
         raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and files of a shard, whose files stand together by key."""
-    key, parts = None, {}
-    with _whole(shard), tarfile.open(shard) as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            its_key, _, name = member.name.partition(".")
-            if its_key != key and parts:
-                yield key, parts
-                parts = {}
-            key = its_key
-            if name != CODES:  # another codec's, which these replace
-                parts[name] = tar.extractfile(member).read()
-    if parts:
-        yield key, parts
-
-
 def _codes(parts: dict[str, bytes]) -> bytes:
-    waveform = read_speech(sample_in(parts), parts, MediaConfig(), _codec.sampling_rate)
+    media = MediaConfig(max_audio_seconds=_job.max_seconds)
+    waveform = read_speech(sample_in(parts), parts, media, _codec.sampling_rate)
     codes = np.asarray(_codec.encode(waveform))
     buffer = io.BytesIO()
     np.save(buffer, codes.astype(np.uint16))
@@ -160,8 +177,12 @@ def _finish(job: Job, shards: list[str]) -> None:
         copy_tokenizer(job.data / "tokenizer", out / "tokenizer")
     whose = {shard: record["codec"] for shard, record in records.items()}
     write_json(out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
-    missing: Counter[str] = Counter()
+    told = {what: Counter() for what in ("missing", "left_out")}
     for record in records.values():
-        missing.update(record["missing"])
-    told = describe(missing) or "none"
-    print(f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {told}")
+        for what, counts in told.items():
+            counts.update(record.get(what, {}))
+    missing, left_out = map(describe, told.values())
+    print(
+        f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {missing or 'none'}"
+        + (f"; left out: {left_out}" if left_out else "")
+    )

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import multiprocessing
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipelines.making import Making
 from data_pipelines.pack.manifest import Line, Refused, read_line
 from data_pipelines.pack.statistics import Statistics, write_page
 from data_pipelines.shards import index_shards, write_shard
+from omni_train.data.files import open_regular
 from omni_train.data.sample import describe
 from omni_train.data.tokenizer import Tokenizer, copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, ModelConfig
+
+PIECE = 1 << 20  # bytes of a line that are in memory while its end is looked for
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Job:
     """What every process needs to know."""
 
     manifest: Path
+    roots: tuple[Path, ...]  # folders in which media may lie, without links in their paths
     making: Making
     tokenizer: Path
     model: ModelConfig
@@ -43,6 +50,9 @@ def pack(
     val_fraction: float = 0.01,
     processes: int = 0,
     chat_template: str = "chatml",
+    roots: str = "",
+    max_sample_bytes: int = DataConfig.max_sample_bytes,
+    max_text_bytes: int = DataConfig.max_text_bytes,
 ) -> None:
     """Pack the samples of a manifest into shards, every medium opened and decoded, with a page of statistics.
 
@@ -61,12 +71,16 @@ def pack(
         val_fraction: share of the lines, chosen by their content, that is held out.
         processes: that work side by side; 0 for one per core.
         chat_template: as `data.chat_template` of the training; decides what is refused and how long samples are.
+        roots: folders with commas between in which media may lie beside that of the manifest, wherever links lead to.
+        max_sample_bytes: files of a sample that are larger together are refused, as `data.max_sample_bytes`.
+        max_text_bytes: lines that are longer are refused, as `data.max_text_bytes`.
 
     Raises:
         UserError: no manifest, nothing in it that can be used, or ``out`` holds something else.
     """
-    if not manifest.is_file() or not os.access(manifest, os.R_OK):
-        raise UserError(f"manifest={manifest}: no such file, or it may not be read; give a file of JSON lines")
+    _check_manifest(manifest)
+    if min(max_sample_bytes, max_text_bytes) < 1:
+        raise UserError("max_sample_bytes and max_text_bytes must be at least 1")
     if shard_samples < 1 or row_tokens < 1 or processes < 0 or not 0 <= val_fraction < 1:
         raise UserError("shard_samples and row_tokens must be at least 1, processes 0, val_fraction from 0 to below 1")
     if chat_template not in list(ChatTemplate):
@@ -74,11 +88,14 @@ def pack(
     Tokenizer(tokenizer)
     recipe = load_recipe([f"model={model}"])
     settings = {"row_tokens": row_tokens, "shard_samples": shard_samples, "val_fraction": val_fraction, "model": model}
-    settings["chat_template"] = chat_template
+    folders = _folders(manifest, roots)
+    settings |= {"chat_template": chat_template, "roots": sorted(map(str, folders[1:]))}
+    limits = {"max_sample_bytes": max_sample_bytes, "max_text_bytes": max_text_bytes}
+    settings |= limits
     making = Making(out, "packed")
     making.claim(settings | {"manifest": _digest(manifest), "tokenizer": _digest(tokenizer / "tokenizer.json")})
     written = {"row_tokens": row_tokens, "chat_template": ChatTemplate(chat_template), "loss_on": LossOn.assistant}
-    job = Job(manifest, making, tokenizer, recipe.model, replace(recipe.data, **written))
+    job = Job(manifest, folders, making, tokenizer, recipe.model, replace(recipe.data, **written, **limits))
     shards = dict(_shards(manifest, shard_samples, val_fraction))
     if not shards:
         raise UserError(f"manifest={manifest}: not one line in it")
@@ -88,19 +105,51 @@ def pack(
     _finish(making, shards, tokenizer)
 
 
+def _check_manifest(manifest: Path) -> None:
+    try:
+        with open_regular(manifest) as file:
+            begin = file.read(2)
+    except OSError as error:
+        raise UserError(f"manifest={manifest}: {error.strerror}; give a file of JSON lines that may be read") from None
+    if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"manifest={manifest}: is UTF-16; write it as UTF-8")
+
+
+def _folders(manifest: Path, roots: str) -> tuple[Path, ...]:
+    """Where media may lie: the folder of the manifest, and those that the user names."""
+    named = [Path(root) for root in roots.split(",") if root]
+    for root in named:
+        if not root.is_dir():
+            raise UserError(f"roots={root}: no such folder; name folders in which media lie, with commas between")
+    return tuple(folder.resolve() for folder in (manifest.parent, *named))
+
+
 def _shards(manifest: Path, shard_samples: int, val_fraction: float) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Name of each shard and the (number, offset) of its lines but blank ones; a line's content decides its split."""
-    splits: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
+    splits = {"train": (array("q"), array("q")), "val": (array("q"), array("q"))}
+    with open_regular(manifest) as file:
+        for number, (offset, drawn) in enumerate(_lines(file)):
+            if drawn is not None:
+                numbers, offsets = splits["val" if drawn < val_fraction else "train"]
+                numbers.append(number)
+                offsets.append(offset)
+    for split, (numbers, offsets) in splits.items():
+        for index, start in enumerate(range(0, len(numbers), shard_samples)):
+            part = slice(start, start + shard_samples)
+            yield f"{split}-{index:05d}", list(zip(numbers[part], offsets[part], strict=True))
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, float | None]]:
+    """Offset of each line and a number from 0 to 1 that its content draws; None where there is but white space."""
     offset = 0
-    with manifest.open("rb") as file:
-        for number, line in enumerate(file):
-            if line.strip():
-                drawn = int.from_bytes(hashlib.blake2b(line, digest_size=4).digest()) / 2**32
-                splits["val" if drawn < val_fraction else "train"].append((number, offset))
-            offset += len(line)
-    for split, lines in splits.items():
-        for index, start in enumerate(range(0, len(lines), shard_samples)):
-            yield f"{split}-{index:05d}", lines[start : start + shard_samples]
+    while piece := file.readline(PIECE):
+        drawn, blank, begin = hashlib.blake2b(piece, digest_size=4), not piece.strip(), offset
+        offset += len(piece)
+        while not piece.endswith(b"\n") and (piece := file.readline(PIECE)):
+            drawn.update(piece)
+            blank = blank and not piece.strip()
+            offset += len(piece)
+        yield begin, None if blank else int.from_bytes(drawn.digest()) / 2**32
 
 
 def _write(job: Job, name: str, lines: list[tuple[int, int]]) -> None:
@@ -108,10 +157,10 @@ def _write(job: Job, name: str, lines: list[tuple[int, int]]) -> None:
     tokenizer, statistics, refused = Tokenizer(job.tokenizer), Statistics(), []
 
     def samples() -> Iterator[tuple]:
-        with job.manifest.open("rb") as file:
+        with open_regular(job.manifest) as file:
             for number, offset in lines:
                 file.seek(offset)
-                line = read_line(number, file.readline(), tokenizer, job)
+                line = read_line(number, file.readline(job.data.max_text_bytes + 2), tokenizer, job)
                 if isinstance(line, Refused):
                     refused.append(asdict(line))
                 else:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import av
 
-from omni_train.data.chat import TokenSequence, sequences_of
-from omni_train.data.features.mel import SAMPLE_RATE
-from omni_train.data.media import read_audio
+from omni_train.data.chat import TokenSequence, refuse_many, sequences_of
+from omni_train.data.files import TooLarge, open_regular, read_whole, real_path
+from omni_train.data.media import decoded_seconds
 from omni_train.data.media.container import open_container
-from omni_train.data.sample import SampleError, named_files, one_sample, read_json, sample_of
+from omni_train.data.sample import Chat, SampleError, named_files, one_sample, read_json, sample_of
 from omni_train.data.tokenizer import Tokenizer
 
 
@@ -43,7 +45,7 @@ def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Ref
 
     Args:
         number: of the line, from 0; it becomes the sample's key.
-        data: its bytes.
+        data: its bytes, or the first of more than ``max_text_bytes``.
         tokenizer: counts its tokens.
         job: :class:`data_pipelines.pack.Job`.
     """
@@ -56,22 +58,29 @@ def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Ref
 
 
 def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str]) -> Line:
+    if len(data.rstrip(b"\r\n")) > job.data.max_text_bytes:
+        raise SampleError("text_too_large")
     fields = read_json(data)
-    sample_of(fields)
+    sample = sample_of(fields)
+    if isinstance(sample, Chat):
+        refuse_many(sample.turns, job.data.row_tokens, job.data.media)
+    names: dict[str, str] = {}
     media: dict[str, bytes] = {}
+    left = job.data.max_sample_bytes - len(data)
     for owner, what in named_files(fields):
         path = owner[what]
-        if path not in paths:
+        if path not in names:
+            names[path] = f"{len(names)}{_suffix(path)}"
             paths.append(path)
-        name = f"{paths.index(path)}{_suffix(path)}"
-        media[name] = media.get(name) or _read(job.manifest.parent / path)
-        owner[what] = name
+            media[names[path]] = _read(job.manifest.parent / path, job.roots, left)
+            left -= len(media[names[path]])
+        owner[what] = names[path]
     sample = sample_of(fields)  # once more, now with the names in the shard
-    spoken = [] if sample.speech is None else read_audio(media[sample.speech], job.data.media)
+    spoken = 0.0 if sample.speech is None else decoded_seconds(media[sample.speech], job.data.media)
     sequences = sequences_of(sample, tokenizer, job.data, job.model, media)
     videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
     seconds = sum(_duration(media[name]) for name in videos)
-    return Line(key, fields, sequences, media, seconds, len(spoken) / SAMPLE_RATE)
+    return Line(key, fields, sequences, media, seconds, spoken)
 
 
 def _suffix(path: str) -> str:
@@ -79,15 +88,25 @@ def _suffix(path: str) -> str:
     return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ".bin"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, roots: Sequence[Path], most: int) -> bytes:
+    """A medium. Raises SampleError ``media_missing``, ``media_unreadable``, ``sample_too_large``, or ``media_outside``
+    where it lies in none of ``roots``, wherever a link or ``..`` says it does."""
     try:
-        if not path.is_file() and path.exists():  # a directory; a pipe or a device would never end
-            raise SampleError("media_unreadable")
-        return path.read_bytes()
+        _refuse_outside(Path(os.path.realpath(path)), roots)  # a device there may not even be opened
+        with open_regular(path) as file:
+            _refuse_outside(real_path(file), roots)
+            return read_whole(file, most)
     except FileNotFoundError:
         raise SampleError("media_missing") from None
-    except (OSError, ValueError):  # no permission, a name that is too long or has a zero byte
+    except TooLarge:
+        raise SampleError("sample_too_large") from None
+    except (OSError, ValueError):  # no permission or no file, a name that is too long or has a zero byte
         raise SampleError("media_unreadable") from None
+
+
+def _refuse_outside(path: Path, roots: Sequence[Path]) -> None:
+    if not any(path.is_relative_to(root) for root in roots):
+        raise SampleError("media_outside")
 
 
 def _duration(video: bytes) -> float:

@@ -30,6 +30,11 @@ class Augmentation:
         digest = hashlib.blake2b(f"{seed} {key!r}".encode(), digest_size=8).digest()
         self.generator = np.random.default_rng(int.from_bytes(digest))
 
+    @property
+    def fastest(self) -> float:
+        """The highest speed at which clips are played."""
+        return max([1.0, *self.config.speeds])
+
     def waveform(self, waveform: np.ndarray) -> np.ndarray:
         """The waveform (n,) float32 of 16 kHz at a drawn speed, with noise where it is drawn to have some."""
         config, draw = self.config, self.generator

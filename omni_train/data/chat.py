@@ -19,6 +19,10 @@ from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, MediaConf
 
 PADS = {Kind.audio: "<|audio_pad|>", Kind.image: "<|image_pad|>", Kind.video: "<|video_pad|>"}
 VIDEO_READINGS = 4  # at most, until a video fits; the second nearly always does
+TURN_TOKENS = 4  # at least: <|im_start|>, the role and its line end, <|im_end|>, a line end
+MEDIUM_TOKENS = 3  # at least: one between two marks
+COMPOSED = 4  # characters that become one in Unicode's NFC, which some tokenizers write: a letter and three marks
+MOST_ROWS = 64  # of the rounds of one chat together: each of n repeats the ones before it
 
 
 @dataclass
@@ -61,7 +65,8 @@ def tokenize(
     A long document is cut into pieces of a whole row and a rest; positions start anew in each piece, and the label at
     the end of a piece is the first token of the next. A chat is one sequence, or one for each of its ``rounds``. Videos
     of a chat share the room that the rest of it leaves. Raises SampleError: ``too_long`` for a chat that does not fit
-    in a row, ``no_loss`` for one without anything to learn, and the reasons of ``read_clip`` and ``written``.
+    in a row, ``no_loss`` for one without anything to learn, ``too_many_rounds`` for one whose rounds are ``MOST_ROWS``
+    rows and more, and the reasons of ``refuse_many``, ``read_clip`` and ``written``.
     """
     if isinstance(sample, Document):
         tokens = np.array([*tokenizer.encode(sample.text), tokenizer.end_of_text], dtype=np.int32)
@@ -70,18 +75,23 @@ def tokenize(
             TokenSequence(tokens[start : start + row_tokens], labels[start : start + row_tokens], start == 0)
             for start in range(0, len(tokens) - 1, row_tokens)  # the last token predicts nothing: no piece begins at it
         ]
+    refuse_many(sample.turns, row_tokens, media)
     sequences: list[TokenSequence] = []
     shown: dict[Medium, Clip] = {}
 
     def read(medium: Medium, **room: int) -> Clip:
         """A video, which is read anew for each room, or what is the same in every round."""
-        if room:
+        if "max_tokens" in room:
             return read_clip(medium, parts=parts, model=model, media=media, **room)
         if medium not in shown:
-            shown[medium] = read_clip(medium, parts=parts, model=model, media=media)
+            shown[medium] = read_clip(medium, parts=parts, model=model, media=media, **room)
         return shown[medium]
 
+    tokens = 0
     for turns in rounds(sample.turns, template):
+        if tokens > MOST_ROWS * row_tokens:
+            raise SampleError("too_many_rounds")
+        refuse_long(turns, tokenizer, row_tokens)
         text = render(turns, tokenizer, loss_on, template=template)
         if not any(text.learned):
             raise SampleError("no_loss")
@@ -89,6 +99,7 @@ def tokenize(
         whole = render(turns, tokenizer, loss_on, clips, template=template) if clips else text
         sequences.append(_sequence(whole, tokenizer, turns, clips, media))
         sequences[-1].begins_sample = len(sequences) == 1
+        tokens += len(sequences[-1])
     if not sequences:
         raise SampleError("no_loss")
     return sequences
@@ -130,6 +141,8 @@ def prompt(
     if last is None:
         raise SampleError("no_answer")
     turns = chat.turns[:last]
+    refuse_many(turns, max_tokens, media)
+    refuse_long(turns, tokenizer, max_tokens)
     length = len(render(turns, tokenizer, answer=True, template=template))
     read = functools.partial(read_clip, parts=parts, model=model, media=media)
     clips = _read_clips(turns, length, tokenizer, max_tokens, read)
@@ -137,6 +150,25 @@ def prompt(
     sequence = _sequence(rendering, tokenizer, turns, clips, media)
     sequence.labels[:] = IGNORE
     return sequence, answer_text(chat.turns[last], template)
+
+
+def refuse_many(turns: Sequence[Turn], row_tokens: int, media: MediaConfig) -> None:
+    """Refuse a chat of more than a row could hold by the number of its turns and media, before any is read.
+
+    Raises SampleError: ``too_long``, or ``too_many_media``.
+    """
+    number = sum(len(turn.media) for turn in turns)
+    if number > media.max_media:
+        raise SampleError("too_many_media")
+    if TURN_TOKENS * len(turns) + MEDIUM_TOKENS * number > row_tokens:
+        raise SampleError("too_long")
+
+
+def refuse_long(turns: Sequence[Turn], tokenizer: Tokenizer, row_tokens: int) -> None:
+    """Refuse a chat whose texts cannot fit in a row, before they are encoded. Raises SampleError ``too_long``."""
+    characters = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+    if characters > COMPOSED * tokenizer.longest * row_tokens:
+        raise SampleError("too_long")
 
 
 def render(
@@ -187,9 +219,9 @@ def _read_clips(
             break
         if medium not in clips and medium.kind == "video":
             share = left // (len(waiting) - index)
-            clips[medium], length = _read_video(functools.partial(read, medium), share, tokenizer)
+            clips[medium], length = _read_video(functools.partial(read, medium, sound_tokens=share), share, tokenizer)
         else:
-            clips[medium] = clips.get(medium) or read(medium)
+            clips[medium] = clips.get(medium) or read(medium, sound_tokens=left)
             length = rendered_length(clips[medium], tokenizer)
         left -= length
     if left < 0:

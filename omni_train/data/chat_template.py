@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from omni_train.data.files import read_settings
 from omni_train.data.sample import SampleError, Turn
 from omni_train.errors import UserError
 from omni_train.recipe.schema import ChatTemplate
 
 _THINK, _THOUGHT = "<think>\n", "\n</think>\n\n"
 _RENDERER = Path(__file__).with_name("render_template.py")
+LARGEST_TEMPLATE = 1 << 24  # bytes of a file that holds one; those with a list of added tokens have hundreds of KB
 _FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
@@ -60,19 +62,18 @@ def written(turns: Sequence[Turn], template: ChatTemplate) -> list[tuple[str, Tu
     return result
 
 
-def rounds(turns: Sequence[Turn], template: ChatTemplate) -> list[Sequence[Turn]]:
+def rounds(turns: Sequence[Turn], template: ChatTemplate) -> Iterator[Sequence[Turn]]:
     """The beginnings of a chat of which each ends in answers as they are served: all of it, or, where earlier answers
     are written without the block they came with, one for each question that was answered."""
     if template is ChatTemplate.chatml:
-        return [turns]
+        yield turns
+        return
     questions = [index for index, turn in enumerate(turns) if _is_question(_trimmed(turn))]
     if not questions:
         raise SampleError("no_question")
-    return [
-        turns[:end]
-        for question, end in zip(questions, [*questions[1:], len(turns)], strict=True)
-        if any(turn.role == "assistant" for turn in turns[question:end])
-    ]
+    for question, end in zip(questions, [*questions[1:], len(turns)], strict=True):
+        if any(turn.role == "assistant" for turn in turns[question:end]):
+            yield turns[:end]
 
 
 def answer_text(turn: Turn, template: ChatTemplate) -> str:
@@ -162,7 +163,7 @@ def _as_served(own: str, chats: Sequence[Sequence[Turn]]) -> list[str] | None:
 def _own_template(folder: str | Path) -> str | None:
     for file in (Path(folder) / name for name in _FILES):
         if file.is_file():
-            text = file.read_text(encoding="utf-8-sig")
+            text = read_settings(file, LARGEST_TEMPLATE)
             try:
                 template = json.loads(text).get("chat_template") if file.suffix == ".json" else text
             except (ValueError, AttributeError):

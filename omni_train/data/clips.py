@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni_train.data.features.mel import log_mel
-from omni_train.data.lengths import audio_tokens, audio_tokens_per_second, vision_tokens
+from omni_train.data.lengths import audio_tokens, audio_tokens_per_second, most_seconds, vision_tokens
 from omni_train.data.media import read_audio, read_image, read_video
 from omni_train.data.positions import Audio, Block, Frame, Kind
 from omni_train.data.sample import Medium, SampleError
@@ -59,11 +59,13 @@ def read_clip(
     model: ModelConfig,
     media: MediaConfig,
     max_tokens: int | None = None,
+    sound_tokens: int | None = None,
 ) -> Clip:
     """Read one medium; a video of at most ``max_tokens`` vision tokens, beside those of its sound and timestamps.
 
-    Raises SampleError: ``no_vision_encoder``, ``no_audio_encoder``, ``media_missing`` (the sample names a file that it
-    lacks), and the reasons of ``omni_train.data.media``.
+    Sound that becomes more than ``sound_tokens`` is decoded no further. Raises SampleError: ``no_vision_encoder``,
+    ``no_audio_encoder``, ``media_missing`` (the sample names a file that it lacks), ``too_long`` for such sound, and
+    the reasons of ``omni_train.data.media``.
     """
     if medium.kind != "audio" and model.vision is None:
         raise SampleError("no_vision_encoder")
@@ -72,8 +74,9 @@ def read_clip(
     data = parts.get(medium.file)
     if data is None:
         raise SampleError("media_missing")
+    most = None if sound_tokens is None or model.audio is None else most_seconds(sound_tokens, model.audio)
     if medium.kind == "audio":
-        mel_FM, tokens = _features(read_audio(data, media, medium.start, medium.end), model.audio)
+        mel_FM, tokens = _features(read_audio(data, media, medium.start, medium.end, most=most), model.audio)
         bounds = media.audio_timestamp_seconds if media.positions != Positions.qwen3_omni else ()
         items = lay_out_audio(tokens, inside_sound(tokens, model.audio, bounds, medium, data))
         return Clip("audio", items, audio_tokens=tokens, mel=mel_FM)
@@ -83,7 +86,14 @@ def read_clip(
         items = lay_out_image(grid[1] // merge, grid[2] // merge)
         return Clip("image", items, vision_tokens=vision_tokens(grid, model.vision), patches=patches_PD, grid=grid)
     video = read_video(
-        data, media, model.vision, sound=medium.sound, start=medium.start, end=medium.end, max_tokens=max_tokens
+        data,
+        media,
+        model.vision,
+        sound=medium.sound,
+        start=medium.start,
+        end=medium.end,
+        max_tokens=max_tokens,
+        most_sound=most,
     )
     mel_FM, tokens = _features(video.waveform, model.audio) if video.waveform is not None else (None, 0)
     t, height, width = video.grid[0], video.grid[1] // merge, video.grid[2] // merge

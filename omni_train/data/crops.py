@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from omni_train.data.batch import WaveRow
-from omni_train.data.codes import codes_of
+from omni_train.data.codes import coded_samples, codes_of
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
 from omni_train.data.media import audio_seconds, read_audio
 from omni_train.data.sample import Medium, Sample, SampleError, speech_of
@@ -43,14 +43,30 @@ class Crop:
         return self.waveform.nbytes + (0 if self.codes is None else self.codes.nbytes)
 
 
-def read_speech(sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int) -> np.ndarray:
-    """The waveform (n,) float32 of a sample's speech.
+def read_speech(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int, most: float | None = None
+) -> np.ndarray:
+    """The waveform (n,) float32 of a sample's speech, of at most ``most`` seconds.
 
-    Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and the reasons of
-    ``omni_train.data.media``.
+    Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and as ``read_audio``.
     """
     speech = _speech(sample, parts)
-    return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate)
+    return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate, most)
+
+
+def read_coded_speech(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, model: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The waveform (n,) float32 of a sample's speech and its codes (N, frames) int64, beyond which none is decoded.
+
+    Raises SampleError as ``read_speech`` and ``omni_train.data.codes.codes_of``.
+    """
+    rate = codec_sampling_rate(model)
+    try:
+        waveform = read_speech(sample, parts, media, rate, most=coded_samples(parts, model) / rate)
+    except SampleError as error:
+        raise SampleError("codes_mismatch") if error.reason == "too_long" else error from None
+    return waveform, codes_of(parts, model, samples=len(waveform))
 
 
 def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, model: ModelConfig, draw: int) -> Crop:
@@ -62,10 +78,10 @@ def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, mode
     if data.codec is None:
         piece, codes = _cut(sample, parts, data.media, codec_sampling_rate(model), frames * per_frame, draw), None
     else:  # all of it: codes fit the length of the whole
-        waveform = read_speech(sample, parts, data.media, codec_sampling_rate(model))
+        waveform, codes = read_coded_speech(sample, parts, data.media, model)
         first = _drawn(draw, -(-len(waveform) // per_frame) - frames)
         piece = waveform[first * per_frame :][: frames * per_frame]
-        codes = codes_of(parts, model, samples=len(waveform))[:, first : first + frames]
+        codes = codes[:, first : first + frames]
         codes = np.pad(codes, ((0, 0), (0, frames - codes.shape[1])))
     return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
 

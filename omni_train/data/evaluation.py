@@ -14,7 +14,7 @@ from omni_train.data.batch import PackedBatch
 from omni_train.data.chat import TokenSequence, prompt, sequences_of
 from omni_train.data.packing import aligned, best_fit, pack
 from omni_train.data.sample import Chat, Medium, SampleError, one_sample
-from omni_train.data.sources import ShardFolder, first_samples, open_source
+from omni_train.data.sources import ShardFolder, first_samples, open_sources
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.transcripts import transcript_prompt
 from omni_train.errors import UserError
@@ -59,7 +59,7 @@ def held_out_questions(
     tokenizer, refused = Tokenizer(data.tokenizer), Counter() if refused is None else refused
     transcripts = data.rows is RowKind.transcripts
     ask = transcript_prompt if transcripts else functools.partial(prompt, template=data.chat_template)
-    sources = [open_source(source, split, training=False) for source in data.sources]
+    sources = open_sources(data, split, training=False)
     unread = refused if data_rank == 0 else Counter()  # which every rank finds
     chats = [list(_chats(source, evaluation.samples, unread)) for source in sources]
     if not any(chats):
@@ -119,8 +119,7 @@ def answer_rows(
     """
     tokenizer, data = Tokenizer(data.tokenizer), replace(data, loss_on=LossOn.assistant)
     sequences: list[TokenSequence] = []
-    for source in data.sources:
-        folder = open_source(source, split, training=False)
+    for folder in open_sources(data, split, training=False):
         chats = [(chat, read) for _, chat, read in _chats(folder, evaluation.samples, Counter())]
         for place, (chat, read) in enumerate(chats):
             other = _partner(chats, place)

@@ -10,6 +10,7 @@ from typing import Any
 import langcodes
 
 UNKNOWN = "unknown"
+LONGEST_TAG = 256  # characters; what was read is kept
 
 # Scripts in which no space stands between words: Chinese characters and kana, and those of class SA (complex context)
 # of Unicode's line breaking, UAX 14, with Tibetan, Javanese and Balinese.
@@ -34,7 +35,9 @@ def language_of(meta: Mapping[str, Any]) -> Language:
     named = meta.get("language")
     if named is None or (isinstance(named, str) and named.strip().casefold() in ("", UNKNOWN)):
         return Language(UNKNOWN, None)
-    return _read(named.strip()) if isinstance(named, str) else Language(UNKNOWN, None, understood=False)
+    if not isinstance(named, str) or len(named) > LONGEST_TAG:
+        return Language(UNKNOWN, None, understood=False)
+    return _read(named.strip())
 
 
 @functools.lru_cache(4096)

@@ -41,6 +41,12 @@ def audio_tokens_per_second(audio: AudioEncoderConfig) -> float:
     return convolved(audio.chunk_frames, audio.num_convolutions) * FRAMES_PER_SECOND / audio.chunk_frames
 
 
+def most_seconds(tokens: int, audio: AudioEncoderConfig) -> float:
+    """Sound that is longer becomes more than so many tokens."""
+    chunks = max(tokens, 0) // convolved(audio.chunk_frames, audio.num_convolutions) + 1
+    return chunks * audio.chunk_frames / FRAMES_PER_SECOND
+
+
 def audio_token_start(index: int, audio: AudioEncoderConfig) -> float:
     """Seconds at which audio token ``index`` of a clip begins."""
     chunk, within = divmod(index, convolved(audio.chunk_frames, audio.num_convolutions))

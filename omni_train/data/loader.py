@@ -15,7 +15,7 @@ from omni_train.data.batch import Row
 from omni_train.data.codes import check_codes
 from omni_train.data.rows import Made, Rows, allow_open_files, work
 from omni_train.data.sample import describe
-from omni_train.data.sources import open_source
+from omni_train.data.sources import open_sources
 from omni_train.data.streams import StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.data.workers import Worker, end, start_server
@@ -215,7 +215,7 @@ def evaluation_rows(
     out. Raises UserError when that leaves none.
     """
     _check(config)
-    sources = [open_source(source, split, training=False) for source in config.sources]
+    sources = open_sources(config, split, training=False)
     # The longest sequences of a large buffer come first, and a few rows would hold nothing else.
     config = dataclasses.replace(config, packing_buffer=1)
     tokenizer = Tokenizer(config.tokenizer)

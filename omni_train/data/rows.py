@@ -14,7 +14,7 @@ import torch
 
 from omni_train.data import transfer
 from omni_train.data.batch import Row
-from omni_train.data.sources import ShardFolder, open_source
+from omni_train.data.sources import ShardFolder, open_sources
 from omni_train.data.streams import StreamReader, StreamState, open_stream
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
@@ -43,7 +43,7 @@ class Rows:
     @cached_property
     def sources(self) -> list[ShardFolder]:
         look = self.samples is None
-        sources = [open_source(source, self.split, training=True, look=look) for source in self.config.sources]
+        sources = open_sources(self.config, self.split, training=True, look=look)
         samples = [len(source) for source in sources]
         if self.samples not in (None, samples):
             raise UserError(

@@ -42,6 +42,7 @@ _OTHERS = {
     "video_url": ("openai_video_url", "a part of vLLM: write type video and the name of a file instead"),
 }
 _ADVICE = dict(_OTHERS.values()) | {
+    "media_outside": "media that lie outside the manifest's folder: name theirs with roots=FOLDER,FOLDER",
     "unwritten_reasoning": "ChatML has no place for reasoning_content: set chat_template=qwen3_5",
 }
 

@@ -6,11 +6,13 @@ media, and a restored stream reads nothing twice.
 
 from __future__ import annotations
 
-import tarfile
+import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import multistorageclient
 from megatron.energon import CrudeWebdataset, SavableDataset, WorkerConfig
@@ -19,11 +21,15 @@ from megatron.energon.flavors.webdataset.itar import ITarSamplePointer
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import FilteredSample
 
+from omni_train.data.files import open_regular
+from omni_train.data.members import read_sample
 from omni_train.data.sample import Sample, SampleError, one_sample, sample_in
 from omni_train.data.workers import note
 from omni_train.errors import UserError, first_line
-from omni_train.recipe.schema import SourceConfig
+from omni_train.recipe.schema import DataConfig, SourceConfig
 
+LARGEST = 1 << 62  # bytes of a shard
+LARGEST_INDEX = 1 << 30  # bytes of a file of the index, which has a line for each shard
 SLICE_SAMPLES = 100  # samples read in order before the reader jumps elsewhere in its share
 
 
@@ -41,58 +47,76 @@ class LateReader:
     """A shard reader whose samples hold, instead of their files, the function ``open`` that reads them.
 
     What cannot be read is then a refused sample, where energon's own reading stops the run.
+
+    Args:
+        reader: knows the shards and where each sample lies in them.
+        most: bytes of one sample.
+        most_text: bytes of its ``key.json``.
     """
 
-    def __init__(self, reader: ShardInfosITarReader):
-        self.reader = reader
+    def __init__(self, reader: ShardInfosITarReader, most: int, most_text: int):
+        self.reader, self.most, self.most_text = reader, most, most_text
         # The storage client counts and times every access, which costs as much as parsing the shard.
         reader.tar_filepaths = [path.local_path() if path.is_local() else path for path in reader.tar_filepaths]
+        self._opened: dict[int, BinaryIO] = {}
 
     def __getitem__(self, index: int) -> FilteredSample:
         try:
             pointer = self.reader._get_itar_sample_pointer(index)
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, IndexError, struct.error):
             pointer = None
         key = ("Webdataset", index)
         read = partial(self._read, index, pointer)
         return FilteredSample(__key__=str(index), __shard__="", __restore_key__=key, __sources__=(), open=read)
 
-    def _read(self, index: int, pointer: ITarSamplePointer | None) -> dict[str, bytes] | None:
-        """The files of a sample by their extensions; None for a sample that the index excludes.
+    def _read(self, index: int, pointer: ITarSamplePointer | None) -> dict[str, bytes]:
+        """The files of a sample by their names in it.
 
-        Raises SampleError with the reason ``unreadable_index``, ``unreadable_shard`` (it has gone, or its disk fails),
-        ``truncated_shard``, or ``broken_shard``.
+        Raises SampleError with the reason ``unreadable_index``, ``unreadable_shard`` (it has gone, is no file, or its
+        disk fails), or one of ``omni_train.data.members``.
         """
-        if pointer is None:
+        if pointer is None or pointer.byte_offset < 0 or not 0 < pointer.byte_size < LARGEST:
             raise SampleError("unreadable_index")
-        shard = self.reader.tar_filepaths[pointer.tar_file_id]
-        note(f"the last sample that it began is number {index} of its source, in {shard}")
+        path = self.reader.tar_filepaths[pointer.tar_file_id]
+        note(f"the last sample that it began is number {index} of its source, in {path}")
+        begin, end = pointer.byte_offset, pointer.byte_offset + pointer.byte_size
         try:
-            sample = self.reader._get_item_by_sample_pointer(pointer, index)
-        except (tarfile.TarError, ValueError, EOFError):
-            raise SampleError("truncated_shard" if self._past_the_end(pointer) else "broken_shard") from None
-        except OSError:
+            shard = self._shard(pointer.tar_file_id)
+            return read_sample(shard, begin, end, most=self.most, most_text=self.most_text)
+        except OverflowError:  # no file has such an offset
+            raise SampleError("unreadable_index") from None
+        except (OSError, ValueError):
+            self._opened.pop(pointer.tar_file_id, None)  # it may be there again
             raise SampleError("unreadable_shard") from None
-        for tar in self.reader.itar_files_cache.values():
-            tar.members.clear()  # tarfile remembers every header it ever read
-        return sample and {name: data for name, data in sample.items() if not name.startswith("__")}
 
-    def _past_the_end(self, pointer: ITarSamplePointer) -> bool:
-        try:
-            path = self.reader.tar_filepaths[pointer.tar_file_id]
-            size = path.stat().st_size if isinstance(path, Path) else path.size()
-            return pointer.byte_offset + pointer.byte_size > size
-        except OSError:
-            return False
+    def _shard(self, number: int) -> BinaryIO:
+        """An open shard, one of the last few."""
+        if number not in self._opened:
+            path = self.reader.tar_filepaths[number]
+            self._opened[number] = open_regular(path) if isinstance(path, Path) else path.open("rb")
+            while len(self._opened) > self.reader.itar_cache_size:
+                self._opened.pop(next(iter(self._opened))).close()
+        return self._opened[number]
 
 
 class ShardFolder(CrudeWebdataset):
     """One source: a folder of indexed shards, whatever sample type its own configuration names."""
 
+    most, most_text = DataConfig.max_sample_bytes, DataConfig.max_text_bytes
+
     def build(self, worker_rotation_offset: int = 0) -> SavableDataset:
         dataset = super().build(worker_rotation_offset)
-        dataset.dataset.join_readers = [LateReader(reader) for reader in dataset.dataset.join_readers]
+        readers = dataset.dataset.join_readers
+        dataset.dataset.join_readers = [LateReader(reader, self.most, self.most_text) for reader in readers]
         return dataset
+
+
+def open_sources(data: DataConfig, split: str, *, training: bool, look: bool = True) -> list[ShardFolder]:
+    """The sources of a recipe, whose samples are bounded as it says. Raises UserError as ``open_source``."""
+    folders = [open_source(source, split, training=training, look=look) for source in data.sources]
+    for folder in folders:
+        folder.most, folder.most_text = data.max_sample_bytes, data.max_text_bytes
+    return folders
 
 
 def open_source(source: SourceConfig, split: str, *, training: bool, look: bool = True) -> ShardFolder:
@@ -110,6 +134,8 @@ def open_source(source: SourceConfig, split: str, *, training: bool, look: bool 
         raise UserError(f"data.sources: no folder {source.path}; correct data.path, or write the shards there first")
     if local is not None and not any((local / ".nv-meta" / name).is_file() for name in (".info.json", ".info.yaml")):
         raise UserError(f"data.sources: {source.path} has no energon index; make one with `{command}`")
+    if local is not None:
+        _check_index(local / ".nv-meta")
     if not source.weight > 0:
         raise UserError(
             f"data.sources: weight={source.weight} of {source.path} must be above 0; or leave the source out"
@@ -167,5 +193,13 @@ def energon_path(path: str) -> EPath:
     return EPath(path)
 
 
+def _check_index(folder: Path) -> None:
+    """Refuse an index that could not be read to its end: energon reads its files whole."""
+    for file in os.scandir(folder):
+        if file.name.endswith((".json", ".yaml")) and not (file.is_file() and file.stat().st_size <= LARGEST_INDEX):
+            raise UserError(f"data.sources: {file.path} is no file of at most {LARGEST_INDEX:,} bytes; index it again")
+
+
 def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    """The regular files of a folder; a FIFO among its shards would never open."""
+    return [folder / file.name for file in os.scandir(folder) if file.is_file()] if folder.is_dir() else []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
+from omni_train.data.files import read_regular
 from omni_train.errors import UserError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -19,6 +20,8 @@ IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 # Headers, questions, timestamps: texts that come again and again are encoded once.
 REPEATED_CHARACTERS = 256
 REPEATED_TEXTS = 4096
+
+LARGEST_TOKENIZER = 1 << 28  # bytes of tokenizer.json; those of vocabularies of 250k have 20 MB
 
 # The control tokens of Qwen3.5 in the order of their ids.
 CONTROL_TOKENS = (
@@ -77,7 +80,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f"data.tokenizer={folder}: no tokenizer.json there; name a tokenizer folder")
         try:
-            spec = json.loads(file.read_text(encoding="utf-8-sig"))
+            spec = json.loads(read_regular(file, LARGEST_TOKENIZER).decode("utf-8-sig"))
             for token in spec["added_tokens"]:
                 token["special"] |= token["content"] in CONTROL_TOKENS
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -93,6 +96,11 @@ class Tokenizer:
     def size(self) -> int:
         """One more than the largest id: the rows that an embedding must have."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters that a token stands for at most; one that is not ASCII is several of them here."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def token_id(self, name: str) -> int:
         """The id of a control token. Raises UserError when the tokenizer has none of that name."""

@@ -20,7 +20,7 @@ from omni_train.data.batch import IGNORE, MODALITIES
 from omni_train.data.chat import PADS, TokenSequence
 from omni_train.data.features.mel import log_mel
 from omni_train.data.language import UNKNOWN, language_of
-from omni_train.data.lengths import audio_tokens
+from omni_train.data.lengths import audio_tokens, most_seconds
 from omni_train.data.media import read_audio
 from omni_train.data.positions import Kind
 from omni_train.data.sample import Chat, Medium, Sample, SampleError
@@ -120,7 +120,8 @@ def _sequence(
         raise SampleError("too_long")
     if medium.file not in parts:
         raise SampleError("media_missing")
-    waveform = read_audio(parts[medium.file], media, medium.start, medium.end)
+    most = most_seconds(room, model.audio) * (1 if augmentation is None else augmentation.fastest)
+    waveform = read_audio(parts[medium.file], media, medium.start, medium.end, most=most)
     mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, model.audio.num_mel_bins)
     heard = audio_tokens(len(mel_FM), model.audio)
     if heard > room:

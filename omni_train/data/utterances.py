@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from omni_train.data.codes import codes_of
-from omni_train.data.crops import read_speech
+from omni_train.data.crops import read_coded_speech, read_speech
 from omni_train.data.lengths import codec_frame_samples, codec_sampling_rate
 from omni_train.data.sample import Document, Sample, SampleError, one_sample, speech_of
-from omni_train.data.sources import first_samples, open_source
+from omni_train.data.sources import first_samples, open_sources
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
 
@@ -55,8 +54,7 @@ def held_out_utterances(
     refused = Counter() if refused is None else refused
     unread = refused if data_rank == 0 else Counter()  # which every rank finds
     speech = 0
-    for source in data.sources:
-        folder = open_source(source, split, training=False)
+    for source, folder in zip(data.sources, open_sources(data, split, training=False), strict=True):
         for index, sample, read in first_samples(folder, evaluation.samples, unread):
             if speech_of(sample) is None:
                 continue
@@ -85,8 +83,10 @@ def _utterance(
     evaluation: EvaluationConfig,
 ) -> Utterance:
     rate, per_frame = codec_sampling_rate(model), codec_frame_samples(model)
-    waveform = read_speech(sample, parts, data.media, rate)
-    codes = codes_of(parts, model, len(waveform)) if data.codec is not None else None
+    if data.codec is None:
+        waveform, codes = read_speech(sample, parts, data.media, rate), None
+    else:
+        waveform, codes = read_coded_speech(sample, parts, data.media, model)
     frames = max(1, int(evaluation.utterance_seconds * rate / per_frame))
     whole = len(waveform) <= frames * per_frame
     return Utterance(

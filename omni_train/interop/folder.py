@@ -11,12 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from omni_train.data.files import read_regular
 from omni_train.errors import UserError
 from omni_train.interop.rows import TensorMap, row_count
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _ROWS = 1024  # of two tensors that are compared
 _INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+LARGEST_JSON = 1 << 28  # bytes; the index of 100,000 tensors has 10 MB
 _SIDE_FILES = {".json", ".jinja", ".txt", ".model"}
 
 
@@ -154,7 +157,10 @@ class Folder:
 def tensor_bytes(file: Path) -> dict[str, int]:
     """Tensors of a safetensors file, and the bytes of each."""
     with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        size = int.from_bytes(opened.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise UserError(f"{file}: a header of {size:,} bytes; it is no safetensors file")
+        header = json.loads(opened.read(size))
     header.pop("__metadata__", None)
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
@@ -166,9 +172,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing or broken.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_regular(path, LARGEST_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give a folder that save_pretrained wrote") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is the folder a model?") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 

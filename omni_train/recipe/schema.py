@@ -222,7 +222,11 @@ class MediaConfig:
     video_max_pixels: int = 25165824
     video_pixels_per_frame: bool = False  # the two bound each frame by itself (Qwen3-Omni) instead
     max_source_pixels: int = 178956970  # of an image or frame as encoded; larger is refused before it is decoded
-    max_audio_seconds: float = 36000.0
+    max_audio_seconds: float = 36000.0  # less where a row holds less: 10 h are read into 2.3 GB, and more as features
+    # Of a video file, up to 1920 x 1080; of larger ones as many fewer as they are larger. It bounds the time of one
+    # that is small and has no end.
+    max_source_frames: int = 1000000
+    max_media: int = 1024  # of one sample
 
 
 @dataclass
@@ -251,6 +255,10 @@ class DataConfig:
     shuffle_buffer: int = 1000  # samples, in each stream
     packing_buffer: int = 256  # samples considered together by best-fit packing, in each stream
     max_skip_fraction: float = 0.01  # of samples; above it (after 1,000 samples) the run stops
+    # What one sample may cost a process: its files together are read into memory, and text takes some 200 bytes a
+    # character while it becomes tokens. Larger ones are refused before they are read.
+    max_sample_bytes: int = 2147483648
+    max_text_bytes: int = 8388608  # of its key.json
 
 
 @dataclass

@@ -34,6 +34,10 @@ _MEDIA_AT_LEAST = {
     "data.media.video_min_frames": 1,
     "data.media.video_min_pixels": 1,
     "data.media.max_source_pixels": 1,
+    "data.media.max_source_frames": 1,
+    "data.media.max_media": 1,
+    "data.max_sample_bytes": 1,
+    "data.max_text_bytes": 1,
 }
 _PAIRS = (
     ("image_min_pixels", "image_max_pixels"),

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omni_train.data.codes import content_hash, is_hash
+from omni_train.data.codes import MAX_SECONDS, content_hash, is_hash
 from omni_train.errors import UserError
 from omni_train.models.codec import SpeechCodec
-from omni_train.recipe.schema import Verify
+from omni_train.recipe.schema import DataConfig, Verify
 from omni_train.training.checkpoint import read_model_config
 from omni_train.training.checkpoint_store import resolve
 from omni_train.training.integrity import require_intact
@@ -69,7 +69,15 @@ def codec_hash(codec: str) -> str:
     return codec if is_hash(codec) else open_codec(codec).content_hash
 
 
-def write_codes(data: Path, codec: str, out: Path | None = None, workers: int = 0) -> None:
+def write_codes(
+    data: Path,
+    codec: str,
+    out: Path | None = None,
+    workers: int = 0,
+    max_seconds: float = MAX_SECONDS,
+    max_sample_bytes: int = DataConfig.max_sample_bytes,
+    max_text_bytes: int = DataConfig.max_text_bytes,
+) -> None:
     """Write the shards of a folder anew, with a codec's codes beside the speech of every sample.
 
     Every sample whose speech can be read (its speech target, else the first sound of the chat) gets ``key.codes.npy``,
@@ -82,10 +90,13 @@ def write_codes(data: Path, codec: str, out: Path | None = None, workers: int = 
         codec: checkpoint directory of the codec, or a run directory.
         out: folder of the new shards; data with `_codes` after its name.
         workers: processes that work side by side; 0 for one per core.
+        max_seconds: longer speech is kept without codes (`audio_too_long`).
+        max_sample_bytes: samples that are larger are left out, as `data.max_sample_bytes` refuses them.
+        max_text_bytes: the same of their ``key.json``, as `data.max_text_bytes`.
 
     Raises:
         UserError: no shards, no codec, or `out` holds something else.
     """
     from data_pipelines.codes import extract
 
-    extract(data, codec, open_codec, out, workers)
+    extract(data, codec, open_codec, out, workers, max_seconds, max_sample_bytes, max_text_bytes)

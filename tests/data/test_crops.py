@@ -149,10 +149,10 @@ def test_a_crop_of_a_long_recording_is_that_of_the_whole_and_decodes_no_more(dat
     whole = read_audio(file, data.media, 2.5, 26.0, 24000)
     decoded, waveform_of = [], audio.waveform_of
 
-    def counted(blocks, media, sampling_rate):
+    def counted(blocks, media, sampling_rate, most):
         blocks = list(blocks)
         decoded.append(sum(len(block) for _, block in blocks) / rate)
-        return waveform_of(iter(blocks), media, sampling_rate)
+        return waveform_of(iter(blocks), media, sampling_rate, most)
 
     monkeypatch.setattr(audio, "waveform_of", counted)
     for draw in range(5):

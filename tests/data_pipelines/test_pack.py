@@ -208,7 +208,7 @@ def test_an_error_that_nobody_thought_of_costs_its_line(tokenizer, tmp_path, mon
     def divide(*args, **kwargs):
         raise ZeroDivisionError
 
-    job = Job(tmp_path / "all.jsonl", None, tokenizer, ModelConfig(), DataConfig(row_tokens=400))
+    job = Job(tmp_path / "all.jsonl", (tmp_path,), None, tokenizer, ModelConfig(), DataConfig(row_tokens=400))
     monkeypatch.setattr(module, "sequences_of", divide)
     refused = module.read_line(4, b'{"text": "one"}', Tokenizer(tokenizer), job)
     assert refused == module.Refused(5, "unexpected_ZeroDivisionError", [])

@@ -1,14 +1,18 @@
-"""Code in files, and the mark that it leaves when it is run."""
+"""Files of somebody else: code in them and the mark that it leaves when it is run, and a process of little memory."""
 
 from __future__ import annotations
 
+import multiprocessing
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from data_pipelines.rehearsal.tokenizer import train
 from omni_train.errors import UserError
+from tests.hostile import confined
 from tests.support.hostile import CALLS, Call
 
 
@@ -40,3 +44,25 @@ def refused(mark: Path) -> Callable:
         assert "\n" not in str(error)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("hostile") / "tokenizer"
+    train(["what is said here", "one two three"], folder, 300)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def within() -> Iterator[Callable]:
+    """within(function, ...) is what the function gives in a process that may take confined.ROOM bytes of memory."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=confined.confine) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(confined.SECONDS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with room beside it for what lies outside."""
+    (tmp_path / "inside").mkdir()
+    return tmp_path / "inside"

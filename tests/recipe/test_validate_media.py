@@ -93,6 +93,10 @@ REFUSED = [
     # media
     ("data.media.video_fps=0", "data.media.video_fps=0.0: must be above 0"),
     ("data.media.max_audio_seconds=0", "data.media.max_audio_seconds=0.0: must be above 0"),
+    ("data.media.max_source_frames=0", "data.media.max_source_frames=0: must be at least 1"),
+    ("data.media.max_media=0", "data.media.max_media=0: must be at least 1"),
+    ("data.max_sample_bytes=0", "data.max_sample_bytes=0: must be at least 1"),
+    ("data.max_text_bytes=0", "data.max_text_bytes=0: must be at least 1"),
     ("data.media.video_min_frames=0", "data.media.video_min_frames=0: must be at least 1"),
     (
         "data.media.image_min_pixels=5000 data.media.image_max_pixels=4999",

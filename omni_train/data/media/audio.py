@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import av
 import av.container
@@ -59,27 +61,59 @@ def read_audio(
     start: float | None = None,
     end: float | None = None,
     sampling_rate: int = SAMPLE_RATE,
+    most: float | None = None,
 ) -> np.ndarray:
     """The waveform (n,) float32 of ``sampling_rate`` of the part from ``start`` to ``end`` seconds.
 
     Channels become one as ``soundtrack.mixing`` says. Time counts from where the file begins to play, and silence
-    stands where it has no sound. Only the part is decoded, in blocks. Raises SampleError with a reason of
-    ``omni_train.data.media``.
+    stands where it has no sound. Only the part is decoded, in blocks. What is longer than ``most`` seconds, for which
+    there is no room, is refused as its header says so, or decoded no further. Raises SampleError ``too_long`` for it,
+    and with a reason of ``omni_train.data.media``.
     """
+    with _blocks_of(data, _Bound(media, most), max(start or 0.0, 0.0), end) as blocks:
+        return waveform_of(blocks, media, sampling_rate, most)
+
+
+def decoded_seconds(data: bytes, media: MediaConfig) -> float:
+    """How long a sound is that is decoded to its end and kept nowhere. Raises as ``read_audio``."""
+    with _blocks_of(data, _Bound(media), 0.0, None) as blocks:
+        return sum(len(block) / rate for rate, block in _checked(blocks, _Bound(media)))
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """How long a sound may be, in seconds: by the recipe, and by where it is to go."""
+
+    media: MediaConfig
+    most: float | None = None
+
+    def check(self, seconds: float) -> None:
+        seconds -= SHORTEST_SECONDS  # by which sums of many blocks may be wrong
+        if seconds > self.media.max_audio_seconds:
+            raise SampleError("audio_too_long")
+        if self.most is not None and seconds > self.most:
+            raise SampleError("too_long")
+
+
+@contextlib.contextmanager
+def _blocks_of(data: bytes, bound: _Bound, start: float, end: float | None) -> Iterator[Iterator[Block]]:
+    """The blocks of a part of a sound, while its file is open."""
     _refuse_broken(data)
-    start = max(start or 0.0, 0.0)
     with refused_as("audio_unreadable"):
         file = _sound_file(data)
         if file is not None:
             with file:
-                return waveform_of(_file_blocks(file, data, media, start, end), media, sampling_rate)
+                yield _file_blocks(file, data, bound, start, end)
+            return
         data = without_inner_tags(data)
         with open_container(data) as container:
             stream = _sound_stream(container)
             origin = _origin(container)
+            promised = _promised_seconds(container, stream, origin, data)
+            if promised is not None:
+                bound.check((promised if end is None else min(end, promised)) - start)
             blocks = stream_blocks(frames_after(container, stream, origin + start, data), stream, origin, start, end)
-            whole = _complete(blocks, _promised_seconds(container, stream, origin, data), start, end)
-            return waveform_of(whole, media, sampling_rate)
+            yield _complete(blocks, promised, start, end)
 
 
 def audio_seconds(data: bytes) -> float:
@@ -98,27 +132,35 @@ def audio_seconds(data: bytes) -> float:
             return end_of(frames_after(container, stream, last, data), stream, _origin(container))
 
 
-def waveform_of(blocks: Iterator[Block], media: MediaConfig, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+def waveform_of(
+    blocks: Iterator[Block], media: MediaConfig, sampling_rate: int = SAMPLE_RATE, most: float | None = None
+) -> np.ndarray:
     """Check and resample blocks of mono sound to (n,) float32 of ``sampling_rate``. Raises SampleError."""
-    pieces: list[np.ndarray] = []
-    seconds = 0.0
-    for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):  # joined recordings may differ
-        if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
-            raise SampleError("audio_sample_rate")
+    samples = bytearray()  # grows in place, where joining pieces would need the room of all of them twice
+    checked = _checked(blocks, _Bound(media, most))
+    for rate, group in itertools.groupby(checked, key=lambda block: block[0]):  # joined recordings may differ
         resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
         for _, block in group:
-            if len(block) and not -LOUDEST < block.min() <= block.max() < LOUDEST:  # NaN compares false
-                raise SampleError("audio_not_finite")
-            seconds += len(block) / rate
-            if seconds > media.max_audio_seconds:
-                raise SampleError("audio_too_long")
-            pieces.append(resampler.resample_chunk(block) if resampler else block)
+            samples += np.ascontiguousarray(resampler.resample_chunk(block) if resampler else block, np.float32).data
         if resampler:
-            pieces.append(resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    waveform = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
+            samples += resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True).data
+    waveform = np.frombuffer(samples, np.float32)
     if len(waveform) < SHORTEST_SECONDS * sampling_rate:
         raise SampleError("audio_empty")
     return waveform
+
+
+def _checked(blocks: Iterator[Block], bound: _Bound) -> Iterator[Block]:
+    """The blocks, each of them looked at. Raises SampleError."""
+    seconds = 0.0
+    for rate, block in blocks:
+        if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+            raise SampleError("audio_sample_rate")
+        if len(block) and not -LOUDEST < block.min() <= block.max() < LOUDEST:  # NaN compares false
+            raise SampleError("audio_not_finite")
+        seconds += len(block) / rate
+        bound.check(seconds)
+        yield rate, block
 
 
 def _refuse_broken(data: bytes) -> None:
@@ -143,13 +185,12 @@ def _sound_file(data: bytes) -> soundfile.SoundFile | None:
 
 
 def _file_blocks(
-    file: soundfile.SoundFile, data: bytes, media: MediaConfig, start: float, end: float | None
+    file: soundfile.SoundFile, data: bytes, bound: _Bound, start: float, end: float | None
 ) -> Iterator[Block]:
     rate, total = file.samplerate, file.frames
     first = min(round(start * rate), total)
     last = total if end is None else min(round(end * rate), total)
-    if last - first > media.max_audio_seconds * rate:
-        raise SampleError("audio_too_long")
+    bound.check((last - first) / rate)
     weights = mixing("" if file.channels <= 2 else _layout(data), file.channels)
     with refused_as("audio_damaged"):
         if first:

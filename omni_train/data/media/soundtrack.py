@@ -18,7 +18,7 @@ import av.container
 import av.format
 import numpy as np
 
-from omni_train.data.media.container import one_thread, refused_as
+from omni_train.data.media.container import bounded, one_thread, refused_as
 from omni_train.data.media.structure import is_joined
 from omni_train.data.sample import SampleError
 
@@ -68,16 +68,16 @@ def frames_after(
     first = stream.start_time or 0
     target = int((begin - PREROLL_SECONDS) / stream.time_base)
     if target <= first:
-        return _decoded(_on_one_clock(container.demux(stream), stream), stream)
+        return _decoded(_on_one_clock(bounded(container.demux(stream)), stream), stream)
     if not _clock_jumps(container, data):
         with contextlib.suppress(av.FFmpegError):
             container.seek(target, stream=stream)
-            packets = container.demux(stream)
+            packets = bounded(container.demux(stream))
             packet = next(packets)
             if packet.pts is not None and packet.pts <= target:
                 return _decoded(itertools.chain([packet], packets), stream)
         container.seek(first, stream=stream)
-    return packet_frames(container.demux(stream), stream, begin)
+    return packet_frames(bounded(container.demux(stream)), stream, begin)
 
 
 def last_seconds(container: av.container.InputContainer, stream: av.audio.stream.AudioStream, data: bytes) -> float:
@@ -86,11 +86,13 @@ def last_seconds(container: av.container.InputContainer, stream: av.audio.stream
     if not _clock_jumps(container, data):
         with contextlib.suppress(av.FFmpegError):
             container.seek(1 << 60, stream=stream)
-            stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            stamps = [packet.pts for packet in bounded(container.demux(stream)) if packet.pts is not None]
         if not stamps:
             container.seek(stream.start_time or 0, stream=stream)
     if not stamps:
-        stamps = [packet.pts for packet in _on_one_clock(container.demux(stream), stream) if packet.pts is not None]
+        stamps = [
+            packet.pts for packet in _on_one_clock(bounded(container.demux(stream)), stream) if packet.pts is not None
+        ]
     return float(max(stamps, default=0) * stream.time_base)
 
 

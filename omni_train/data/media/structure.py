@@ -13,12 +13,15 @@ ID3 = re.compile(rb"ID3[\2-\4]\0[\0-\xf0]([\0-\x7f]{4})")  # version, flags, siz
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra", b"meta")
 
+MP4_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+SAMPLES_A_BYTE = 64  # more of a file than any codec has
+
 
 def breaks_off(data: bytes) -> bool:
     """Whether a file ends before its own structure does: RIFF (WAV, WebP) and its kin, CAF, Ogg, Matroska, MP4 (M4A).
 
-    Of Ogg also whether a page is damaged or lost. False for every other kind of file, and where the file does not say
-    how long it is.
+    Of Ogg also whether a page is damaged or lost, of MP4 whether it promises what it cannot hold. False for every other
+    kind of file, and where the file does not say how long it is.
     """
     if data[:4] == b"RIFF":
         return len(data) < int.from_bytes(data[4:8], "little") < UNKNOWN_RIFF_SIZE
@@ -34,7 +37,9 @@ def breaks_off(data: bytes) -> bool:
         return _ogg_breaks_off(data)
     if data[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_breaks_off(data)
-    return data[4:8] == b"ftyp" and _mp4_breaks_off(data)
+    if data[4:8] == b"ftyp" and _mp4_breaks_off(data):
+        return True
+    return data[4:8] in MP4_BOXES and _mp4_lies(data)
 
 
 def _caf_breaks_off(data: bytes) -> bool:
@@ -152,3 +157,23 @@ def _mp4_breaks_off(data: bytes) -> bool:
             return False
         at += size
     return at > len(data)
+
+
+def _mp4_lies(data: bytes) -> bool:
+    """Whether the tables of samples promise more of them than there can be: FFmpeg makes room for all of them, where a
+    table says once how large each is."""
+    at, samples = 0, 0
+    while at + 8 <= len(data):
+        size, kind, body = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], at + 8
+        if size == 1:  # too large for four bytes
+            size, body = int.from_bytes(data[at + 8 : at + 16]), at + 16
+        if kind in (b"stsz", b"stz2", b"trun"):
+            count = body + (4 if kind == b"trun" else 8)
+            samples += int.from_bytes(data[count : count + 4])
+        if kind in MP4_PARENTS:
+            at = body  # its boxes follow, and then those beside it
+        elif at + size >= body:
+            at += size
+        else:
+            break
+    return samples > SAMPLES_A_BYTE * len(data)

@@ -15,13 +15,14 @@ from av.video.reformatter import VideoReformatter
 
 from omni_train.data.features.patches import image_size, patchify, resize, video_size
 from omni_train.data.media.audio import waveform_of
-from omni_train.data.media.container import open_container, refused_as
+from omni_train.data.media.container import bounded, open_container, refused_as
 from omni_train.data.media.frames import Decoded, Misplaced, Packets, Stamped, decoded, stamped
 from omni_train.data.media.soundtrack import packet_frames, stream_blocks
 from omni_train.data.media.structure import breaks_off
 from omni_train.data.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
 
+FRAME_PIXELS = 1920 * 1080  # of the frames that media.max_source_frames counts
 CLOCK = 0.001  # seconds: times of whole milliseconds, as Matroska has them, may be that far off
 
 
@@ -45,6 +46,7 @@ def read_video(
     start: float | None = None,
     end: float | None = None,
     max_tokens: int | None = None,
+    most_sound: float | None = None,
 ) -> Video:
     """Sample frames of the part from ``start`` to ``end`` seconds, and read its sound where asked for and there.
 
@@ -53,7 +55,8 @@ def read_video(
     indices); times are those of the frames themselves, so that varying rates are right. Where they would need more than
     ``max_tokens`` tokens there are first fewer of them, down to ``media.video_min_frames``, then smaller ones. Only the
     stretches between a keyframe and a sampled frame are decoded, unless a frame is not where its packet says. Raises
-    SampleError with a reason of ``omni_train.data.media``.
+    SampleError with a reason of ``omni_train.data.media``, or ``too_long`` for more than ``most_sound`` seconds of
+    sound.
     """
     if not data:
         raise SampleError("video_empty")
@@ -62,8 +65,9 @@ def read_video(
     start = max(start or 0.0, 0.0)
     with refused_as("video_unreadable"), open_container(data) as container:
         stream = _picture_stream(container, media)
+        stream.codec_context.options = {"max_pixels": str(media.max_source_pixels)}
         speaker = container.streams.audio[0] if sound and container.streams.audio else None
-        packets, heard = _demux(container, stream, speaker)
+        packets, heard = _demux(container, stream, speaker, media)
         shape = stream.height, _shown_width(stream)
         origin = (container.start_time or 0) / av.time_base  # where the earliest stream begins, heard or not
 
@@ -82,7 +86,7 @@ def read_video(
                 shown, pixels = sample(stamped(packets))
             except Misplaced:
                 shown, pixels = sample(decoded(packets))
-        waveform = _sound(heard, speaker, origin, start, end, media) if speaker else None
+        waveform = _sound(heard, speaker, origin, start, end, media, most_sound) if speaker else None
     patches, grid = patchify(np.stack(pixels), vision)
     number, temporal = len(shown), vision.temporal_patch_size
     shown = np.concatenate([shown, shown[-1:].repeat(-number % temporal)]).reshape(-1, temporal)
@@ -110,15 +114,19 @@ def _demux(
     container: av.container.InputContainer,
     stream: av.video.stream.VideoStream,
     speaker: av.audio.stream.AudioStream | None,
+    media: MediaConfig,
 ) -> tuple[Packets, list[av.Packet]]:
     """The packets of the pictures and of the sound; none is decoded yet."""
     seen, heard = [], []
+    most = media.max_source_frames * min(1.0, FRAME_PIXELS / (stream.width * stream.height))
     with refused_as("video_damaged"):
-        for packet in container.demux([stream, speaker] if speaker else stream):
+        for packet in bounded(container.demux([stream, speaker] if speaker else stream)):
             if packet.stream is speaker:
                 heard.append(packet)
             elif packet.size:
                 seen.append(packet)
+                if len(seen) > most:
+                    raise SampleError("video_too_long")
     if all(packet.is_discard for packet in seen):
         raise SampleError("video_empty")
     return Packets(stream, seen), heard
@@ -190,11 +198,12 @@ def _sound(
     start: float,
     end: float | None,
     media: MediaConfig,
+    most: float | None,
 ) -> np.ndarray | None:
     """The waveform from ``start`` on, in seconds of the pictures' clock after ``origin``; None where there is none."""
     try:
         frames = packet_frames(packets, stream, origin + start)
-        return waveform_of(stream_blocks(frames, stream, origin, start, end), media)
+        return waveform_of(stream_blocks(frames, stream, origin, start, end), media, most=most)
     except SampleError as error:
         if error.reason == "audio_empty":
             return None
