@@ -83,14 +83,14 @@ def fails(trouble, at: dict[int, int], on: int = 0):
     return functools.partial(failing, trouble=trouble, at=at, on=on)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("trouble", "on", "reason"),
+    ("engine", "trouble", "on", "reason"),
     [
-        (small_files_only, 0, "rank 0: "),
-        (small_files_only, 1, "rank 1: "),
-        (no_folders, 0, "Read-only file system"),
-        (no_end, 0, "No space left on device"),
+        ("megatron", small_files_only, 1, "rank 1: "),
+        ("megatron", no_folders, 0, "Read-only file system"),
+        ("megatron", no_end, 0, "No space left on device"),
+        ("deepspeed", small_files_only, 1, "rank 1: "),
+        ("deepspeed", no_end, 0, "No space left on device"),
     ],
 )
 def test_a_save_that_fails_on_one_rank_costs_all_a_line_and_the_next_one_counts(
