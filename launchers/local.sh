@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# omni-train on N processes of this machine, by torchrun on a free port: launchers/local.sh 2 train stage=text_pretrain …
-# Exits with the code of the first rank that fails; SIGTERM and SIGUSR1 reach every rank.
+# omni-train on N processes of this machine: launchers/local.sh 2 train stage=text_pretrain …
+# Exits with the code of the first rank that fails; SIGTERM, SIGUSR1 and Ctrl-C reach every rank.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,4 +12,4 @@ if [[ ${1:-} == 1 ]]; then
     shift
     exec "$python" -m omni_train "$@"
 fi
-exec "$python" -m omni_train.platform.launch "$@"
+exec "$python" -m omni_train.launch "$@"

@@ -5,10 +5,14 @@ What a command needs is imported when it runs, so that help and mistakes answer 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from types import TracebackType
 
-from omni_train.errors import UserError, announce
+from omni_train import lines, stopping
+from omni_train.errors import RankFailed, UserError, announce, described
+from omni_train.processes import Exit, die_with_parent
 from omni_train.threads import keep_awake
 
 _USAGE = """\
@@ -25,13 +29,21 @@ omni-train <command> [arguments]
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
 
-Exit codes: 0 done; 1 a crash; 2 something given is wrong (one line says what); 75 asked to stop, all is saved and the
-same command goes on; 130 interrupted."""
+SIGTERM, SIGUSR1 and Ctrl-C stop train and pipeline where all is saved; a second Ctrl-C ends them at once.
+
+Exit codes: 0 done; 1 a crash; 2 something given is wrong; 75 asked to stop, all is saved and the same command goes on;
+130 ended at once by a second Ctrl-C, or another command by its first. The last line says why a run ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and its status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and its status.
+
+    Args:
+        argv: None for the process's own, which then also gets the signals and the last line of a run.
+    """
+    if argv is None:
+        return _as_process(sys.argv[1:])
+    arguments = list(argv)
     commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -43,8 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         announce(error)
         return error.status
+    except RankFailed as error:
+        if os.environ.get("RANK") == "0":
+            lines.write(f"failed: {error}")
+        return error.code
     except KeyboardInterrupt:
-        return 130
+        return Exit.interrupted
+
+
+def _as_process(arguments: list[str]) -> int:
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        launcher = os.environ.pop("OMNI_TRAIN_LAUNCHER", None)  # which programs started from here do not have
+        die_with_parent(int(launcher) if launcher else None)  # rather than train on beside a new run
+    if arguments and arguments[0] in stopping.COMMANDS:
+        stopping.listen()
+        sys.excepthook = _say_what_failed
+    else:
+        stopping.let_go()
+    code = main(arguments)
+    stopping.over()
+    lines.flush()
+    return code
+
+
+def _say_what_failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    lines.write(f"failed: {described(error)}")
+    stopping.over()
+    lines.flush()
 
 
 def _train(arguments: list[str]) -> int:

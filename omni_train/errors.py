@@ -9,8 +9,13 @@ import os
 import sys
 import time
 
+from omni_train import lines
+
 HEAD_START_SECONDS = 10.0
 """How long a rank leaves the first one to print the error of both: a launcher ends all when one exits."""
+
+FAILED = "omni_train/failed"
+"""Key of the ranks' store: exit code and line of the rank that failed first."""
 
 
 class UserError(Exception):
@@ -32,9 +37,28 @@ def cannot_write(path: object, error: OSError) -> UserError:
     return (UserError if wrong else RunFailed)(f"{path}: cannot be written: {error.strerror or first_line(error)}")
 
 
+class RankFailed(Exception):
+    """Another rank has failed, and has said so; this one only lost its connection to it.
+
+    Args:
+        code: exit code of the run.
+        line: what failed, on which rank.
+    """
+
+    def __init__(self, code: int, line: str) -> None:
+        super().__init__(line)
+        self.code = code
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def described(error: BaseException) -> str:
+    """What happened, and where."""
+    rank = os.environ.get("RANK", "0")
+    return f"{type(error).__name__}: {first_line(error)} on rank {rank} at {lines.host()}"
 
 
 def announce(error: UserError) -> None:
@@ -62,7 +86,7 @@ def announce(error: UserError) -> None:
         if not first and os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(HEAD_START_SECONDS)
     if first:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        lines.write(f"error: {error}")
         if store is not None:
             with contextlib.suppress(RuntimeError):
                 store.set(f"omni_train/printed/{error}", "")

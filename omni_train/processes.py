@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from enum import IntEnum
@@ -20,10 +21,15 @@ class Exit(IntEnum):
     interrupted = 130  # asked twice: ended at once
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Let this process be killed when the one that started it ends, however that ends.
 
     Linux only; elsewhere nothing happens.
+
+    Args:
+        parent: process id of the one that started it, if known: it may have ended already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -69,6 +69,35 @@ def test_a_defect_keeps_its_stack_trace(training):
         main(["train"])
 
 
+def as_process(job: str, rank: str = "0") -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of ``omni-train train`` as a process that does a job instead."""
+    code = f"""
+import sys
+from omni_train import cli
+from omni_train.errors import RankFailed
+def job(arguments):
+    {job}
+cli._train, sys.argv = job, ["omni-train", "train"]
+sys.exit(cli.main())
+"""
+    environment = {**os.environ, "RANK": rank}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_the_last_line_of_a_defect_says_what_failed_and_where():
+    code, said = as_process("1 / 0", rank="3")
+    assert code == 1
+    assert said[0].startswith("Traceback")
+    assert said[-1].startswith("failed: ZeroDivisionError: division by zero on rank 3 at ")
+
+
+def test_a_rank_that_only_lost_another_ends_like_it_and_the_first_rank_says_so():
+    job = "raise RankFailed(2, 'UserError: no shards on rank 1 at node3')"
+    assert as_process(job, rank="0") == (2, ["failed: UserError: no shards on rank 1 at node3"])
+    assert as_process(job, rank="2") == (2, [])
+
+
 def test_an_interrupt_exits_130(training):
     training.outcome = KeyboardInterrupt()
     assert main(["train"]) == 130

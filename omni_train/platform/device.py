@@ -88,6 +88,13 @@ def init_distributed(timeout_seconds: int = 1800) -> None:
     )
 
 
+def store() -> torch.distributed.Store:
+    """Where the ranks found each other. They have joined."""
+    if _store is None:
+        raise RuntimeError("this process has not joined the others")
+    return _store
+
+
 def leave_distributed() -> None:
     """Part from the other processes, and give back the memory that nothing refers to any more."""
     torch.distributed.destroy_process_group()

@@ -1,18 +1,15 @@
-"""Lines for the person who watches the run: from rank 0 only, on standard error."""
+"""What the run says: from rank 0 only, on standard error, as `omni_train.lines` writes it."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
+from omni_train import lines
 from omni_train.platform.device import rank
 
 
 def say(message: str) -> None:
     """Print a line once for the whole run."""
     if rank() == 0:
-        with contextlib.suppress(OSError):  # standard error may be a file on a full disk
-            print(message, file=sys.stderr, flush=True)
+        lines.write(message)
 
 
 def warn(message: str) -> None:

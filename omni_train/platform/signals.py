@@ -1,52 +1,87 @@
-"""Signals that ask for a clean end, and the watchdog over steps that hang."""
+"""The ranks agree on whether a signal stops them, and the watchdog over what hangs."""
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import sys
+import threading
+import time
 
 import torch
 
-from omni_train.platform.device import device
+from omni_train import lines, stopping
+from omni_train.platform.device import device, rank
+from omni_train.processes import Exit
+
+_LEFT_TO_THE_LIBRARY = 30.0  # seconds that the watchdog has for its own line, should it be held up too
 
 
-class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, what schedulers send before they kill; all ranks agree on whether to stop."""
+def stop_agreed(group: torch.distributed.ProcessGroup | None = None) -> signal.Signals | None:
+    """The signal that stops the run, whichever rank of the group had it; without a group, of all. Collective."""
+    asked = stopping.asked()
+    flag = torch.tensor([float(asked or 0)], device=device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
+    if not flag:
+        return None
+    stopping.agreed(int(flag))
+    return stopping.asked()
 
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
-    def _remember(self, number, _frame) -> None:
-        self.name = signal.Signals(number).name
+def cut_short(group: torch.distributed.ProcessGroup | None = None) -> bool:
+    """Between two pieces of an evaluation: whether the rest is left, as a signal stops the run. The watchdog hears it.
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective."""
-        flag = torch.tensor([1.0 if self.name else 0.0], device=device())
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+    Collective over the ranks that share the work; without a group this rank works alone.
+    """
+    alive()
+    if group is None or group.size() == 1:
+        return stopping.asked() is not None
+    return stop_agreed(group) is not None
 
-    def close(self) -> None:
-        """Let signals do what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+
+def alive() -> None:
+    """Something moved: the watchdog, if there is one, starts counting again."""
+    if _watchdog is not None:
+        _watchdog.alive()
+
+
+_watchdog: Watchdog | None = None
 
 
 class Watchdog:
-    """Dumps the stacks of all threads and ends the process with a failure when a step takes too long.
+    """Dumps the stacks of all threads, says why, and ends the process with a failure when nothing moves for too long.
 
     Args:
-        seconds: longest time between two :meth:`alive` calls.
+        seconds: longest time between two calls of :func:`alive`, and before the first.
     """
 
     def __init__(self, seconds: float) -> None:
+        global _watchdog
+        _watchdog = self
         self.seconds = seconds
+        self._stopped = threading.Event()
+        self.alive()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def alive(self) -> None:
-        """A step begins: start counting again."""
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.stderr)
+        """Something moved: start counting again."""
+        self._deadline = time.monotonic() + self.seconds
+        faulthandler.dump_traceback_later(self.seconds + _LEFT_TO_THE_LIBRARY, exit=True, file=sys.stderr)
 
     def stop(self) -> None:
         """Nothing is watched from here on."""
+        global _watchdog
+        _watchdog = None
+        self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(max(0.0, self._deadline - time.monotonic())):
+            if time.monotonic() >= self._deadline:
+                faulthandler.dump_traceback(file=sys.stderr)
+                lines.write(
+                    f"failed: nothing moved for {self.seconds:g} s on rank {rank()} at {lines.host()}, which is more "
+                    "than safety.hang_seconds; what each thread was doing stands above"
+                )
+                os._exit(Exit.failed)

@@ -340,7 +340,7 @@ class TrackingConfig:
 @dataclass
 class SafetyConfig:
     max_nonfinite_steps: int = 3  # in a row; each is skipped and counted, one more stops the run
-    hang_seconds: int = 1800  # a step longer than this dumps all stacks and exits
+    hang_seconds: int = 1800  # a step, load or save longer than this dumps all stacks and exits
 
 
 @dataclass

@@ -21,6 +21,7 @@ from omni_train.errors import UserError
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker
 from omni_train.nn.decoding import DecodingState
+from omni_train.platform.signals import cut_short
 from omni_train.rollout.sampling import Sampling, uniforms
 
 
@@ -49,6 +50,7 @@ def generate(
 
     The same on all ranks of a tensor-parallel group, which must call it with the same prompts. Under expert parallelism
     every rank of the world must call it as often, with as many tokens at most, whatever prompts it has, even none.
+    A signal that stops the run cuts it short: then there are fewer answers than prompts, and the last are incomplete.
 
     Args:
         model: the whole Thinker. Left in the mode it was in.
@@ -77,7 +79,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        while _anywhere(len(answers) < len(prompts), config):
+        while _anywhere(len(answers) < len(prompts), config) and not _is_cut_short(model):
             row = next(rows, slice(0))
             answers += _generate_row(model, prompts[row], uniform[row], max_new_tokens, set(stop_tokens), sampling)
     finally:
@@ -106,6 +108,11 @@ def _anywhere(condition: bool, config) -> bool:
     return bool(flag)
 
 
+def _is_cut_short(model: Thinker) -> bool:
+    """As :func:`cut_short`, for all ranks that go through the model together."""
+    return cut_short(model.tp_group if model.config.expert_model_parallel_size == 1 else torch.distributed.group.WORLD)
+
+
 def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_tokens: set[int], sampling: Sampling):
     answers = [Generated() for _ in prompts]
     growing = set(range(len(prompts)))
@@ -129,7 +136,7 @@ def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_to
                 answers[index].tokens.append(token)
                 answers[index].log_probs.append(log_prob)
                 growing -= {index} if token in stop_tokens else set()
-        if step + 1 == max_new_tokens or not _anywhere(bool(growing), model.config):
+        if step + 1 == max_new_tokens or not _anywhere(bool(growing), model.config) or _is_cut_short(model):
             return answers
         state.advance()
         row = LocalRow.from_batch(_single_tokens(chosen, torch.stack(next_ids) + step))

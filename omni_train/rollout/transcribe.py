@@ -14,6 +14,7 @@ import torch
 
 from omni_train import platform
 from omni_train.models.recognizer import SpeechRecognizer
+from omni_train.platform.signals import cut_short
 
 CLIPS = 32  # transcribed at a time
 
@@ -37,7 +38,7 @@ def transcribe(
     max_new_tokens: int,
     beam: int = 1,
 ) -> list[Transcribed]:
-    """Transcribe clips, each as if it were alone.
+    """Transcribe clips, each as if it were alone. Empty transcripts where a signal that stops the run cut it short.
 
     Args:
         model: a plain one. Left in the mode it was in.
@@ -59,12 +60,14 @@ def transcribe(
     found: dict[int, Transcribed] = {}
     try:
         for first in range(0, len(order), CLIPS):
+            if cut_short():
+                break
             group = order[first : first + CLIPS]
             search = _Search(model, [mels[index] for index in group], window_frames, beam, start_token)
             found |= zip(group, search.run(stop_token, max_new_tokens), strict=True)
     finally:
         model.train(training)
-    return [found[index] for index in range(len(mels))]
+    return [found.get(index, Transcribed()) for index in range(len(mels))]
 
 
 class _Search:

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import asdict
 from pathlib import Path
 
+from omni_train import lines
 from omni_train.data.sample import MEDIA, Medium
 from omni_train.errors import UserError, cannot_write, first_line
 from omni_train.platform.logs import say, warn
@@ -214,18 +215,24 @@ class Progress(Callback):
         else:
             left = metrics.get("eta_seconds")
             end = f"  {left / 60:.0f} min left" if left is not None else ""
-            self._console.print(f"step {step}/{self._total}  " + "  ".join(shown) + end, highlight=False)
+            lines.write(f"step {step}/{self._total}  " + "  ".join(shown) + end)
 
     def on_predictions(self, step: int, predictions: list[Prediction]) -> None:
         for prediction in predictions:
             asked = prediction.question
             media = " ".join(f"<{medium.kind}>" for medium, _ in asked.media)
-            line = f"  {asked.name}  {media} {asked.text!r} -> {prediction.answer!r} (expected {asked.answer!r})"
-            self._console.print(line, highlight=False, markup=False)
+            self._show(f"  {asked.name}  {media} {asked.text!r} -> {prediction.answer!r} (expected {asked.answer!r})")
 
     def on_resyntheses(self, step: int, resyntheses: list[Resynthesis]) -> None:
         for pair in resyntheses:
-            self._console.print(f"  {pair.name}  {pair.text!r} -> {pair.resynthesis}", highlight=False, markup=False)
+            self._show(f"  {pair.name}  {pair.text!r} -> {pair.resynthesis}")
+
+    def _show(self, line: str) -> None:
+        """Above the bar, if there is one."""
+        if self._live:
+            self._console.print(line, highlight=False, markup=False)
+        else:
+            lines.write(line)
 
     def close(self) -> None:
         if self._live:

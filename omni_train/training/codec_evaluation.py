@@ -22,6 +22,7 @@ from omni_train.models.codec import SpeechCodec, usage_of
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE
 from omni_train.objectives.spectral import MelDistance
 from omni_train.platform.logs import warn
+from omni_train.platform.signals import cut_short
 from omni_train.recipe.schema import Recipe
 from omni_train.rollout.scoring import Tally, score
 from omni_train.training.spectrograms import draw_spectrograms
@@ -81,22 +82,26 @@ class CodecEvaluation:
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
             ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
             both of all languages together, and ``eval_unknown_language``, how many texts are of none that is known;
-            the first rank's resyntheses that are kept, none elsewhere.
+            the first rank's resyntheses that are kept, none elsewhere. Nothing where a signal cut it short.
         """
         device = next(codec.parameters()).device
         tally, counts_NK = Tally.of_refused(self.refused), torch.zeros(self.codebooks)
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for utterance in self.utterances:
+            if cut_short():
+                break
             codes_NT, spoken = _say_again(codec, utterance, device)
             counts_NK.scatter_add_(1, codes_NT, torch.ones_like(codes_NT, dtype=counts_NK.dtype))
             pairs.append((utterance.waveform[: len(spoken)], spoken))
             self._measure(tally, *pairs[-1])
-        if self.transcribe is not None:
+        if self.transcribe is not None and not cut_short():
             self._recognize(tally, pairs)
         everywhere, everywhere_NK = Tally(), torch.zeros_like(counts_NK)
         for part, part_NK in platform.parallel.gather_over_data_ranks((tally, counts_NK)):
             everywhere += part
             everywhere_NK += part_NK
+        if cut_short():
+            return {}, []
         figures = everywhere.figures() | _usage(everywhere_NK)
         kept: list[Resynthesis] = []
         if platform.rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -102,6 +103,14 @@ class Feed:
             tensor = tensor.to(platform.device())
             torch.distributed.broadcast(tensor, src=self.source, group=self.media_group)
         return tensor.cpu()  # the rows of all micro-batches wait there
+
+    def start(self) -> None:
+        """Wait for the first row, which may take minutes: the loader's workers begin to read and fill their buffers."""
+
+        def look_ahead() -> None:
+            self._iterator = itertools.chain([next(self._iterator)], self._iterator)
+
+        self._share(look_ahead)
 
     def rows(self, count: int) -> list[PackedBatch]:
         """The next `count` rows."""

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from omni_train import platform
+from omni_train import lines, platform, stopping
 from omni_train.errors import UserError, cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
@@ -18,6 +18,7 @@ from omni_train.training.checkpoint_store import DamagedCheckpoint, newest, reso
 from omni_train.training.report import report
 from omni_train.training.run import train
 from omni_train.training.schedule import Schedule
+from omni_train.training.unlogged import UnloggedStep
 
 _LEARNED = (
     *("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer"),
@@ -35,6 +36,7 @@ def run_pipeline(pipeline: Pipeline) -> int:
     Raises:
         UserError: a stage cannot work, or its directory holds a run of another recipe.
     """
+    lines.begin_log()
     platform.setup()
     if platform.rank() == 0:
         try:
@@ -51,6 +53,7 @@ def run_pipeline(pipeline: Pipeline) -> int:
             say(f"{title}: complete, skipped")
         else:
             say(title)
+            stopping.at_once(f"at the start of {title}, nothing new to save")
             try:
                 if not train(recipe):
                     return Exit.stopped
@@ -58,11 +61,13 @@ def run_pipeline(pipeline: Pipeline) -> int:
                 number = _go_back(error, pipeline, number)
                 continue
         number += 1
+    stopping.at_once("before the report, all stages are complete")
     if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.stages.values()):
         try:
             report(pipeline.directory)
         except OSError as error:
             warn(f"{pipeline.directory}: the report cannot be written: {error}")
+    say(f"finished: all {len(pipeline.stages)} stages, runs and report in {pipeline.directory}")
     return Exit.finished
 
 
@@ -98,6 +103,8 @@ def is_complete(recipe: Recipe) -> bool:
     if checkpoint is None:
         return False
     _check_unchanged(recipe, directory)
+    if UnloggedStep(directory).exists():
+        return False
     step = step_of(checkpoint)
     if stop is not None and step >= stop:
         return True

@@ -127,13 +127,19 @@ def summary(rows: list[list[str]]) -> list[list[str]]:
     return [row for row in rows if not is_part(row[0])]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on: where nobody reads any more, the report is still a file, and the run a success."""
+        self.quiet = True
+
+
 def report(directory: Path, console: Console | None = None) -> None:
     """Print how a run or a pipeline went; of a pipeline, also write ``report/report.md`` and its curves.
 
     Raises:
         UserError: nothing was logged there.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or _Console(width=None if sys.stdout.isatty() else 160)
     if not (directory / "pipeline.yaml").exists():
         console.print(steps_table(read_steps(directory)))
         return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omni_train import platform
+from omni_train import lines, platform, stopping
 from omni_train.errors import UserError, announce
-from omni_train.platform.logs import warn
+from omni_train.platform import failures
+from omni_train.platform.logs import say, warn
+from omni_train.platform.signals import Watchdog, alive
 from omni_train.processes import Exit
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import Recipe
@@ -21,31 +23,49 @@ def run(recipe: Recipe) -> int:
 
     Raises:
         UserError: the recipe, the data or a checkpoint cannot work.
+        RankFailed: another rank could not go on.
     """
+    lines.begin_log()
     return Exit.finished if train(recipe) else Exit.stopped
 
 
 def train(recipe: Recipe) -> bool:
-    """As :func:`run`; False where a signal asked to stop."""
+    """As :func:`run`; False where a signal asked to stop. The last line says how it ended."""
     validate(recipe, platform.world_size())
+    watchdog = Watchdog(recipe.safety.hang_seconds)
     platform.init_distributed(timeout_seconds=recipe.safety.hang_seconds)
+    failures.listen()
+    trainer = None
     try:
         from omni_train.training.trainer import Trainer
 
         platform.parallel.initialize(recipe.parallel, recipe.seed)
+        alive()
         trainer = Trainer(recipe)
         written = _write_recipe(recipe)
         finished = trainer.fit()
         if not written:
             _write_recipe(recipe)
-        del trainer  # its memory is given back below
-        return finished
+        ending = trainer.ending()
     except UserError as error:
         announce(error)  # while the ranks can still agree on who prints it
+        failures.first_failure(error)
+        raise
+    except Exception as error:
+        failure = failures.first_failure(error)
+        if failure is not error:
+            raise failure from error
+        if isinstance(error, RuntimeError) and trainer is not None and not trainer.stepped:
+            # If a signal came: another rank was on the brink of the first step, and took its connections along.
+            stopping.at_once(f"before step {trainer.step + 1}, nothing new to save")
         raise
     finally:
+        del trainer  # its memory is given back below
         platform.parallel.destroy()
         platform.leave_distributed()
+        watchdog.stop()
+    say(ending)
+    return finished
 
 
 def _write_recipe(recipe: Recipe) -> bool:

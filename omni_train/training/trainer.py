@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from omni_train import platform
+import torch
+
+from omni_train import platform, stopping
 from omni_train.data.batch import MODALITIES
 from omni_train.data.sample import describe
 from omni_train.errors import UserError
 from omni_train.platform.logs import say, warn
-from omni_train.platform.signals import StopRequest, Watchdog
+from omni_train.platform.signals import alive, stop_agreed
 from omni_train.recipe.schema import EngineName, NetworkName, Recipe
 from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.checkpoint_store import step_of
 from omni_train.training.feed import Feed, prepare
 from omni_train.training.schedule import Schedule
+from omni_train.training.unlogged import UnloggedStep
 
 SECONDS_BETWEEN_SAVES = 5.0
 """How long the last save of a run waits where it failed, before it is tried again."""
@@ -38,9 +41,12 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.stepped = False  # whether there is anything that the checkpoint before does not have
+        self.stopped_by: str | None = None
         self.directory = Path(recipe.runs_dir) / recipe.run
         if recipe.schedule.steps > 0:
             prepare(recipe)
+        self.unlogged = UnloggedStep(self.directory)
         self.engine = build_engine(recipe)
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
         self.store = self.engine.open_store(self.directory / "checkpoints")
@@ -62,11 +68,14 @@ class Trainer:
             self.progress |= self.engine.resume(self.store, resume_from)
             self.step = step_of(resume_from)
             say(f"resuming from {resume_from} at step {self.step}")
+            stopping.at_once(f"at step {self.step}, nothing new to save")
         else:
+            stopping.at_once("before step 1, nothing to save")
             metrics = self.directory / "metrics.jsonl"
             if metrics.exists() and metrics.stat().st_size:
                 warn(f"{self.directory}: has logged steps but no checkpoint; the run starts anew")
             self.engine.initialize(self.store)
+        alive()
         if recipe.schedule.steps > 0:
             self.feed = Feed(recipe)
             if resume_from is not None and self.step > 0:
@@ -79,48 +88,91 @@ class Trainer:
             False where a signal asked to stop.
         """
         config, world = self.recipe.schedule, platform.parallel.data_world_size()
-        stop, watchdog = StopRequest(), Watchdog(self.recipe.safety.hang_seconds)
         callbacks: list[Callback] = []
         expert_load: MetricsFile | None = None
         if platform.rank() == 0:
             callbacks = build_callbacks(self.recipe, self.directory, self.step)
             expert_load = MetricsFile(self.directory / "expert_load.jsonl", self.step)
         try:
-            while not self.schedule.done(self.step, self.progress["tokens"]):
-                watchdog.alive()
+            if self.feed is not None and not self.schedule.done(self.step, self.progress["tokens"]):
+                self.feed.start()
+            alive()
+            torch.distributed.barrier()  # no rank takes a step while another would still end at once
+            stopping.finish_first(f"finishing step {self.step + 1} and saving")
+            goes_on = self._log_unlogged(callbacks)
+            while goes_on and not self.schedule.done(self.step, self.progress["tokens"]):
+                alive()
+                stopping.finish_first(f"finishing step {self.step + 1} and saving")
                 metrics = self._train_step(config.global_batch // world)
-                if config.eval_every and self.step % config.eval_every == 0:
-                    metrics |= self._evaluate()
-                answer_every = self.recipe.evaluation.every
-                if answer_every and self.step % answer_every == 0:
-                    watchdog.alive()
-                    metrics |= self._answer(callbacks)
-                if self.step % config.log_every == 0 or any(name.startswith("eval_") for name in metrics):
-                    for callback in callbacks:
-                        callback.on_metrics(metrics)
+                self.stepped = True
                 self._log_expert_load(expert_load)
-                if stop.agreed():
+                if not self._evaluate_and_log(metrics, callbacks) or stop_agreed():
                     break
                 if config.stop_after and self.step >= config.stop_after:
                     break
                 if self.step % self.recipe.checkpoint.save_every == 0:
                     self._save()
                 self.store.finish()
-            self._save_last(watchdog)
-            stopped = stop.agreed()  # also a signal that came while saving
-            if stopped:
-                by = stop.name or "a signal to another rank"
-                say(f"stopped by {by} after step {self.step}, saved; the same command goes on from here")
-            return not stopped
+            self._save_last()
+            if by := stop_agreed():  # also a signal that came while saving
+                self.stopped_by = by.name
+            return self.stopped_by is None
         finally:
-            watchdog.stop()
-            stop.close()
             self.store.abandon()
             if self.feed is not None:
                 self.feed.close()
             self.engine.close()
             for open_file in [*callbacks, *([expert_load] if expert_load else [])]:
                 open_file.close()
+
+    def ending(self) -> str:
+        """Why :meth:`fit` has returned, in a line."""
+        if self.stopped_by is not None:
+            state = f"after step {self.step}, saved" if self.stepped else f"at step {self.step}, nothing new to save"
+            return f"stopped by {self.stopped_by} {state}; the same command goes on from here"
+        return f"finished: step {self.step} of {self.recipe.schedule.steps}, checkpoints in {self.store.directory}"
+
+    def _evaluate_and_log(self, metrics: dict[str, float], callbacks: list[Callback]) -> bool:
+        """What is due after a step: evaluate, and log. Collective.
+
+        Returns:
+            False where a signal came between: the next start makes up for it before its first step.
+        """
+        config, answer_every = self.recipe.schedule, self.recipe.evaluation.every
+        evaluates = bool(config.eval_every) and self.step % config.eval_every == 0
+        answers = bool(answer_every) and self.step % answer_every == 0
+        if evaluates or answers:
+            shown = None
+            if not (stopped := stop_agreed()):
+                stopping.finish_first(f"leaving the evaluation after step {self.step} for the next start, and saving")
+                figures = self._evaluate() if evaluates else {}
+                if answers:
+                    answer_figures, shown = self._answer()
+                    figures |= answer_figures
+                stopped = stop_agreed()
+                alive()
+            if stopped:
+                self.unlogged.keep(metrics)
+                return False
+            metrics |= figures
+            if shown is not None:
+                speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
+                for callback in callbacks:
+                    (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, shown)
+        if self.step % config.log_every == 0 or evaluates or answers:
+            for callback in callbacks:
+                callback.on_metrics(metrics)
+        return True
+
+    def _log_unlogged(self, callbacks: list[Callback]) -> bool:
+        """Make up for the evaluation that a signal cut off before this start. Collective."""
+        metrics = self.unlogged.read(self.step)
+        if metrics is not None and self.feed is not None:
+            say(f"evaluating after step {self.step}, which the signal that stopped this run left no time for")
+            if not self._evaluate_and_log(metrics, callbacks):
+                return False
+        self.unlogged.forget()
+        return True
 
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
@@ -202,23 +254,22 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         if self._held_out is None:
             self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
+        alive()
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
-    def _answer(self, callbacks: list[Callback]) -> dict[str, float]:
-        """Answer held-out questions, show some and score all. Collective."""
+    def _answer(self) -> tuple[dict[str, float], list]:
+        """Answer held-out questions and score all; figures, and what is to be shown. Collective."""
         if self._evaluation is None:
             self._evaluation = self.engine.evaluation(self.feed)
-        figures, predictions = self._evaluation()
-        if self.recipe.evaluation.swap_media:
+        figures, shown = self._evaluation()
+        if self.recipe.evaluation.swap_media and not stop_agreed():
             for name, swapped in (("own", False), ("swapped", True)):
                 losses = self.engine.evaluate(self.feed.answers(swapped))
+                alive()
                 figures |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
-        speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
-        for callback in callbacks:
-            (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, predictions)
-        return figures
+        return figures, shown
 
-    def _save_last(self, watchdog: Watchdog) -> None:
+    def _save_last(self) -> None:
         """Save until it is written: a run that ends well leaves its last step behind.
 
         Raises:
@@ -226,7 +277,6 @@ class Trainer:
         """
         self.store.failures = 0
         while True:
-            watchdog.alive()
             self._save()
             self.store.close()
             if self.store.last == self.step:
@@ -234,5 +284,8 @@ class Trainer:
             time.sleep(SECONDS_BETWEEN_SAVES)
 
     def _save(self) -> None:
+        alive()
+        stopping.finish_first(f"finishing the checkpoint of step {self.step}")
         state = self.feed.state() if self.feed else None
         self.engine.save(self.store, self.step, self.progress, state)
+        alive()

@@ -43,6 +43,6 @@ def test_the_run_goes_on_and_says_what_it_skipped(damaged):
 def test_too_many_skipped_samples_end_the_run_in_one_line(damaged):
     err = damaged.finish("run=stops", "data.max_skip_fraction=0.001", "schedule.steps=500", status=2)
     last = err.splitlines()[-1]
-    assert last.startswith("error: ")
+    assert "error: " in last
     assert "max_skip_fraction" in last
     assert "Traceback" not in err

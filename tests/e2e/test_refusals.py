@@ -20,8 +20,9 @@ def refusal(runs: Runs, *overrides: str, ranks: int = 1) -> str:
     err = runs.finish(*overrides, ranks=ranks, status=2)
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    _, error, line = lines[0].partition("error: ")
+    assert error
+    return line
 
 
 def test_shards_that_are_not_there(trained):

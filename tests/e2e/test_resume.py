@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 
@@ -75,19 +76,28 @@ def test_without_the_link_to_its_newest_checkpoint_a_run_goes_on_from_it_all_the
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_finishes_the_step_and_nothing_is_repeated(runs, ranks):
-    layout = [f"parallel.tensor={ranks}", "checkpoint.save_every=1000", "run=signalled"]
+    evaluation = ["schedule.eval_every=1", "schedule.eval_rows=2"]  # which there is no time for after the signal
+    layout = [f"parallel.tensor={ranks}", "checkpoint.save_every=1000", "run=signalled", *evaluation]
     process = runs.start(*layout, ranks=ranks)
     runs.wait(lambda: len(runs.metrics("signalled")) >= 3, process)
     process.send_signal(signal.SIGTERM if ranks == 2 else signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == Exit.stopped, err
     before = losses(runs, "signalled")
-    assert f"after step {len(before)}, saved; the same command goes on from here" in err
+    said, last = (line.partition(" | ")[2] for line in err.splitlines() if "SIG" in line)
+    assert "; a second Ctrl-C ends at once" in said
+    stopped = re.fullmatch(r"stopped by SIG\w+ after step (\d+), saved; the same command goes on from here", last)
+    assert err.endswith(f"{last}\n")
     assert "Traceback" not in err
-    assert f"at step {len(before)}" in runs.finish(*layout, ranks=ranks)
+    step = int(stopped[1])
+    assert step - 1 <= len(before) <= step
+    err = runs.finish(*layout, ranks=ranks)
+    assert f"at step {step}" in err
+    assert f"finished: step 12 of 12, checkpoints in {runs.folder}/signalled/checkpoints" in err.splitlines()[-1]
     after = losses(runs, "signalled")
     assert after[: len(before)] == before
     assert [step for step, *_ in after] == list(range(1, 13))
+    assert all(held_out is not None for *_, held_out in after)
 
 
 def test_every_layout_of_the_command_line_trains_like_one_rank(runs):

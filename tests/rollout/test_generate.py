@@ -249,3 +249,34 @@ def refuse(rank, world_size, parallel):
 def test_pipeline_and_context_parallelism_are_refused_in_one_line(distributed, parallel):
     for message in distributed(2, refuse, parallel):
         assert "parallel.pipeline" in message and "parallel.context" in message and "\n" not in message
+
+
+def stop_after(rank, world_size, parallel, tokens):
+    """Answers where the last rank alone is asked to stop while it writes its second row."""
+    import signal
+
+    from omni_train import platform, stopping
+    from omni_train.rollout.generate import generate
+
+    model = small_model(parallel)
+    written, logits = [], model.logits
+
+    def counted(hidden):
+        written.append(hidden)
+        if rank == world_size - 1 and len(written) == tokens:
+            stopping.agreed(signal.SIGTERM)
+        return logits(hidden)
+
+    model.logits = counted
+    try:
+        answers = generate(model, text_prompts([13, 40, 22], 8), stop_tokens=[], max_new_tokens=12, row_tokens=20)
+    finally:
+        stopping._asked, stopping._told = None, False
+        platform.parallel.destroy()
+    return [len(answer.tokens) for answer in answers]
+
+
+@pytest.mark.parametrize("name", ["one rank", "TP2", "EP2"])
+def test_a_signal_to_any_rank_cuts_generation_short_on_all(distributed, name):
+    world_size, parallel = LAYOUTS[name]
+    assert distributed(world_size, stop_after, parallel, 17) == [[12, 5]] * world_size

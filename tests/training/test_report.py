@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 
@@ -30,6 +32,15 @@ def test_shows_first_and_last_of_evenly_spaced_training_steps(run, capsys):
     assert body[0] == ["1", "512", "9.0000", "–", "3.00e-04", "1,234"]
     assert body[-1][:3] == ["37", "18,944", "5.4000"]
     assert "77" not in output
+
+
+def test_a_reader_that_has_gone_fails_nothing(run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main([str(run)]) == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what the stream still holds
 
 
 def test_a_single_step_is_a_table_too(tmp_path, capsys):

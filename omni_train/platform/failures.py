@@ -1,0 +1,52 @@
+"""Which rank failed first, and why, for the others: what they see themselves is only a connection that is lost."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from omni_train import stopping
+from omni_train.errors import FAILED, RankFailed, UserError, described
+from omni_train.platform.device import store, world_size
+from omni_train.processes import Exit
+
+_PATIENCE = 2.0  # seconds in which whoever failed first, or whoever started us, says so
+
+
+def listen() -> None:
+    """Let a signal that comes because a rank has failed end this process with that reason. The ranks have joined."""
+    other = store().clone()  # a connection of its own: the other one may wait for something
+    stopping.unless_lost(lambda: _read(other))
+
+
+def first_failure(error: Exception) -> Exception:
+    """The error that this rank ends with: its own, which the others are told, or RankFailed where another was first.
+
+    Before the connections are closed, which is what the other ranks notice.
+    """
+    code = error.status if isinstance(error, UserError) else Exit.failed
+    mine = f"{int(code)} {described(error)}"
+    try:
+        if isinstance(error, RuntimeError) and world_size() > 1:  # as all that torch says of lost connections
+            deadline = time.monotonic() + _PATIENCE
+            while time.monotonic() < deadline and not store().check([FAILED]):
+                time.sleep(0.05)
+        first = store().compare_set(FAILED, "", mine).decode()
+    except RuntimeError:  # the store has gone with the rank that kept it
+        return error
+    if first == mine or not isinstance(error, RuntimeError):
+        return error
+    return RankFailed(*_parsed(first))
+
+
+def _read(store: torch.distributed.Store) -> tuple[int, str] | None:
+    try:
+        return _parsed(store.get(FAILED).decode()) if store.check([FAILED]) else None
+    except RuntimeError:
+        return None
+
+
+def _parsed(text: str) -> tuple[int, str]:
+    code, _, line = text.partition(" ")
+    return int(code), line

@@ -1,0 +1,47 @@
+"""A step whose evaluation a signal cut off: its figures are kept, and logged whole by the next start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from omni_train import platform
+from omni_train.platform.logs import warn
+
+
+class UnloggedStep:
+    """The figures of one step in a file of the run's directory, there until they are logged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "unlogged_step.json"
+
+    def exists(self) -> bool:
+        """Whether a start of this run has something to make up for."""
+        return self.path.exists()
+
+    def keep(self, metrics: dict[str, float]) -> None:
+        """Write the figures of a step; the first rank does it."""
+        if platform.rank() == 0:
+            try:
+                self.path.write_text(json.dumps(metrics))
+            except OSError as error:
+                warn(f"{self.path}: cannot be written: {error.strerror}; step {metrics['step']} will not be logged")
+
+    def read(self, step: int) -> dict[str, float] | None:
+        """The figures of the step, if they are what is kept. Collective."""
+        found: list = [None]
+        if platform.rank() == 0 and self.exists():
+            try:
+                metrics = json.loads(self.path.read_text())
+            except ValueError:
+                metrics = {"step": None}  # a crash cut it short
+            found = [metrics if metrics["step"] == step else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def forget(self) -> None:
+        """They are logged, or of a step that the run no longer has."""
+        if platform.rank() == 0:
+            self.path.unlink(missing_ok=True)
