@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from typing import Any
 from rich.progress import track
 
 from omni_train.errors import UserError
+from omni_train.locks import DirectoryLock
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,21 @@ class Making:
             UserError: there are others in it.
         """
         note = self._notes / "settings.json"
-        if note.exists():
-            before = json.loads(note.read_text())
-            for key, value in settings.items():
-                if before.get(key) != value:
-                    raise UserError(
-                        f"out={self.out}: {self.done} there with another {key}; name another folder, or remove it"
-                    )
-            return
-        if self.out.exists() and any(path != self._notes for path in self.out.iterdir()):
-            raise UserError(f"out={self.out} is not empty and was not {self.done} by this command; name another folder")
-        self._notes.mkdir(parents=True, exist_ok=True)
-        write_json(note, settings)
+        if not note.exists():
+            if self.out.exists() and any(path != self._notes for path in self.out.iterdir()):
+                raise UserError(
+                    f"out={self.out} is not empty and was not {self.done} by this command; name another folder"
+                )
+            self._notes.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                if not note.exists():  # of two commands at once, one says how
+                    write_json(note, settings)
+        before = json.loads(note.read_text())
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"out={self.out}: {self.done} there with another {key}; name another folder, or remove it"
+                )
 
     def make(self, write: Callable, jobs: dict[str, tuple], processes: int, **pool) -> None:
         """Call ``write(*arguments)`` for every shard that has no record yet; the call writes it last.
@@ -59,11 +62,7 @@ class Making:
         Raises:
             UserError: a process was killed, or the same command is still running elsewhere.
         """
-        with (self._notes / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
-            except BlockingIOError:
-                raise UserError(f"out={self.out}: another command is at work there; wait for it, or stop it") from None
+        with self._alone():
             for leftover in self._notes.glob("*.partial"):
                 leftover.unlink()
             todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
@@ -88,6 +87,9 @@ class Making:
     def records(self, shards: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Shard -> what was noted of it."""
         return {shard: json.loads(self._record(shard).read_text()) for shard in shards}
+
+    def _alone(self) -> DirectoryLock:
+        return DirectoryLock(self._notes, remedy="name another folder")
 
     @property
     def _notes(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import itertools
 import json
@@ -53,7 +54,14 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool
             index_shards(building / folder)
         tokenizer.train(_texts(building, folders), building / "tokenizer", vocab_size)
         building.chmod(0o755)
-        building.replace(out)
+        try:
+            building.replace(out)
+        except OSError as error:
+            if not out.is_dir() or error.errno != errno.ENOTEMPTY:
+                raise
+            raise UserError(
+                f"out={out}: another command wrote there meanwhile; start again to see what it is"
+            ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     print(f"{out}: {', '.join(f'{folder} {_samples(out / folder):,}' for folder in folders)}; {vocab_size:,} tokens")

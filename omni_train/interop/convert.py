@@ -45,6 +45,7 @@ from omni_train.recipe.schema import (
 from omni_train.recipe.validate import validate
 from omni_train.training.checkpoint_store import holds_checkpoints, resolve
 from omni_train.training.integrity import require_intact
+from omni_train.training.run_lock import holding
 
 _TENSORS = "tensors.json"
 """In a checkpoint's ``hf`` folder: name and dtype of every tensor of the folder that it was imported from."""
@@ -74,10 +75,10 @@ def import_checkpoint(
     Raises:
         UserError: the folder is not of this format, or has a tensor too many or too few, or of another shape.
     """
-    if holds_checkpoints(checkpoint):
-        raise UserError(f"checkpoint={checkpoint}: there is a checkpoint already; choose another folder")
+    _refuse_checkpoints(checkpoint)
     if format in speech_convert.FORMATS:
-        speech_convert.import_speech(format, hf, checkpoint, num_quantizers)
+        with holding(checkpoint, remedy=_ELSEWHERE, when_held=lambda: _refuse_checkpoints(checkpoint)):
+            speech_convert.import_speech(format, hf, checkpoint, num_quantizers)
         return
     family = _family(format)
     if num_quantizers is not None:
@@ -93,7 +94,8 @@ def import_checkpoint(
     precision = Precision.bf16 if folder.dtype(embedding) is torch.bfloat16 else Precision.fp32
     recipe = _recipe(model, parallel or ParallelConfig(), precision)
     validate(recipe, platform.world_size())
-    with _process_group():
+    alone = holding(checkpoint, remedy=_ELSEWHERE, when_held=lambda: _refuse_checkpoints(checkpoint))
+    with _process_group(), alone:
         from omni_train.models.thinker import build_chunks
         from omni_train.training.checkpoint import CheckpointStore
 
@@ -133,15 +135,15 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     """
     from omni_train.training.checkpoint import read_model_config
 
-    if any(hf.glob("*.safetensors")):
-        raise UserError(f"hf={hf}: there are safetensors files already; choose another folder")
+    _refuse_tensors(hf)
     if format in speech_convert.FORMATS:
-        speech_convert.export_speech(format, hf, checkpoint)
+        with holding(hf, remedy=_ELSEWHERE, when_held=lambda: _refuse_tensors(hf)):
+            speech_convert.export_speech(format, hf, checkpoint)
         return
     family = _family(format)
     platform.setup()
     checkpoint = resolve(checkpoint)
-    with _process_group():
+    with _process_group(), holding(hf, remedy=_ELSEWHERE, when_held=lambda: _refuse_tensors(hf)):
         require_intact(checkpoint, Verify.all)
         model = read_model_config(checkpoint)
         reader = CheckpointReader(checkpoint)
@@ -157,14 +159,25 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
         files = plan_files(reader, table, dtypes, int(max_file_gigabytes * 1e9))
         embedding = next(iter(files[0].values()))
         files += sorted(carried.glob("*.safetensors"))
-        torch.distributed.barrier()  # all have seen the folder empty
-        hf.mkdir(parents=True, exist_ok=True)
         write_files(reader, files, hf, platform.rank(), platform.world_size())
         torch.distributed.barrier()
         if platform.rank() == 0:
             tensors = write_index(files, hf)
             _write_side_files(format, hf, carried, config, dtypes, str(embedding.dtype).removeprefix("torch."))
             say(f"exported {tensors} tensors from {checkpoint} to {hf}")
+
+
+_ELSEWHERE = "choose another folder"
+
+
+def _refuse_checkpoints(checkpoint: Path) -> None:
+    if holds_checkpoints(checkpoint):
+        raise UserError(f"checkpoint={checkpoint}: there is a checkpoint already; {_ELSEWHERE}")
+
+
+def _refuse_tensors(hf: Path) -> None:
+    if any(hf.glob("*.safetensors")):
+        raise UserError(f"hf={hf}: there are safetensors files already; {_ELSEWHERE}")
 
 
 def _family(format: str) -> Family:

@@ -34,17 +34,35 @@ def on_first_rank[T](call: Callable[[], T]) -> T:
     """What a call returns on the first rank, on all ranks; a ``UserError`` of it, likewise. Collective."""
     if not torch.distributed.is_initialized():
         return call()
-    answer: list = [None, None]
+    outcome: object = _Waiting()
     if torch.distributed.get_rank() == 0:
         try:
-            answer = [call(), None]
+            outcome = call()
         except UserError as error:
-            answer = [None, error]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    result, error = answer
-    if error is not None:
-        raise error
-    return result
+            _broadcast(error)
+            raise
+        _broadcast(outcome)
+    while isinstance(outcome, _Waiting):
+        outcome = _broadcast(None)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def wait_on() -> None:
+    """Say in a long call of :func:`on_first_rank` that it takes longer, since collectives have their time limits."""
+    if torch.distributed.is_initialized():
+        _broadcast(_Waiting())
+
+
+class _Waiting:
+    """What the first rank says while it has nothing else to say."""
+
+
+def _broadcast(message: object) -> object:
+    messages = [message]
+    torch.distributed.broadcast_object_list(messages, src=0)
+    return messages[0]
 
 
 def gathered[T](value: T) -> list[T] | None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
 from omni_train.errors import UserError
@@ -55,26 +63,96 @@ def load_recipe(overrides: Sequence[str] = (), config_dir: str | Path | None = N
 
     Args:
         overrides: in Hydra's syntax, e.g. ``["stage=s2_general", "parallel.tensor=2"]``.
-        config_dir: another tree than ``recipes_dir()``.
+        config_dir: a folder of recipes of one's own, laid out like the tree, beside it.
 
     Raises:
         UserError: one line that names the key or option and what would be right.
     """
-    directory = Path(config_dir or recipes_dir()).resolve()
-    try:
-        with initialize_config_dir(config_dir=str(directory), version_base="1.3"):
-            return to_recipe(compose(CONFIG_NAME, overrides=list(overrides)))
-    except UserError:
-        raise
-    except Exception as error:
-        raise one_line(error) from error
+    with opened_tree(config_dir) as tree:
+        return to_recipe(tree.compose(overrides))
+
+
+class Tree:
+    """The recipe tree, opened with Hydra. It composes, and starts nothing that a file or a word could name."""
+
+    def __init__(self, hydra: Hydra, pure: bool) -> None:
+        self.hydra = hydra
+        self._own = None if pure else self._composed([])
+
+    def compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """What these words give.
+
+        Raises:
+            UserError: one line, as of :func:`load_recipe`.
+        """
+        try:
+            refuse_hydra_words(overrides)
+            config = self._composed(overrides, mode)
+            if self._own is not None:
+                self._refuse_hydra_files(config.hydra, self._own.hydra)
+        except UserError:
+            raise
+        except Exception as error:
+            raise one_line(error) from error
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def _composed(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        return self.hydra.compose_config(CONFIG_NAME, list(overrides), mode)
+
+    def _refuse_hydra_files(self, found: DictConfig, own: DictConfig) -> None:
+        """Refuse what a recipe says to Hydra itself."""
+        found, own = (OmegaConf.to_container(config, throw_on_missing=False) for config in (found, own))
+        for key in found.keys() - _HYDRAS_NOTES:
+            if found[key] != own.get(key):
+                raise UserError(f"hydra.{key}: {_NO_HYDRA}; take it out of the recipes of --config-dir")
+
+
+_HYDRAS_NOTES = {"overrides", "runtime", "job", "mode"}
+"""Keys in which Hydra writes down what it did."""
+_NO_HYDRA = "Hydra composes recipes here and does nothing else, so it has no settings"
+
+
+def refuse_hydra_words(overrides: Sequence[str]) -> None:
+    """Refuse words that are for Hydra itself: its callbacks, launchers, search paths and the like.
+
+    Raises:
+        UserError: naming the word; or it is no override.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        places = (override.key_or_group, override.package or "")
+        if any(re.match(r"_?hydra_?\b", place) for place in places):
+            raise UserError(f"{override.input_line}: {_NO_HYDRA}; leave it out")
+
+
+@contextmanager
+def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
+    """The recipe tree, opened for composing; with a folder of one's own beside it, as of :func:`load_recipe`.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    main = recipes_dir()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder; give one laid out like {main}")
+    with initialize_config_dir(config_dir=str(main), version_base="1.3"):
+        if config_dir is not None:
+            path = create_config_search_path(str(main))
+            own = f"file://{Path(config_dir).absolute()}"
+            path.prepend("--config-dir", own, anchor=SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("omni-train train", path)
+        yield Tree(GlobalHydra.instance().hydra, pure=config_dir is None)
 
 
 def read_recipe(path: str | Path) -> Recipe:
     """A recipe that ``write_recipe`` wrote, checked against the schema again.
 
+    Nothing in it is resolved: what was written had been.
+
     Raises:
-        UserError: the file is missing, is not YAML, or does not fit the schema.
+        UserError: the file is missing, is not YAML, does not fit the schema, or refers to other values.
     """
     try:
         config = OmegaConf.load(path)
@@ -84,9 +162,19 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: not a mapping of keys; expected the recipe.yaml of a run")
     try:
+        _refuse_references(OmegaConf.to_container(config))
         return to_recipe(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _refuse_references(value: object, key: str = "") -> None:
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_references(name)
+            _refuse_references(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{key or 'a key'}={value}: a run's recipe holds values alone; write out what is meant")
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

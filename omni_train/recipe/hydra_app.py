@@ -1,30 +1,43 @@
-"""Hydra's command line over the recipe tree: overrides, ``--help``, ``--cfg``, ``--multirun``."""
+"""The command line over the recipe tree: overrides, ``--help``, ``--cfg``, ``--multirun``, in Hydra's syntax."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from omni_train.errors import UserError
-from omni_train.recipe.compose import CONFIG_NAME, load_recipe, recipes_dir, to_recipe
+from omni_train.errors import UserError, announce
+from omni_train.processes import Exit
+from omni_train.recipe.compose import CONFIG_NAME, opened_tree, refuse_hydra_words, to_recipe
 from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
+
+# Flags of Hydra's that would do something else than compose, and what to do without them.
+_REFUSED = {
+    "config_name": "the recipe is composed by config.yaml; choose with stage=, model=, data= and so on",
+    "config_path": "the tree of recipes is omni_train's; add your own with --config-dir",
+    "info": "--cfg job shows what is composed",
+    "experimental_rerun": "it would run what a pickle says; start the run's command again",
+    "shell_completion": "it knows commands of one word",
+}
+_ALONE = ("run", "multirun", "cfg")
 
 
 def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) -> int:
     """Do what the arguments say: show a recipe, or compose, validate and hand each one to ``job``.
 
-    Under ``--multirun`` the jobs run one after the other in ``runs_dir/run/0``, ``/1`` and so on, until one fails.
+    Under ``--multirun`` the jobs run one after the other in ``runs_dir/run/0``, ``/1`` and so on. What cannot work is
+    refused before the first; one that fails is reported and the next ones run all the same, but with several processes,
+    which may not agree on how it failed. One that was asked to stop is the last.
 
     Args:
         program: the name that help shows.
@@ -32,57 +45,99 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
         job: runs a validated recipe and returns an exit code.
 
     Returns:
-        The exit code of the last job, 0 where there was nothing to run.
+        The exit code of the job; of several that of the one that was stopped, else the worst.
 
     Raises:
-        UserError: the recipe cannot be composed or cannot work.
-        SystemExit: after printing help, with code 0.
+        UserError: a recipe cannot be composed or cannot work.
     """
-    outcome: list[int | BaseException] = []
+    options = parse(arguments)
+    with opened_tree(options.config_dir) as tree:
+        if options.help or options.hydra_help or not options.multirun:
+            composed = tree.compose(options.overrides)
+            recipes = [to_recipe(composed)]
+            if options.help or options.hydra_help:
+                show = tree.hydra.app_help if options.help else tree.hydra.hydra_help
+                show(config_name=CONFIG_NAME, args_parser=get_args_parser(), args=options)
+                return Exit.finished
+            if options.cfg:
+                validate(*recipes, world_size=None)
+                print(_yaml(composed, options.package, options.resolve), end="")
+                return Exit.finished
+        else:
+            recipes = [to_recipe(tree.compose(words, RunMode.MULTIRUN)) for words in _sweep(options.overrides)]
+            for number, recipe in enumerate(recipes):
+                recipe.run = f"{recipe.run}/{number}"
+    for recipe in recipes:
+        validate(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return _run_all(recipes, job) if options.multirun else job(recipes[0])
 
-    def task(config: DictConfig) -> None:
-        if outcome and outcome[-1] != 0:
-            return
-        # Kept and raised after Hydra is done, which would otherwise print a report of its own.
-        try:
-            recipe = to_recipe(config)
-            hydra_config = HydraConfig.get()
-            if hydra_config.mode is RunMode.MULTIRUN:
-                recipe.run = f"{recipe.run}/{hydra_config.job.num}"
-            validate(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-            outcome.append(job(recipe))
-        except Exception as error:
-            outcome.append(error)
 
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The flags of a command line, and its other words as `overrides`.
+
+    Raises:
+        UserError: a flag that does not exist, that is not for us, or that does not go with another.
+    """
     parser = get_args_parser()
     parser.error = _refuse_flag
-    options = parser.parse_args(list(arguments))
-    try:
-        with _as_script(program, arguments):
-            if options.cfg:
-                validate(load_recipe(options.overrides), world_size=None)
-            hydra.main(config_path=str(recipes_dir()), config_name=CONFIG_NAME, version_base="1.3")(task)()
-    except Exception as error:
-        raise one_line(error) from error
-    if outcome and isinstance(outcome[-1], BaseException):
-        raise outcome[-1]
-    return outcome[-1] if outcome else 0
+    options = parser.parse_intermixed_args(list(arguments))
+    for name, why in _REFUSED.items():
+        if getattr(options, name):
+            _refuse_flag(f"--{name.replace('_', '-')} is not for omni-train: {why}")
+    if len(given := [f"--{name}" for name in _ALONE if getattr(options, name)]) > 1:
+        _refuse_flag(f"{' and '.join(given)}: give one of them")
+    if options.cfg in ("hydra", "all"):
+        _refuse_flag(f"--cfg {options.cfg}: there is nothing of Hydra's to show; write --cfg job")
+    if options.resolve and not (options.cfg or options.help):
+        _refuse_flag("--resolve goes with --cfg or --help")
+    if options.package and not options.cfg:
+        _refuse_flag("--package goes with --cfg")
+    return options
 
 
 def _refuse_flag(message: str) -> NoReturn:
     raise UserError(f"{message}; omni-train train --hydra-help lists the flags, everything else is key=value")
 
 
-@contextmanager
-def _as_script(program: str, arguments: Sequence[str]) -> Iterator[None]:
-    """What Hydra needs around it: it reads ``sys.argv``, and raises its errors only when asked for full ones."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [program, *arguments], "1"
+def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:
+    """A composed recipe, or a part of it."""
+    part = OmegaConf.select(composed, package) if package else composed
+    if part is None:
+        _refuse_flag(f"--package {package}: no such part of the recipe")
+    return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"
+
+
+def _sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The words of each job, the values of the last word changing fastest."""
     try:
-        yield
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+        refuse_hydra_words(overrides)
+        [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(overrides)), None)
+    except UserError:
+        raise
+    except Exception as error:
+        raise one_line(error) from error
+    return jobs
+
+
+def _run_all(recipes: list[Recipe], job: Callable[[Recipe], int]) -> int:
+    worst = int(Exit.finished)
+    for recipe in recipes:
+        try:
+            code = job(recipe)
+        except UserError as error:
+            announce(error)
+            code = Exit.wrong
+        except Exception:
+            traceback.print_exc()
+            code = Exit.failed
+        if code in (Exit.stopped, Exit.interrupted):
+            return code
+        worst = max(worst, code, key=_badness)
+        if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            break
+    return worst
+
+
+def _badness(code: int) -> tuple[bool, bool]:
+    """A crash, which another try may mend, before a mistake, which none will."""
+    return code not in (Exit.finished, Exit.wrong), code == Exit.wrong

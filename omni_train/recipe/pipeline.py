@@ -24,16 +24,18 @@ from omegaconf import OmegaConf
 
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe, recipes_dir
+from omni_train.recipe.hydra_app import parse
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
 
 _USAGE = """\
-omni-train pipeline name=NAME [run=RUN] [key=value …] [STAGE.key=value …] [--cfg job]
+omni-train pipeline name=NAME [run=RUN] [key=value …] [STAGE.key=value …] [--cfg job] [--config-dir DIR]
 
 Runs the stages of a pipeline one after the other, in runs/RUN/STAGE, each from the checkpoint of the one before that
 trains the same network. NAME is one of those below or a file of your own, and RUN is NAME until it is given. The same
 command again skips the stages that are complete and goes on with the first that is not. A word of `omni-train train` is
-for every stage, with STAGE. before it for that stage alone; --cfg job shows the composed stages and runs nothing.
+for every stage, with STAGE. before it for that stage alone; --cfg job shows the composed stages and runs nothing, and
+--config-dir adds recipes of your own, pipelines among them.
 
   launchers/local.sh 2 pipeline name=smoke run=mine schedule.steps=5 s2_general.schedule.steps=50
 
@@ -64,37 +66,46 @@ def run(arguments: Sequence[str], job: Callable[[Pipeline], int]) -> int:
     Raises:
         UserError: as :func:`load_pipeline`, or a flag that is none.
     """
-    words = [word for word in arguments if not word.startswith("-")]
-    flags = [word for word in arguments if word.startswith("-")]
-    if "-h" in flags or "--help" in flags:
-        print(_usage())
-        return 0
-    if not flags:
-        return job(load_pipeline(words, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-    if flags not in (["--cfg"], ["-c"]) or "job" not in words:
-        raise UserError(f"{flags[0]}: the flags are --help and --cfg job, everything else is key=value")
-    words.remove("job")
-    print(load_pipeline(words, world_size=None).to_yaml(), end="")
+    options = parse(arguments)
+    for name, given in vars(options).items():
+        if given and name not in ("overrides", "help", "cfg", "config_dir"):
+            raise UserError(f"--{name.replace('_', '-')}: a pipeline takes --help, --cfg job and --config-dir alone")
+    if options.cfg not in (None, "job"):
+        raise UserError(f"--cfg {options.cfg}: of a pipeline there is --cfg job")
+    if options.help:
+        print(_usage(options.config_dir))
+    elif options.cfg:
+        print(load_pipeline(options.overrides, None, options.config_dir).to_yaml(), end="")
+    else:
+        return job(load_pipeline(options.overrides, int(os.environ.get("WORLD_SIZE", "1")), options.config_dir))
     return 0
 
 
-def _usage() -> str:
-    paths = sorted((recipes_dir() / "pipeline").glob("*.yaml"))
-    return _USAGE + "\n".join(f"  {path.stem}: {' → '.join(_read(path)[1])}" for path in paths)
+def _usage(config_dir: str | None) -> str:
+    known = _known(config_dir).values()
+    return _USAGE + "\n".join(f"  {path.stem}: {' → '.join(_read(path)[1])}" for path in known)
 
 
-def load_pipeline(words: Sequence[str], world_size: int | None) -> Pipeline:
+def _known(config_dir: str | None) -> dict[str, Path]:
+    """Name -> file, ours before one's own, as Hydra takes them."""
+    folders = [Path(config_dir)] if config_dir else []
+    found = [path for folder in (*folders, recipes_dir()) for path in sorted((folder / "pipeline").glob("*.yaml"))]
+    return {path.stem: path for path in found}
+
+
+def load_pipeline(words: Sequence[str], world_size: int | None, config_dir: str | None = None) -> Pipeline:
     """Compose and validate all stages of a pipeline.
 
     Args:
         words: ``name=…``, ``run=…`` and overrides of all stages or of one, as typed.
         world_size: processes that will run it; None as in :func:`omni_train.recipe.validate.validate`.
+        config_dir: as of :func:`omni_train.recipe.compose.load_recipe`, with pipelines in its ``pipeline``.
 
     Raises:
         UserError: no such pipeline, a file that is none, or a stage that cannot be composed or cannot work.
     """
     own = dict(word.split("=", 1) for word in words if word.startswith(("name=", "run=")))
-    path = _find(own.get("name", ""))
+    path = _find(own.get("name", ""), _known(config_dir))
     shared, listed = _read(path)
     for_all, for_one = _sort(words, listed)
     run = own.get("run") or path.stem
@@ -103,7 +114,7 @@ def load_pipeline(words: Sequence[str], world_size: int | None) -> Pipeline:
         overrides = [f"stage={stage}", *shared, *its_own, *for_all, *for_one[stage], f"run={run}/{stage}"]
         last = {word.partition("=")[0]: word for word in overrides}  # Hydra takes a group only once
         try:
-            recipe = _started(load_recipe([*last.values()]), stages)
+            recipe = _started(load_recipe([*last.values()], config_dir), stages)
             validate(recipe, world_size)
         except UserError as error:
             raise UserError(f"{stage}: {error}") from error
@@ -111,10 +122,9 @@ def load_pipeline(words: Sequence[str], world_size: int | None) -> Pipeline:
     return Pipeline(Path(next(iter(stages.values())).runs_dir, run), stages)
 
 
-def _find(name: str) -> Path:
+def _find(name: str, known: dict[str, Path]) -> Path:
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    known = {path.stem: path for path in sorted((recipes_dir() / "pipeline").glob("*.yaml"))}
     if name not in known:
         problem = f"name={name}: no such pipeline" if name else "name= is missing"
         raise UserError(f"{problem}; choose one of {', '.join(known)}, or a file of your own that ends in .yaml")

@@ -140,6 +140,7 @@ class Store:
         self.directory, self.config = directory, config
         self.failures = 0  # saves in a row that could not be written
         self.last: int | None = None  # step of the newest checkpoint that this run has written, or found written
+        self.guard: Callable[[], None] = lambda: None  # collective; refuses to write where the run is another's by now
         on_first_rank(self._prepare)
 
     def _prepare(self) -> None:
@@ -233,6 +234,7 @@ class Store:
 
     def _begin(self, step: int) -> tuple[Path, Path] | None:
         """Where a checkpoint is written and where it will be. None: it is there, or cannot be begun. Collective."""
+        self.guard()
         final = self.directory / f"step_{step:08d}"
         partial = final.with_name(final.name + _PARTIAL)
 
@@ -268,6 +270,7 @@ class Store:
             results: anything that the first rank needs of this one.
             seal: writes on the first rank what is left to write, given the results of all.
         """
+        self.guard()
         parts = gathered((digests, results))
 
         def write() -> None:

@@ -22,6 +22,7 @@ def adapt(optimizer) -> None:
     logging.getLogger(distrib_optimizer.__name__).addFilter(_refuse_wrong_offsets)
     for part in _distributed_parts(optimizer):
         _number_parameters(part)
+        _keep_settings(part)
         if isinstance(part.optimizer, torch.optim.AdamW):
             _adapt_torch_adamw(part)
         # Mended in Megatron-LM by pull request 5077 (commit 32a03b77c5), which no release up to this one has.
@@ -113,6 +114,30 @@ def _number_parameters(part: DistributedOptimizer) -> None:
     for group, parameters in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
         for place, parameter in enumerate(chain(*parameters)):
             part.model_param_group_index_map[parameter] = (group, place)
+
+
+def _keep_settings(part: DistributedOptimizer) -> None:
+    """Let an optimizer keep its own rates, betas and the like when it loads a checkpoint.
+
+    Megatron looks for a group's state by its peak learning rate, so that one that has changed is not found; and the
+    groups become those of the run that wrote the checkpoint.
+    """
+    load = part.load_state_dict
+
+    def load_without_settings(state_dict):
+        own = next(iter(part.optimizer.param_groups), {})  # equal in all groups, but for factors that find them
+        settings = {key: own[key] for key in _SETTINGS if key in own}
+        saved = state_dict.get("optimizer", {})
+        if "param_groups" in saved:
+            groups = [group | settings for group in saved["param_groups"]]
+            state_dict = state_dict | {"optimizer": saved | {"param_groups": groups}}
+        load(state_dict)
+
+    part.load_state_dict = load_without_settings
+
+
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""Of a parameter group, what the recipe says of all. Learning rate and weight decay are set at every step."""
 
 
 def _adapt_torch_adamw(part: DistributedOptimizer) -> None:

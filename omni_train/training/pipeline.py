@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from omni_train import lines, platform, stopping
-from omni_train.errors import UserError, cannot_write
+from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
-from omni_train.recipe.compose import read_recipe
+from omni_train.recipe.changes import Kind
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.training.checkpoint import read_progress
 from omni_train.training.checkpoint_store import DamagedCheckpoint, newest, resolve, set_aside, step_of
 from omni_train.training.report import report
+from omni_train.training.resume import changes, refuse_change
 from omni_train.training.run import train
+from omni_train.training.run_lock import RunLock, holding
 from omni_train.training.schedule import Schedule
 from omni_train.training.unlogged import UnloggedStep
-
-_LEARNED = (
-    *("init_from", "init_parts", "trainable", "precision", "seed", "model", "data", "optimizer"),
-    *("network", "engine", "recognition", "codec_training"),
-)
-"""The keys that a run keeps from its first start to its end. Layout, length and what is watched may change."""
 
 
 def run_pipeline(pipeline: Pipeline) -> int:
@@ -37,10 +32,14 @@ def run_pipeline(pipeline: Pipeline) -> int:
         UserError: a stage cannot work, or its directory holds a run of another recipe.
     """
     lines.begin_log()
-    platform.setup()
+    directories = (pipeline.directory, *(Path(stage.runs_dir, stage.run) for stage in pipeline.stages.values()))
+    with holding(*directories, remedy="give another run=") as lock:
+        return _run_stages(pipeline, lock)
+
+
+def _run_stages(pipeline: Pipeline, lock: RunLock) -> int:
     if platform.rank() == 0:
         try:
-            pipeline.directory.mkdir(parents=True, exist_ok=True)
             (pipeline.directory / "pipeline.yaml").write_text(pipeline.to_yaml())
         except OSError as error:
             raise cannot_write(pipeline.directory, error) from error
@@ -55,7 +54,7 @@ def run_pipeline(pipeline: Pipeline) -> int:
             say(title)
             stopping.at_once(f"at the start of {title}, nothing new to save")
             try:
-                if not train(recipe):
+                if not train(recipe, lock):
                     return Exit.stopped
             except DamagedCheckpoint as error:
                 number = _go_back(error, pipeline, number)
@@ -102,35 +101,20 @@ def is_complete(recipe: Recipe) -> bool:
     checkpoint, stop = newest(directory / "checkpoints"), recipe.schedule.stop_after
     if checkpoint is None:
         return False
-    _check_unchanged(recipe, directory)
     if UnloggedStep(directory).exists():
         return False
     step = step_of(checkpoint)
-    if stop is not None and step >= stop:
-        return True
-    try:
-        tokens = read_progress(checkpoint)["tokens"]
-    except DamagedCheckpoint:
-        return False  # the run itself finds what it can go on from
-    return Schedule(recipe.schedule, recipe.optimizer).done(step, tokens)
-
-
-def _check_unchanged(recipe: Recipe, directory: Path) -> None:
-    now, before = _flat(asdict(recipe)), _flat(asdict(read_recipe(directory / "recipe.yaml")))
-    for key in sorted(now.keys() | before.keys()):
-        if key.startswith(_LEARNED) and key != "data.workers" and now.get(key) != before.get(key):
-            raise UserError(
-                f"{directory}: was made with {key}={before.get(key)}, now it is {now.get(key)}; give another run=, or "
-                "remove this directory and those of the stages after it"
-            )
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one with dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    if stop is None or step < stop:
+        try:
+            tokens = read_progress(checkpoint)["tokens"]
+        except DamagedCheckpoint:
+            return False  # the run itself finds what it can go on from
+        if not Schedule(recipe.schedule, recipe.optimizer).done(step, tokens):
+            return False  # what may change then, its own start says
+    for change in changes(recipe, directory):
+        if change.kind is not Kind.free:
+            refuse_change(directory, change)
+    return True
 
 
 def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:

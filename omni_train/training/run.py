@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from omni_train import lines, platform, stopping
@@ -13,6 +14,8 @@ from omni_train.processes import Exit
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
+from omni_train.training.resume import check_resume
+from omni_train.training.run_lock import RunLock, holding
 
 
 def run(recipe: Recipe) -> int:
@@ -29,9 +32,14 @@ def run(recipe: Recipe) -> int:
     return Exit.finished if train(recipe) else Exit.stopped
 
 
-def train(recipe: Recipe) -> bool:
-    """As :func:`run`; False where a signal asked to stop. The last line says how it ended."""
+def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
+    """As :func:`run`; False where a signal asked to stop. The last line says how it ended.
+
+    Args:
+        lock: what holds the run's directory, where something does already.
+    """
     validate(recipe, platform.world_size())
+    directory = Path(recipe.runs_dir, recipe.run)
     watchdog = Watchdog(recipe.safety.hang_seconds)
     platform.init_distributed(timeout_seconds=recipe.safety.hang_seconds)
     failures.listen()
@@ -39,14 +47,17 @@ def train(recipe: Recipe) -> bool:
     try:
         from omni_train.training.trainer import Trainer
 
-        platform.parallel.initialize(recipe.parallel, recipe.seed)
-        alive()
-        trainer = Trainer(recipe)
-        written = _write_recipe(recipe)
-        finished = trainer.fit()
-        if not written:
-            _write_recipe(recipe)
-        ending = trainer.ending()
+        with nullcontext(lock) if lock else holding(directory, remedy="give another run=") as held:
+            check_resume(recipe, directory)
+            platform.parallel.initialize(recipe.parallel, recipe.seed)
+            alive()
+            trainer = Trainer(recipe)
+            trainer.store.guard = held.check
+            written = _write_recipe(recipe, directory)
+            finished = trainer.fit()
+            if not written:
+                _write_recipe(recipe, directory)
+            ending = trainer.ending()
     except UserError as error:
         announce(error)  # while the ranks can still agree on who prints it
         failures.first_failure(error)
@@ -68,9 +79,9 @@ def train(recipe: Recipe) -> bool:
     return finished
 
 
-def _write_recipe(recipe: Recipe) -> bool:
+def _write_recipe(recipe: Recipe, directory: Path) -> bool:
     """Write the run's ``recipe.yaml`` on the first rank; False where it cannot be, which a run can do without."""
-    path = Path(recipe.runs_dir) / recipe.run / "recipe.yaml"
+    path = directory / "recipe.yaml"
     try:
         if platform.rank() == 0:
             write_recipe(recipe, path)

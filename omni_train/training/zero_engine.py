@@ -82,7 +82,17 @@ class ZeroEngine:
         for name, network in self.task.networks.items():
             fill(network, checkpoint, name)
         self.start()
-        return store.load(checkpoint, self)
+        progress = store.load(checkpoint, self)
+        self._keep_settings()
+        return progress
+
+    def _keep_settings(self) -> None:
+        """Take the recipe's settings again, in whose place DeepSpeed has put those of the checkpoint."""
+        config = self.recipe.optimizer
+        for engine in self.engines.values():
+            engine.optimizer.clip_grad = config.clip_grad
+            for group in engine.optimizer.param_groups:
+                group["betas"], group["eps"] = tuple(config.betas), config.eps
 
     def save(self, store: ZeroStore, step: int, progress: dict, loader_state) -> None:
         """Write a checkpoint. Collective."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from data_pipelines.shards import digest
 from omni_train.data.sources import open_source
 from omni_train.data.tokenizer import Tokenizer
 from omni_train.errors import UserError
+from omni_train.locks import DirectoryLock
 from omni_train.recipe.schema import DataConfig, ModelConfig, SourceConfig
 
 
@@ -151,10 +151,11 @@ def test_a_folder_of_something_else_or_of_other_settings_is_refused(packed, mani
 
 
 def test_a_folder_in_which_another_command_is_at_work_is_refused(packed, manifest, tokenizer):
-    with (packed / ".packed" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another command is at work there"):
-            pack(manifest, packed, tokenizer, **OPTIONS)
+    with (
+        DirectoryLock(packed / ".packed", remedy=""),
+        pytest.raises(UserError, match="is at work here; wait for it, stop it, or name another folder"),
+    ):
+        pack(manifest, packed, tokenizer, **OPTIONS)
     pack(manifest, packed, tokenizer, **OPTIONS)
     assert not list((packed / ".packed").glob("*.partial"))
 

@@ -242,6 +242,41 @@ def test_a_run_may_change_its_precision_when_it_resumes(distributed, tmp_path):
     assert distributed(1, change_precision, tmp_path) == [[True, True]]
 
 
+def change_settings(rank, world_size, folder, name):
+    """Metrics after a checkpoint in the run that wrote it, its settings then changed by hand, and in one resumed with
+    them; and what the groups of the resumed one hold."""
+    first = OptimizerConfig(name=name, lr=1e-3, eps=1e-5)
+    later = OptimizerConfig(
+        name=name, lr=2e-3, min_lr=1e-4, betas=[0.8, 0.7], eps=1e-2, weight_decay=0.3, clip_grad=0.2
+    )
+    recipe = begin(ParallelConfig(), optimizer=first)
+    engine, store = build(recipe, None), open_store(folder, recipe)
+    train(engine, 0, 2)
+    engine.save(store, 2, {}, None)
+    changed = replace(recipe, optimizer=later)
+    engine.recipe = changed
+    for group in engine.optimizer.param_groups:
+        if "betas" in group:
+            group["betas"], group["eps"] = (0.8, 0.7), 1e-2
+    on = train(engine, 2, 5)
+    again = build(changed, None)
+    again.resume(store, store.latest())
+    resumed = train(again, 2, 5)
+    rates = {(group["max_lr"], group["min_lr"]) for group in again.optimizer.param_groups}
+    return on, resumed, rates, all(torch.equal(a, b) for a, b in zip(weights(engine), weights(again), strict=True))
+
+
+def weights(engine) -> list[torch.Tensor]:
+    return [parameter.detach() for chunk in engine.chunks for parameter in chunk.parameters()]
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+def test_changed_rates_moments_and_clipping_take_effect_when_a_run_resumes(distributed, tmp_path, name):
+    on, resumed, rates, same = distributed(1, change_settings, tmp_path, name)[0]
+    assert resumed == on and same
+    assert rates == {(2e-3, 1e-4)}
+
+
 def train_the_adapter(rank, world_size, folder, optimizer):
     """Loss and gradient norm of the step after a checkpoint, in the run that wrote it and in the one that resumed."""
     from omni_train import platform

@@ -41,6 +41,11 @@ def test_a_checkpoint_of_another_architecture(trained):
     assert "model.moe_intermediate_size is 64, the recipe's is 96" in line
 
 
+def test_a_run_that_was_made_with_another_seed(trained):
+    line = refusal(trained, "run=start", "schedule.steps=3", "seed=8")
+    assert f"{trained.folder}/start: was made with seed=1234, now it is 8; give another run=" in line
+
+
 def test_a_checkpoint_with_a_damaged_file(trained, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree((trained.folder / "start" / "checkpoints" / "latest").resolve(), damaged / "step_00000000")

@@ -74,6 +74,25 @@ def test_without_the_link_to_its_newest_checkpoint_a_run_goes_on_from_it_all_the
     assert (checkpoints / "latest").resolve().name == "step_00000012"
 
 
+def test_a_second_start_of_a_run_is_refused_in_one_line_and_the_first_goes_on_as_if_nothing_had_been(
+    runs, uninterrupted
+):
+    overrides = ("run=twice", "schedule.eval_every=5", "schedule.eval_rows=2", "checkpoint.asynchronous=false")
+    first = runs.start(*overrides)
+    runs.wait(lambda: len(runs.metrics("twice")) >= 5, first)
+    first.send_signal(signal.SIGSTOP)  # so that it is not done before the second has come that far
+    before = {path: path.stat().st_mtime_ns for path in (runs.folder / "twice").rglob("*")}
+    err = runs.finish(*overrides, "seed=5", status=2)
+    who = rf"{runs.folder}/twice: process {first.pid} on .* at work here"
+    assert re.fullmatch(f"error: {who}; wait for it, stop it, or give another run=", err.strip())
+    assert {path: path.stat().st_mtime_ns for path in (runs.folder / "twice").rglob("*")} == before
+    first.send_signal(signal.SIGCONT)
+    out, err = first.communicate(timeout=180)
+    assert first.returncode == 0, err + out
+    assert losses(runs, "twice") == uninterrupted[1]
+    assert not (runs.folder / "twice" / ".lock").exists()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_finishes_the_step_and_nothing_is_repeated(runs, ranks):
     evaluation = ["schedule.eval_every=1", "schedule.eval_rows=2"]  # which there is no time for after the signal

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from omni_train.errors import UserError
 from omni_train.interop.convert import export_checkpoint, import_checkpoint
 from omni_train.interop.folder import Folder
+from omni_train.locks import DirectoryLock
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig, Precision
 from tests.support.hugging_face import rewrite, small_model, tensors_of, with_mtp
 from tests.support.thinker import small_recipe
@@ -354,6 +355,15 @@ def test_nothing_is_overwritten(distributed, original, tmp_path):
         import_checkpoint(MOE, original, tmp_path / "checkpoint")
     with pytest.raises(UserError, match="there are safetensors files already"):
         export_checkpoint(MOE, original, tmp_path / "checkpoint")
+
+
+def test_what_another_command_is_writing_is_left_to_it(distributed, copy, tmp_path):
+    from tests.support.pool import RankFailed
+
+    with DirectoryLock(tmp_path / "checkpoint", remedy=""):
+        with pytest.raises(RankFailed, match=r"checkpoint: process .* is at work here; .* or choose another folder"):
+            distributed(1, convert, [(import_checkpoint, (MOE, copy, tmp_path / "checkpoint", None))])
+        assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [".lock"]
 
 
 def test_an_export_to_another_family_is_refused(distributed, tmp_path):

@@ -1,6 +1,5 @@
 """The tree composes, types hold, and what is written is read back."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -165,6 +164,11 @@ def test_a_written_recipe_has_nothing_left_to_resolve(tmp_path):
         ("seed: 1", "stage has no value; give it: stage=…"),
         ("- 1", "not a mapping of keys; expected the recipe.yaml of a run"),
         ("", "stage has no value; give it: stage=…"),
+        ("runs_dir: ${oc.env:HOME}", "runs_dir=${oc.env:HOME}: a run's recipe holds values alone"),
+        ("data: {sources: [{path: '${oc.decode:1}'}]}", "data.sources.0.path=${oc.decode:1}: a run's recipe"),
+        ("model: ${oc.create:{}}", "model=${oc.create:{}}: a run's recipe holds values alone"),
+        ("init_parts: {'${seed}': x}", "=${seed}: a run's recipe holds values alone"),
+        ("seed: !!python/object/apply:os.system ['exit']", "not YAML; expected the recipe.yaml of a run"),
     ],
 )
 def test_a_broken_recipe_file_is_refused_in_one_line_that_names_it(tmp_path, text, message):
@@ -178,12 +182,12 @@ def test_a_broken_recipe_file_is_refused_in_one_line_that_names_it(tmp_path, tex
     assert "\n" not in str(error.value)
 
 
-def test_a_mistyped_key_in_a_recipe_of_the_tree_is_refused(tmp_path):
-    tree = shutil.copytree(recipes_dir(), tmp_path / "recipes")
-    with (tree / "model" / "tiny.yaml").open("a") as file:
-        file.write("num_expert: 4\n")
+def test_a_mistyped_key_in_a_recipe_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    text = (recipes_dir() / "model" / "tiny.yaml").read_text()
+    (tmp_path / "model" / "mistyped.yaml").write_text(text + "num_expert: 4\n")
     with pytest.raises(UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.num_experts"):
-        load_recipe(config_dir=tree)
+        load_recipe(["model=mistyped"], config_dir=tmp_path)
 
 
 def test_installed_recipes_are_found_before_those_of_a_checkout(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Hydra's command line: what reaches the job, and what is shown instead."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from omni_train.errors import UserError
+from omni_train.processes import Exit
 from omni_train.recipe import hydra_app
 
 
@@ -69,10 +71,8 @@ def test_cfg_job_refuses_a_recipe_that_cannot_work():
 
 
 def test_help_names_groups_keys_and_the_refusals_page(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run("--help")
+    assert run("--help", "--multirun") == (0, [])
     shown = capsys.readouterr().out
-    assert exit_.value.code in (0, None)
     assert "model: flash_35b_a3b, plus_122b_a10b" in shown
     assert "row_tokens: 1024" in shown
     assert "docs/recipes.md" in shown
@@ -89,10 +89,48 @@ def test_multirun_runs_one_job_after_the_other_in_folders_of_their_own():
     ]
 
 
-def test_multirun_stops_at_the_first_job_that_fails():
-    code, recipes = run("--multirun", "seed=1,2,3", result=4)
-    assert code == 4
-    assert [recipe.seed for recipe in recipes] == [1]
+def sweep(*results):
+    """Exit code of a sweep whose jobs end like this, and how many of them ran."""
+    ends = iter(results)
+
+    def job(recipe):
+        end = next(ends)
+        if end in (WRONG, CRASH):
+            raise UserError(WRONG) if end == WRONG else RuntimeError(CRASH)
+        return end
+
+    code = hydra_app.run("omni-train train", ["--multirun", f"seed={','.join(map(str, range(len(results))))}"], job)
+    return code, len(results) - len(list(ends))
+
+
+WRONG, CRASH = "no shards in rehearsal", "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("results", "code", "ran"),
+    [
+        ((0, WRONG, 0), Exit.wrong, 3),
+        ((CRASH, WRONG, 0), Exit.failed, 3),
+        ((WRONG, 139, 0), 139, 3),
+        ((WRONG, Exit.stopped, 0), Exit.stopped, 2),  # the same command goes on, and comes to the wrong one again
+        ((CRASH, Exit.interrupted, 0), Exit.interrupted, 2),
+    ],
+)
+def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_the_worst(results, code, ran, capsys):
+    assert sweep(*results) == (code, ran)
+    err = capsys.readouterr().err
+    assert ("error: no shards in rehearsal" in err) == (WRONG in results)
+    assert ("RuntimeError: out of memory" in err) == (CRASH in results)
+
+
+def test_with_several_processes_a_sweep_ends_with_the_job_that_fails(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweep(0, Exit.failed, 0) == (Exit.failed, 2)
+
+
+def test_a_sweep_is_refused_before_its_first_job_where_its_last_cannot_work():
+    with pytest.raises(UserError, match=r"^model\.num_experts=8: not a multiple of parallel\.expert=3"):
+        run("--multirun", "parallel.expert=1,3")
 
 
 @pytest.mark.parametrize(
@@ -100,8 +138,18 @@ def test_multirun_stops_at_the_first_job_that_fails():
     [
         (["--cfgg"], "unrecognized arguments: --cfgg; omni-train train --hydra-help lists the flags"),
         (["--cfg", "nosuch"], "argument --cfg/-c: invalid choice: 'nosuch'"),
-        (["--cfg", "job", "--multirun"], "Only one of --run, --multirun, --cfg"),
-        (["--config-dir", "/nosuch"], "Additional config directory '/nosuch' not found"),
+        (["--cfg", "job", "--multirun"], "--multirun and --cfg: give one of them"),
+        (["--cfg", "hydra"], "--cfg hydra: there is nothing of Hydra's to show; write --cfg job"),
+        (["--cfg", "job", "--package", "nosuch"], "--package nosuch: no such part of the recipe"),
+        (["--resolve"], "--resolve goes with --cfg or --help"),
+        (["--package", "model"], "--package goes with --cfg"),
+        (["--config-dir", "/nosuch"], "--config-dir /nosuch: no such folder"),
+        (["--config-name", "other"], "--config-name is not for omni-train: the recipe is composed by config.yaml"),
+        (["--config-path", "/tmp"], "--config-path is not for omni-train"),
+        (["--info"], "--info is not for omni-train: --cfg job shows"),
+        (["--shell-completion", "install=bash"], "--shell-completion is not for omni-train"),
+        (["--experimental-rerun", "x.pickle"], "--experimental-rerun is not for omni-train: it would run what"),
+        (["run=${hydra:job.num}"], "run: "),
         (["nosuch=1"], "nosuch is not a key of the recipe"),
         (["--multirun", "seed=1,x"], "seed: Value 'x' of type 'str' could not be converted to Integer"),
         (["--multirun", "nosuch=1,2"], "nosuch is not a key of the recipe"),
@@ -115,3 +163,65 @@ def test_a_mistake_is_one_line_and_no_job_runs(arguments, message, capsys):
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of recipes beside the tree, and a module whose import leaves a mark."""
+    files = {
+        "schedule/mine.yaml": "steps: 23\nglobal_batch: 4\n",
+        "pipeline/mine.yaml": "stages:\n  text_pretrain: [schedule=mine]\n",
+        "stage/marking.yaml": "# @package _global_\nhydra:\n  callbacks:\n    x: {_target_: marking.mark}\n",
+        "stage/logging.yaml": "# @package _global_\nhydra:\n  job_logging:\n    handlers: {x: {(): marking.mark}}\n",
+        "stage/sweeping.yaml": "# @package _global_\nhydra:\n  sweep: {dir: elsewhere}\n",
+        "stage/making.yaml": "# @package _global_\nmodel: {_target_: marking.mark}\n",
+        "marking.py": "from pathlib import Path\ndef mark(**_): pass\nPath('marked').touch()\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(text)
+    return tmp_path / "own"
+
+
+def test_recipes_of_ones_own_are_beside_ours_whatever_is_asked(own, capsys):
+    words = ["schedule=mine", "--config-dir", str(own)]
+    assert run(*words)[1][0].schedule.steps == 23
+    assert [recipe.schedule.steps for recipe in run(*words, "--multirun", "seed=1,2")[1]] == [23, 23]
+    assert run(*words, "--cfg", "job", "--package", "schedule.steps")[1] == []
+    assert capsys.readouterr().out == "23\n"
+    assert run(*words, "--help")[1] == []
+    assert "schedule: " in (shown := capsys.readouterr().out) and "mine" in shown
+
+
+def test_flags_may_stand_among_the_words(capsys):
+    assert run("schedule.steps=5", "--cfg", "job", "seed=3") == (0, [])
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "mode"),
+    [
+        ("+hydra.callbacks.x._target_=marking.mark", []),
+        ("+hydra.callbacks={x:{_target_:marking.mark}}", ["--multirun"]),
+        ("hydra.searchpath=[pkg://marking]", []),
+        ("hydra/launcher=basic", ["--multirun"]),
+        ("hydra.sweeper._target_=marking.mark", ["--multirun"]),
+        ("+tracking@hydra.callbacks=wandb", []),
+        ("stage=marking", ["--multirun"]),
+        ("stage=logging", ["--help"]),
+        ("stage=sweeping", ["--cfg", "job"]),
+        ("+x._target_=marking.mark", []),
+        ("stage=making", []),
+    ],
+)
+def test_no_word_and_no_recipe_runs_code_or_tells_hydra_what_to_do(own, word, mode, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(own)
+    monkeypatch.delitem(sys.modules, "marking", raising=False)
+    with pytest.raises(UserError) as error:
+        run("--config-dir", str(own), word, *mode)
+    assert "\n" not in str(error.value)
+    if not word.startswith("stage="):
+        assert str(error.value).startswith(word) or "is not a key of the recipe" in str(error.value)
+    assert {path.name for path in own.parent.iterdir()} == {"own"}
+    assert "marking" not in sys.modules
+    assert capsys.readouterr() == ("", "")

@@ -9,7 +9,10 @@ from omni_train.recipe.messages import one_line, recipe_keys
 REFUSED = [
     ("parallel.tensr=2", "parallel.tensr is not a key of the recipe; did you mean parallel.tensor?"),
     ("zzz=1", "zzz is not a key of the recipe; omni-train train --help lists them"),
-    ("hydra.foo=1", "hydra.foo is not a key of the recipe; omni-train train --help lists them"),
+    (
+        "hydra.foo=1",
+        "hydra.foo=1: Hydra composes recipes here and does nothing else, so it has no settings; leave it out",
+    ),
     ("+zzz.key=1", "zzz is not a key of the recipe; omni-train train --help lists them"),
     ("+parallel.tensors=1", "parallel.tensors is not a key of the recipe; did you mean parallel.tensor?"),
     ("++schedule.step=1", "schedule.step is not a key of the recipe; did you mean schedule.steps?"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -105,6 +107,43 @@ def test_help_lists_the_pipelines_with_their_stages(capsys):
     assert "smoke: audio_encoder → codec → text_pretrain → s1_audio_adapter → " in capsys.readouterr().out
 
 
-def test_another_flag_is_refused():
-    with pytest.raises(UserError, match="--multirun: the flags"):
-        run(["name=smoke", "--multirun"], job=pytest.fail)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--multirun"], "--multirun: a pipeline takes --help, --cfg job and --config-dir alone"),
+        (["--hydra-help"], "--hydra-help: a pipeline takes"),
+        (["--cfg", "job", "--resolve"], "--resolve: a pipeline takes"),
+        (["--cfg", "all"], "--cfg all: there is nothing of Hydra's to show"),
+        (["--config-name", "x"], "--config-name is not for omni-train"),
+        (["--nosuch"], "unrecognized arguments: --nosuch"),
+        (["--config-dir", "/nosuch"], "text_pretrain: --config-dir /nosuch: no such folder"),
+    ],
+    ids=" ".join,
+)
+def test_another_flag_is_refused(flags, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        run(["name=rehearsal_thinker", *flags], job=pytest.fail)
+
+
+def test_recipes_and_pipelines_of_ones_own_are_beside_ours(tmp_path, capsys):
+    for folder, text in (("schedule", "steps: 23\nglobal_batch: 4\n"), ("pipeline", "stages: {text_pretrain: []}\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(text)
+    own = ["--config-dir", str(tmp_path)]
+    assert run(["name=mine", "schedule=mine", "--cfg", "job", *own], job=pytest.fail) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["text_pretrain"]["schedule"]["steps"] == 23
+    assert run(["--help", *own], job=pytest.fail) == 0
+    assert "mine: text_pretrain" in (shown := capsys.readouterr().out) and "smoke: " in shown
+
+
+def test_a_pipeline_from_elsewhere_runs_no_code(tmp_path, monkeypatch):
+    (tmp_path / "marking.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "their.yaml"
+    for word in ("+hydra.callbacks.x._target_=marking.mark", "hydra.searchpath=[pkg://marking]"):
+        path.write_text(yaml.safe_dump({"stages": {"text_pretrain": [word]}}))
+        with pytest.raises(UserError, match=f"^text_pretrain: {re.escape(word)}: Hydra composes recipes"):
+            load_pipeline([f"name={path}"], 2)
+    path.write_text("stages: !!python/object/apply:os.system ['exit 1']")
+    with pytest.raises(UserError, match="not a pipeline"):
+        load_pipeline([f"name={path}"], 2)

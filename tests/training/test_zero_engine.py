@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -175,6 +175,47 @@ def test_every_stage_takes_the_steps_of_one_rank_and_resumes_exactly(distributed
         resumed = distributed(world, train, zero_of(stage), folder, 5, [])[0]
         straight = dict([expected, *others])[f"ranks {world} stage {stage}"]
         assert resumed == (straight[0][3:], *straight[1:])
+
+
+def change_settings(rank, world_size, stage, folder):
+    """Metrics after a checkpoint in the run that wrote it, its settings then changed by hand, and in one resumed with
+    them."""
+    from omni_train import platform
+    from omni_train.training import zero_engine
+
+    recipe = recipe_of(zero_of(stage), Precision.fp32)
+    platform.parallel.initialize(recipe.parallel, recipe.seed)
+    zero_engine.build_task = Duel
+    later = replace(recipe.optimizer, betas=[0.8, 0.7], eps=1e-2, weight_decay=0.3, clip_grad=0.2)
+
+    def steps(engine, first, last):
+        mine = [rows[rank::world_size] for rows in batches(last)]
+        return [engine.train_step(mine[step], 1e-2, step).metrics for step in range(first, last)]
+
+    engine = zero_engine.ZeroEngine(recipe)
+    store = engine.open_store(Path(folder))
+    engine.initialize(store)
+    steps(engine, 0, 2)
+    engine.save(store, 2, {}, None)
+    engine.recipe = replace(recipe, optimizer=later)
+    for one in engine.engines.values():
+        one.optimizer.clip_grad = 0.2
+        for group in one.optimizer.param_groups:
+            group["betas"], group["eps"] = (0.8, 0.7), 1e-2
+    on = steps(engine, 2, 5)
+    engine.close()
+    again = zero_engine.ZeroEngine(replace(recipe, optimizer=later))
+    again.resume(store, store.latest())
+    resumed = steps(again, 2, 5)
+    again.close()
+    platform.parallel.destroy()
+    return on, resumed
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_changed_moments_and_clipping_take_effect_when_a_run_resumes(distributed, tmp_path, stage):
+    for on, resumed in distributed(2, change_settings, stage, tmp_path):
+        assert resumed == on
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

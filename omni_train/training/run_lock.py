@@ -1,0 +1,64 @@
+"""One run, one directory: the first rank takes its lock, and all ranks know whether it has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from omni_train import platform
+from omni_train.errors import UserError, announce
+from omni_train.locks import DirectoryLock
+from omni_train.platform.agreement import on_first_rank, wait_on
+
+
+class RunLock:
+    """Locks that the first rank holds for all."""
+
+    def __init__(self, locks: list[DirectoryLock]) -> None:
+        self._locks = locks
+
+    def check(self) -> None:
+        """Be sure that the locks are still held, before something is written. Collective.
+
+        Raises:
+            UserError: on all ranks, as :meth:`omni_train.locks.DirectoryLock.check` says.
+        """
+        on_first_rank(lambda: [lock.check() for lock in self._locks])
+
+
+@contextmanager
+def holding(*directories: Path, remedy: str, when_held: Callable[[], None] = lambda: None) -> Iterator[RunLock]:
+    """Hold the locks of directories, all or none. Collective; joins the other ranks for it where they have not met.
+
+    Args:
+        directories: made where they are not there.
+        remedy: what a command that is refused can do, beside waiting for the other one.
+        when_held: called on the first rank before any goes on; what it refuses, all refuse.
+
+    Raises:
+        UserError: on all ranks, as :meth:`omni_train.locks.DirectoryLock.acquire` says.
+    """
+    locks = [DirectoryLock(directory, remedy) for directory in directories]
+    with ExitStack() as held:
+
+        def acquire() -> None:
+            for lock in locks:
+                # While it waits, so do the others, in collectives that have their own time limits.
+                lock.acquire(waiting=wait_on)
+                held.callback(lock.release)
+            when_held()
+
+        joined = torch.distributed.is_initialized()
+        platform.init_distributed()
+        try:
+            on_first_rank(acquire)
+        except UserError as error:
+            announce(error)  # while the ranks can still agree on who prints it
+            raise
+        finally:
+            if not joined:
+                platform.leave_distributed()
+        yield RunLock(locks)
