@@ -4,8 +4,12 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$root/.venv/bin/python
-[[ -x $python ]] || python=python3
+# Never another python than one that is named.
+python=${OMNI_TRAIN_PYTHON:-$root/.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "error: $python: no such program; \`make setup\` makes .venv, and OMNI_TRAIN_PYTHON may name another python" >&2
+    exit 2
+fi
 export PYTHONSAFEPATH=1 # modules in the folder that this is started in are not ours
 
 if [[ ${1:-} == 1 ]]; then

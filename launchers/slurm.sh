@@ -1,54 +1,49 @@
 #!/usr/bin/env bash
-# Submits a run to SLURM, one task per GPU:
+# A run on a SLURM cluster, one task per GPU; docs/slurm.md has the whole story. Submits itself, from any folder:
 #
-#   sbatch --nodes=8 launchers/slurm.sh train stage=s2_general model=flash_35b_a3b parallel=tp2_ep8 data.path=…
+#   launchers/slurm.sh --nodes=8 -- train stage=s2_general model=flash_35b_a3b parallel=tp2_ep8 data.path=…
 #
-# Five minutes before the time limit SLURM sends SIGUSR1 to this script, which hands it to every rank; the step is
-# finished, a checkpoint is saved, and the job queues itself again, where the same command goes on.
+# where options of sbatch stand before --, and a recipe that cannot work is refused before it is queued. It is a batch
+# script too, for sbatch from the project's folder: sbatch --nodes=8 launchers/slurm.sh train stage=…
+#
+# Five minutes before the time limit SLURM sends SIGUSR1: the ranks finish their step and save, and the job is queued
+# again, where the same command goes on. A crash, a lost rank and a lost node are queued again too; what is wrong in
+# itself (exit code 2), cancelled or finished is not. Variables, all optional:
+#
+#   OMNI_TRAIN_PYTHON                      python of an environment with omni_train (.venv/bin/python of the project)
+#   OMNI_TRAIN_REQUEUES                    most times that a job is queued again (100)
+#   OMNI_TRAIN_REQUEUES_WITHOUT_PROGRESS   most times in a row without a newer checkpoint in between (3)
+#   OMP_NUM_THREADS                        threads of a rank (its share of the node's CPUs)
+#
+# Options of sbatch take the place of these. A job has its nodes to itself, with all their CPUs and memory.
 #SBATCH --job-name=omni_train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
+trap '' USR1 TERM # until python listens: they would end the job for good
 set -euo pipefail
-
-if [ $# -eq 0 ]; then
-  echo "usage: sbatch [--nodes=N …] launchers/slurm.sh train key=value …" >&2
-  exit 2
-fi
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-  echo "error: launchers/slurm.sh is a batch script; submit it with sbatch, or use launchers/local.sh on one machine" >&2
-  exit 2
-fi
-
-root=${OMNI_TRAIN_ROOT:-$SLURM_SUBMIT_DIR}
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
 export PYTHONSAFEPATH=1 # modules in the folder that this is started in are not ours
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# The ranks are SLURM's own tasks: srun forwards signals to them, and a lost one ends the others.
-srun --kill-on-bad-exit=1 bash -c '
-  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-  exec "$0" -m omni_train "$@"' "$python" "$@" &
-ranks=$!
-stopped=0
-trap 'stopped=1; kill -USR1 "$ranks"' USR1
-
-status=0
-wait "$ranks" || status=$?
-if [ "$stopped" = 1 ]; then # the trap ended the first wait; the ranks are still saving
-  status=0
-  wait "$ranks" || status=$?
-  [ "$status" = 0 ] && scontrol requeue "$SLURM_JOB_ID"
+script=$(readlink -f "${BASH_SOURCE[0]}")
+here=$(dirname "$script")
+if [[ -e $here/slurm.sh ]]; then
+    trap - USR1 TERM
+    action=submit root=$(dirname "$here")
+    set -- "$script" "$@"
+else # SLURM runs a copy, which does not know where it comes from
+    action=job root=$SLURM_SUBMIT_DIR
 fi
-exit "$status"
+
+python=${OMNI_TRAIN_PYTHON:-$root/.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "error: $python: no such program; \`make setup\` makes .venv in the project's folder, launchers/slurm.sh submits" \
+        "from any folder, and OMNI_TRAIN_PYTHON may name the python of another environment" >&2
+    exit 2
+fi
+exec "$python" -m omni_train.slurm "$action" "$@"

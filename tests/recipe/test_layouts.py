@@ -91,7 +91,7 @@ def test_what_the_documents_show_fits_the_gpus_it_is_shown_with(path, line):
     recipe = load_recipe([key for key in keys if not key.startswith(("data.path", "init_parts"))])
     if "--cfg" in words:
         gpus = 64
-    elif "sbatch" in line:
+    elif "slurm.sh" in line:
         gpus = 8 * int(re.search(r"--nodes[ =](\d+)", line)[1])
     else:
         gpus = int(re.search(r"launchers/local\.sh (\d+)", line)[1])

@@ -1,0 +1,63 @@
+"""Whether a job that is started again and again gets on: its starts, and the checkpoints in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from omni_train.errors import UserError
+
+
+class Starts:
+    """The starts of one job, in a small file in its run's directory, of which this is one.
+
+    Args:
+        directory: of a run, or of a pipeline; made where it is not there.
+        job: its id.
+
+    Attributes:
+        idle: starts in a row without a newer checkpoint, up to this one, of which none is known yet.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, job: str) -> None:
+        self._directory, self._file = directory, directory / f"slurm-{job}.json"
+        try:
+            before = json.loads(self._file.read_text()) if self._file.exists() else {"steps": 0, "idle": 0}
+            directory.mkdir(parents=True, exist_ok=True)
+            self._steps, self.idle = before["steps"], before["idle"]
+            self.look()  # what the start before has left behind that ended without a word
+            self.idle += 1
+            self._write()
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; runs_dir= takes another place") from error
+
+    def look(self) -> int:
+        """See whether there is a newer checkpoint; ``idle`` as it is then."""
+        if (now := steps(self._directory)) > self._steps:
+            self._steps, self.idle = now, 0
+            self._write()
+        return self.idle
+
+    def forget(self) -> None:
+        """The job will not start again."""
+        self._file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps({"steps": self._steps, "idle": self.idle}))
+        os.replace(partial, self._file)
+
+
+def steps(directory: Path) -> int:
+    """The steps behind the newest complete checkpoint of a run, or of all runs of a pipeline together."""
+    newest: dict[Path, int] = {}
+    for pattern in ("checkpoints", "*/checkpoints"):
+        for file in directory.glob(f"{pattern}/step_*/metadata.json"):
+            step = file.parent.name.removeprefix("step_")
+            if step.isdecimal():
+                newest[file.parents[1]] = max(newest.get(file.parents[1], 0), int(step))
+    return sum(newest.values())
