@@ -4,7 +4,7 @@ PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(s
 	2>/dev/null && echo $$p && break; done)
 SMOKE = pipeline name=smoke
 
-.PHONY: help setup gpu smoke test lint bench gpu-wheels gpu-check clean
+.PHONY: help setup gpu smoke test lint bench faults gpu-wheels gpu-check clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -46,6 +46,9 @@ lint: setup ## style, formatting and the walls between the rooms
 
 bench: setup ## run benchmarks/ and write the results into docs/performance.md
 	.venv/bin/python -m benchmarks
+
+faults: setup ## kill, stop, damage and starve runs, and write what came of it into docs/reliability.md
+	.venv/bin/python -m benchmarks.faults
 
 # All that the check needs beside PyTorch: 45 MiB, for Python 3.12 on x86-64. Where they are, nothing else is set up.
 gpu_wheels:

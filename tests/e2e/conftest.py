@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,24 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.rehearsal.tokenizer import train
-from data_pipelines.shards import index_shards, write_shards
+from tests.support.tiny_runs import thinker, write_world
 
 ROOT = Path(__file__).parents[2]
-WORDS = [a + b for a in ("ka", "mo", "ri", "te", "zu") for b in ("lan", "per", "sto", "vin", "qua", "del")]
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A folder with shards ``text`` and a ``tokenizer``."""
     folder = tmp_path_factory.mktemp("world")
-    generator = random.Random(11)
-    texts = [" ".join(generator.choices(WORDS, k=int(generator.paretovariate(0.9) * 9) % 300 + 1)) for _ in range(400)]
-    train(texts, folder / "tokenizer", vocab_size=320)
-    samples = [(f"text-{n:05d}", {"text": text}) for n, text in enumerate(texts)]
-    write_shards(folder / "text", "train", samples[:350], shards=3)
-    write_shards(folder / "text", "val", samples[350:], shards=1)
-    index_shards(folder / "text")
+    write_world(folder)
     return folder
 
 
@@ -47,23 +38,9 @@ class Runs:
     def command(self, *overrides: str, ranks: int = 1) -> list[str]:
         words = [
             "train",
-            "stage=text_pretrain",
-            "model=tiny",
-            "model.vocab_size=320",
-            "model.repeats=1",
-            "model.hidden_size=64",
-            *([] if self.senses else ["model.audio=null", "model.vision=null"]),
-            "data=shards",
-            f"data.path={self.world}/text",
-            f"data.tokenizer={self.world}/tokenizer",
-            "data.row_tokens=256",
-            "data.streams=2",
-            "data.workers=1",
-            "data.shuffle_buffer=20",
-            "data.packing_buffer=8",
+            *thinker(self.world, senses=self.senses),
             f"runs_dir={self.folder}",
             "schedule.steps=12",
-            "schedule.global_batch=2",
             "checkpoint.save_every=4",
             *overrides,
         ]
