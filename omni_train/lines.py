@@ -25,8 +25,8 @@ def begin_log() -> None:
 def write(text: str) -> None:
     """Print lines at once. A full disk or a reader that has gone loses them, and nothing else."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-        stamp = _stamp() if _is_log() else ""
-        sys.stderr.write("".join(f"{stamp}{line}\n" for line in text.splitlines()))
+        before = stamp() if _is_log() else ""
+        sys.stderr.write("".join(f"{before}{line}\n" for line in text.splitlines()))
         sys.stderr.flush()
 
 
@@ -57,7 +57,8 @@ def _is_log() -> bool:
     return (_in_a_run or "SLURM_JOB_ID" in os.environ) and not sys.stderr.isatty()
 
 
-def _stamp() -> str:
+def stamp() -> str:
+    """What a line of a log begins with."""
     words = [time.strftime("%Y-%m-%d %H:%M:%S"), host()]
     job, step, restarts = (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     if job:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omni_train import lines
 from omni_train.errors import UserError
 from omni_train.processes import Exit
 
@@ -141,10 +141,7 @@ def run(command: Sequence[str]) -> int:
 
 def say(line: str) -> None:
     """One line of the job's log."""
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname().partition('.')[0]}"
-    job = f"job {os.environ['SLURM_JOB_ID']}" + (f" restart {restarts}" if restarts != "0" else "")
-    _write(f"{stamp} {job} | {line}\n".encode())
+    _write(f"{lines.stamp()}{line}\n".encode())
 
 
 def _write(text: bytes) -> None:

@@ -29,8 +29,9 @@ def write(rank, world_size, parallel, folder, options, changes):
     store = CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), recipe.model)
     store.save(0, chunks, None, {}, None)
     store.close()
+    latest = store.latest()
     platform.parallel.destroy()
-    return plain_tensors(str(store.latest())) if rank == 0 else None
+    return plain_tensors(str(latest)) if rank == 0 else None
 
 
 MTP = {"mtp_num_hidden_layers": 1}

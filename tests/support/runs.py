@@ -56,6 +56,9 @@ class RowsFromMemory:
     def restore(self, states: list) -> None:
         self.position = states[self.rank]["position"]
 
+    def start(self) -> None:
+        """They are there."""
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -70,7 +73,7 @@ def recipe_of(folder: Path, engine: str = "megatron", **changes):
         recipe = test_zero_engine.recipe_of(ZeroConfig(stage=2, whole_below=10), Precision.fp32)
     recipe.runs_dir, recipe.run = str(folder.parent), folder.name
     recipe.schedule.steps, recipe.checkpoint.save_every, recipe.checkpoint.keep = 6, 2, 0
-    recipe.tracking.expert_load_every = 0
+    recipe.tracking.expert_load_every, recipe.data.workers = 0, 0
     for key, value in changes.items():
         *rooms, name = key.split("__")
         room = recipe

@@ -30,14 +30,14 @@ class Conversation:
     def parts(self) -> dict[str, bytes]:
         return {medium.file: medium.file.encode() for medium in self.chat.media}
 
-    def read_audio(self, data: bytes, media, start=None, end=None) -> np.ndarray:
+    def read_audio(self, data: bytes, media, start=None, end=None, most=None) -> np.ndarray:
         return np.zeros(self.samples[data.decode()], dtype=np.float32)
 
     def read_image(self, data: bytes, media, vision) -> tuple[np.ndarray, tuple[int, int, int]]:
         grid = self.grids[data.decode()]
         return np.zeros((np.prod(grid), 1), dtype=np.uint8), grid
 
-    def read_video(self, data: bytes, media, vision, *, sound, start=None, end=None, max_tokens=None) -> Video:
+    def read_video(self, data: bytes, media, vision, *, sound, start=None, end=None, max_tokens=None, **_) -> Video:
         patches, grid = self.read_image(data, media, vision)
         seconds = self.seconds[data.decode()]
         waveform = self.read_audio(data, media) if sound else None
