@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 MARK = "OMNI_TRAIN_FAULTS"  # a variable that every process of a start inherits
-LAUNCHER = {"omni_train.launch", "omni_train.platform.launch"}
+LAUNCHER = "omni_train.launch"
 PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 GONE = 10.0  # seconds after the end of a command by which its processes must have ended
 
@@ -102,7 +102,7 @@ class Start:
         """The processes that train: the one started, or the launcher's children."""
         with contextlib.suppress(psutil.Error):
             started = psutil.Process(self.process.pid)
-            if LAUNCHER & set(started.cmdline()):
+            if LAUNCHER in started.cmdline():
                 return sorted(started.children(), key=lambda rank: rank.pid)
             return [started]
         return []
