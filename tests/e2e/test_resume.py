@@ -84,7 +84,7 @@ def test_a_second_start_of_a_run_is_refused_in_one_line_and_the_first_goes_on_as
     before = {path: path.stat().st_mtime_ns for path in (runs.folder / "twice").rglob("*")}
     err = runs.finish(*overrides, "seed=5", status=2)
     who = rf"{runs.folder}/twice: process {first.pid} on .* at work here"
-    assert re.fullmatch(f"error: {who}; wait for it, stop it, or give another run=", err.strip())
+    assert re.fullmatch(rf"[^|\n]+ \| error: {who}; wait for it, stop it, or give another run=", err.strip())
     assert {path: path.stat().st_mtime_ns for path in (runs.folder / "twice").rglob("*")} == before
     first.send_signal(signal.SIGCONT)
     out, err = first.communicate(timeout=180)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def two_stages(tmp_path, monkeypatch) -> Pipeline:
         folder = tmp_path / "p" / "first" / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "metadata.json").touch()
-    monkeypatch.setattr(pipeline.platform, "setup", lambda: None)
+    monkeypatch.setattr(pipeline, "holding", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(pipeline.lines, "_in_a_run", False)  # and afterwards, too
+    (tmp_path / "p").mkdir(exist_ok=True)
     monkeypatch.setattr(pipeline, "report", lambda directory: None)
     return Pipeline(tmp_path / "p", stages)
 
@@ -34,7 +37,7 @@ def trained(monkeypatch, two_stages: Pipeline, damage: Path) -> list[str]:
     order: list[str] = []
     complete = {"first"}
 
-    def train(recipe) -> bool:
+    def train(recipe, lock) -> bool:
         order.append(Path(recipe.run).name)
         if order == ["second"]:
             complete.discard("first")

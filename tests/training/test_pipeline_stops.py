@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def ending(monkeypatch, tmp_path):
     def run(signalled: int) -> tuple[int, str, int]:
         trained = []
 
-        def train(recipe) -> bool:
+        def train(recipe, lock) -> bool:
             stopping.finish_first("finishing the checkpoint of step 1")
             trained.append(recipe)
             if len(trained) == signalled:
@@ -36,10 +37,12 @@ def ending(monkeypatch, tmp_path):
             raise Ended(code, line)
 
         monkeypatch.setattr(room, "train", train)
+        monkeypatch.setattr(room, "holding", lambda *_, **__: nullcontext())
         monkeypatch.setattr(room, "_from_checkpoints", lambda recipe, _: recipe)
         monkeypatch.setattr(stopping, "end", end)
         monkeypatch.setattr(room, "report", lambda directory: pytest.fail("reported"))
         path = Path(tmp_path, "two.yaml")
+        (tmp_path / "two").mkdir()
         path.write_text("stages: {text_pretrain: [], s2_general: [data=rehearsal, model=tiny]}\n")
         stages = load_pipeline([f"name={path}", f"runs_dir={tmp_path}", "model=tiny"], world_size=1)
         with pytest.raises(Ended) as ended:
@@ -56,7 +59,6 @@ def test_a_stage_whose_last_evaluation_was_cut_off_is_not_complete(monkeypatch, 
     last = tmp_path / "r" / "checkpoints" / f"step_{recipe.schedule.steps:08d}"
     last.mkdir(parents=True)
     (last / "metadata.json").touch()
-    monkeypatch.setattr(room, "_check_unchanged", lambda *_: None)
     monkeypatch.setattr(room, "read_progress", lambda _: {"tokens": 0})
     assert room.is_complete(recipe)
     UnloggedStep(tmp_path / "r").keep({"step": recipe.schedule.steps})
