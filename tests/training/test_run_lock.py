@@ -95,12 +95,12 @@ def save_into_anothers(rank, world_size, directory):
         if rank == 0:
             (directory / ".lock").unlink()
         with pytest.raises(UserError, match="was removed"):
-            store._begin(1, None)
+            store._begin(1)
         store.guard = lambda: None
-        paths = store._begin(1, None)
+        paths = store._begin(1)
         store.guard = lock.check
         with pytest.raises(UserError, match="was removed"):
-            store._complete(*paths)
+            store._complete(*paths, {})
 
 
 def test_no_checkpoint_is_begun_or_completed_in_a_run_that_another_took_over(distributed, tmp_path):
