@@ -174,8 +174,11 @@ class Job:
 
     def wait_for_end(self) -> str:
         """Wait until the job is over; SLURM's word for how."""
-        self.wait(self.is_over)
-        return self.shown("JobState")
+        while True:
+            self.wait(self.is_over)
+            time.sleep(3)  # a job that is being queued again looks failed for a moment
+            if self.is_over():
+                return self.shown("JobState")
 
 
 @pytest.fixture(scope="module")
