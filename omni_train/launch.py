@@ -87,12 +87,16 @@ class _Watch:
             if time.monotonic() > self.deadline:
                 for rank in running:
                     rank.kill()
-            if signalled := signal.sigtimedwait(stopping.SIGNALS, _GLANCE):
-                for rank in running:
-                    rank.send_signal(signalled.si_signo)
-                interrupts += signalled.si_signo == signal.SIGINT
-                if interrupts == 2:
-                    self._end(self.code or Exit.interrupted, _GRACE[Exit.interrupted])
+            # Not by sigtimedwait, which makes up a signal where this process was stopped and goes on.
+            if not (pending := signal.sigpending() & set(stopping.SIGNALS)):
+                time.sleep(_GLANCE)
+                continue
+            number = signal.sigwait(pending)
+            for rank in running:
+                rank.send_signal(number)
+            interrupts += number == signal.SIGINT
+            if interrupts == 2:
+                self._end(self.code or Exit.interrupted, _GRACE[Exit.interrupted])
         if self.code == Exit.finished:
             self._look_for_the_first_to_fail([])
         if self.last_line:

@@ -92,6 +92,21 @@ def test_a_signal_reaches_every_rank_and_that_they_stopped_is_the_launchers_exit
     assert [(tmp_path / name).read_text() for name in ("rank0", "rank1")] == ["saved", "saved"]
 
 
+def test_a_launcher_that_was_stopped_goes_on_and_makes_up_no_signal(start, tmp_path):
+    process = start("train")
+    rank_pids(tmp_path)
+    for _ in range(3):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)  # longer than it looks at its ranks
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert process.poll() is None
+    assert not any((tmp_path / name).read_text().startswith("saved") for name in ("rank0", "rank1"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == Exit.stopped
+
+
 def test_a_signal_before_the_ranks_can_hear_it_is_kept_for_them(start, tmp_path):
     process = start("start")
     wait_until(lambda: signal.SIGTERM in signals_of(process.pid, "SigBlk"))
