@@ -77,10 +77,12 @@ def end(workers: Collection[Worker]) -> list[int | None]:
     Returns:
         their exit codes, -n for those that signal n had killed before; None where it is not known.
     """
-    for worker in workers:
-        worker.end.close()
-    # Without a server there is no worker either.
-    return _ask([worker.pid for worker in workers]) if workers and _server else [None for _ in workers]
+    try:
+        # Without a server there is no worker either.
+        return _ask([worker.pid for worker in workers]) if workers and _server else [None for _ in workers]
+    finally:
+        for worker in workers:
+            worker.end.close()  # not before: a worker that reads from it would end by itself
 
 
 _noted: mmap.mmap | None = None
@@ -198,10 +200,9 @@ def _fork(server: socket.socket, job: bytes, channel: int, memory: int) -> int:
         return pid
     end = socket.socket(fileno=channel)  # open until this process ends, so that its exit code is known by then
     try:
-        die_with_parent()
+        die_with_parent(parent)
         server.close()
-        if os.getppid() == parent:  # else it died before we could ask to die with it
-            _run(job, end, memory)
+        _run(job, end, memory)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -17,7 +17,7 @@ from omni_train.platform.logs import say, warn
 from omni_train.recipe.schema import Recipe, WandbMode
 from omni_train.training.codec_evaluation import Resynthesis
 from omni_train.training.evaluation import Prediction
-from omni_train.training.lines import read_lines
+from omni_train.training.step_log import read_lines
 
 
 class Callback:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from omni_train.data.batch import MODALITIES
 from omni_train.errors import UserError
-from omni_train.training.lines import read_lines
+from omni_train.training.step_log import read_lines
 
 COLUMNS = {
     "step": "{:,}",

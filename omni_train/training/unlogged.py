@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from omni_train import platform
+from omni_train.platform.agreement import on_first_rank
 from omni_train.platform.logs import warn
 
 
@@ -31,15 +30,16 @@ class UnloggedStep:
 
     def read(self, step: int) -> dict[str, float] | None:
         """The figures of the step, if they are what is kept. Collective."""
-        found: list = [None]
-        if platform.rank() == 0 and self.exists():
-            try:
-                metrics = json.loads(self.path.read_text())
-            except ValueError:
-                metrics = {"step": None}  # a crash cut it short
-            found = [metrics if metrics["step"] == step else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
+        return on_first_rank(lambda: self._read(step))
+
+    def _read(self, step: int) -> dict[str, float] | None:
+        if not self.exists():
+            return None
+        try:
+            metrics = json.loads(self.path.read_text())
+        except ValueError:
+            return None  # a crash cut it short
+        return metrics if metrics["step"] == step else None
 
     def forget(self) -> None:
         """They are logged, or of a step that the run no longer has."""
