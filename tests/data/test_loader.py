@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -302,6 +303,8 @@ def test_a_fork_server_that_dies_is_replaced_with_its_workers(config, capfd):
     rows = take(loader, 11)
     workers = workers_of(loader)
     workers[0].parent().kill()
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        time.sleep(0.01)  # the server takes a while to end, and they make rows until then
     assert_same(rows + take(loader, 29), expected)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert capfd.readouterr().err.count("WARNING: data: worker") == 2
