@@ -19,7 +19,7 @@ from data_pipelines.shards import index_shards, write_files
 from omni_train.data.codes import CODES, MAX_SECONDS, RECORD
 from omni_train.data.crops import read_speech
 from omni_train.data.files import open_regular
-from omni_train.data.members import check_member, members, read_member
+from omni_train.data.members import members, read_files
 from omni_train.data.sample import SampleError, describe, one_sample, sample_in
 from omni_train.data.tokenizer import copy_tokenizer
 from omni_train.errors import UserError
@@ -144,12 +144,9 @@ def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> 
         with open_regular(shard) as file:
             files = (member for member in members(file) if member.key is not None)
             for key, group in itertools.groupby(files, key=lambda member: member.key):
-                parts: dict[str, bytes] = {}
+                others = (member for member in group if member.name != CODES)  # of another codec, which these replace
                 try:
-                    for member in group:
-                        if member.name != CODES:  # another codec's, which these replace
-                            check_member(member, parts, most=most, most_text=most_text)
-                            parts[member.name] = read_member(file, member)
+                    parts = read_files(file, others, most=most, most_text=most_text)
                 except SampleError as error:
                     if error.reason in ("broken_shard", "truncated_shard"):
                         raise

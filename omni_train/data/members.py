@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -81,33 +81,37 @@ def members(shard: BinaryIO, begin: int = 0, end: int | None = None) -> Iterator
         at, told = stop, {}
 
 
-def read_member(shard: BinaryIO, member: Member) -> bytes:
-    """Its bytes, as many as its header says. Raises SampleError ``truncated_shard``."""
-    return _read(shard, member.offset, member.size)
+def read_files(shard: BinaryIO, files: Iterable[Member], *, most: int, most_text: int) -> dict[str, bytes]:
+    """The bytes of a sample's files, by their names in it; none is read that is refused.
 
-
-def check_member(member: Member, before: dict[str, bytes], *, most: int, most_text: int) -> None:
-    """Refuse a file of a sample before it is read, those ``before`` it being there.
-
-    Raises SampleError: ``sparse_file``, ``duplicate_file``, ``text_too_large`` for a ``key.json`` of more than
-    ``most_text`` bytes, ``sample_too_large`` for files of more than ``most`` bytes together, ``too_many_files``.
+    Raises SampleError: ``sparse_file``, ``duplicate_file``, ``too_many_files``, ``text_too_large`` for a ``key.json``
+    of more than ``most_text`` bytes, ``sample_too_large`` for files of more than ``most`` bytes together,
+    ``truncated_shard``.
     """
-    if member.holes:
-        raise SampleError("sparse_file")
-    if member.name in before:
-        raise SampleError("duplicate_file")
-    if member.name == "json" and member.size > most_text:
-        raise SampleError("text_too_large")
-    if member.size + sum(map(len, before.values())) > most:
-        raise SampleError("sample_too_large")
-    if len(before) >= MOST_FILES:
-        raise SampleError("too_many_files")
+    parts: dict[str, bytes] = {}
+    for member in files:
+        if member.holes:
+            raise SampleError("sparse_file")
+        if member.name in parts:
+            raise SampleError("duplicate_file")
+        if len(parts) >= MOST_FILES:
+            raise SampleError("too_many_files")
+        if member.name == "json" and member.size > most_text:
+            raise SampleError("text_too_large")
+        if member.size > most:
+            raise SampleError("sample_too_large")
+        parts[member.name] = _read(shard, member.offset, member.size)
+        most -= member.size
+    return parts
 
 
 def read_sample(shard: BinaryIO, begin: int, end: int, *, most: int, most_text: int) -> dict[str, bytes]:
-    """The files of the sample between two offsets, by their names in it. Raises SampleError as ``members`` and
-    ``check_member``, and ``broken_shard`` for files of two samples or none."""
-    parts: dict[str, bytes] = {}
+    """The files of the sample between two offsets. Raises SampleError as ``members`` and ``read_files``, and
+    ``broken_shard`` for files of two samples or none."""
+    return read_files(shard, _of_one_sample(shard, begin, end), most=most, most_text=most_text)
+
+
+def _of_one_sample(shard: BinaryIO, begin: int, end: int) -> Iterator[Member]:
     key, last = None, begin
     for count, member in enumerate(members(shard, begin, end)):
         if count >= MOST_FILES:
@@ -118,11 +122,9 @@ def read_sample(shard: BinaryIO, begin: int, end: int, *, most: int, most_text: 
         if key not in (None, member.key):
             raise SampleError("broken_shard")
         key = member.key
-        check_member(member, parts, most=most, most_text=most_text)
-        parts[member.name] = read_member(shard, member)
+        yield member
     if key is None or last < end:
         raise SampleError("broken_shard")
-    return parts
 
 
 def _read(shard: BinaryIO, offset: int, size: int) -> bytes:

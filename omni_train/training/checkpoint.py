@@ -27,7 +27,7 @@ from omni_train.recipe.schema import (
 )
 from omni_train.training.checkpoint_store import Store, attempt, describe, step_of
 from omni_train.training.integrity import Digests, damaged, digests_of, read_digests, reading
-from omni_train.training.plain_checkpoint import is_plain, load_plain, read_plain_progress
+from omni_train.training.plain_checkpoint import is_plain, load_from_plain, read_plain_progress
 from omni_train.training.state_files import read_state, write_state
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     from omni_train.training.sharded_files import as_data
 
     if is_plain(checkpoint):
-        return load_plain(sharded, checkpoint)
+        return load_from_plain(sharded, checkpoint)
     try:
         with as_data(checkpoint):
             return dist_checkpointing.load(sharded, str(checkpoint))

@@ -13,6 +13,7 @@ from collections.abc import Buffer, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 from omni_train import platform
 from omni_train.errors import UserError, first_line
@@ -103,7 +104,7 @@ def digests_of(folder: Path, names: Iterable[str]) -> Digests:
     digests = {}
     for name in names:
         with (folder / name).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = _sha256(file)
             os.fsync(file.fileno())
             digests[name] = (file.tell(), sha256)
     return digests
@@ -218,12 +219,16 @@ def _compare(checkpoint: Path, files: Digests) -> str | None:
     for name, (_, sha256) in files.items():
         try:
             with (checkpoint / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = _sha256(file)
         except OSError as error:
             return _unreadable(error)
         if found != sha256:
             return f"{name} does not have the digest that it was written with"
     return None
+
+
+def _sha256(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unreadable(error: OSError) -> str:

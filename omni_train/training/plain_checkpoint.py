@@ -98,7 +98,7 @@ def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {key: value for path in _files(checkpoint) for key, value in _read(path).items()}
 
 
-def load_plain(sharded: dict, checkpoint: Path) -> dict:
+def load_from_plain(sharded: dict, checkpoint: Path) -> dict:
     """What a Megatron sharded state asks for, cut out of whole tensors.
 
     Raises:

@@ -219,7 +219,7 @@ def _mono(frame: av.AudioFrame, converters: dict[tuple, av.AudioResampler]) -> n
     channels = frame.layout.nb_channels
     kind = frame.format.name, frame.layout.name, frame.sample_rate
     if kind not in converters:
-        # PyAV has no planes of eight channels. Threads would not be there in a forked process.
+        # PyAV has no planes of eight channels.
         converters[kind] = av.AudioResampler(format="fltp" if channels <= 2 else "flt", threads=1)
     (converted,) = converters[kind].resample(frame)
     planes = [np.frombuffer(plane, np.float32) for plane in converted.planes]

@@ -77,7 +77,7 @@ def read_video(
             with refused_as("video_extreme_ratio"):
                 number, size = _fit(times, *shape, media, vision, max_tokens)
             chosen = np.linspace(0, len(inside) - 1, number).round().astype(int)
-            # PyAV's own converter keeps threads of its process, and waits for them for ever in a worker forked from it.
+            # PyAV's own converter keeps threads; loader workers are the parallelism already.
             convert = VideoReformatter()
             return times[chosen], [_pixels(frame, size, convert) for frame in frames.take(inside[chosen])]
 
