@@ -232,7 +232,11 @@ def test_one_that_was_suspended_notices_that_another_took_over(tmp_path, monkeyp
     suspended = take(tmp_path)
     left_by(tmp_path, pid=2**22 + 1)  # as if it had been judged so
     other = take(tmp_path)
+    other._stop.set()  # the other falls silent
+    other._thread.join()
+    silent = other.path.read_bytes()
     time.sleep(3 * locks.HEARTBEAT_SECONDS)  # it beats on, into a file that is nobody's
+    assert other.path.read_bytes() == silent
     with pytest.raises(UserError, match=rf"process \d+ on .* took over while process {os.getpid()} was at work here"):
         suspended.check()
     suspended.release()
