@@ -29,7 +29,7 @@ SCENARIOS: dict[str, tuple[Callable, int]] = {
     "kills": (kills, 50),
     "signals": (signals, 20),
     "interrupts": (interrupts, 10),
-    "twice": (twice, 10),
+    "twice": (twice, 20),
     "damages": (damages, 36),
     "losses": (losses, 8),
 }

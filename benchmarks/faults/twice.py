@@ -14,11 +14,11 @@ from benchmarks.faults.trial import LONE, TENSOR, Layout, Trial, Wrong
 
 
 def twice(count: int, random) -> list[tuple[Layout, Callable[[Trial], None]]]:
-    """Runs of which a second start is made at once, and others while the first stands still somewhere."""
+    """Runs of which a second start is made at once, and another while the first stands still somewhere."""
     jobs = []
-    for number, size in enumerate(min(4, count - at) for at in range(0, count, 4)):
-        moments = [stepping(random.randint(1, 3), random.uniform(0, 0.2)), saving, stepping(8, random.uniform(0, 0.2))]
-        job = lambda trial, moments=moments[: size - 1]: _again(trial, moments)  # noqa: E731
+    for number, size in enumerate(min(2, count - at) for at in range(0, count, 2)):
+        moment = saving if number % 3 == 1 else stepping(random.randint(1, 8), random.uniform(0, 0.2))
+        job = lambda trial, moments=[moment][: size - 1]: _again(trial, moments)  # noqa: E731
         jobs.append(([LONE, TENSOR][number % 2], job))
     return jobs
 

@@ -155,9 +155,22 @@ def test_where_none_is_whole_the_run_is_refused_and_nothing_moved(copied):
     assert sorted((copied / "checkpoints").iterdir()) == before
 
 
+def test_digests_that_are_gone_are_damage_where_an_older_checkpoint_has_them(copied, capsys):
+    for number in (2, 6):
+        (step(copied, number) / DIGESTS).unlink()
+    store = Store(copied / "checkpoints", CheckpointConfig(verify=Verify.none))
+    assert store.latest() == step(copied, 6)
+    store.config.verify = Verify.small
+    assert store.latest() == step(copied, 4)
+    assert "step_00000006: damaged: digests.json is missing; set aside" in capsys.readouterr().err
+    shutil.rmtree(step(copied, 4))
+    assert store.latest() == step(copied, 2)
+
+
 def test_checkpoints_without_digests_are_taken_and_what_cannot_be_read_of_them_is_one_line(copied, capsys):
     checkpoint = step(copied, 6)
-    (checkpoint / DIGESTS).unlink()
+    for number in (2, 4, 6):
+        (step(copied, number) / DIGESTS).unlink()
     assert Store(copied / "checkpoints", CheckpointConfig()).latest() == checkpoint
     assert f"WARNING: {checkpoint}: has no digests.json" in capsys.readouterr().err
     for path in files(checkpoint):
