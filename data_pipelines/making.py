@@ -35,6 +35,8 @@ class Making:
         """
         note = self._notes / "settings.json"
         if not note.exists():
+            if self.out.exists() and not self.out.is_dir():
+                raise UserError(f"out={self.out} is no folder; name another")
             if self.out.exists() and any(path != self._notes for path in self.out.iterdir()):
                 raise UserError(
                     f"out={self.out} is not empty and was not {self.done} by this command; name another folder"

@@ -31,9 +31,15 @@ class RunFailed(UserError):
     status = 1
 
 
+_OF_A_PERSON = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
 def cannot_write(path: object, error: OSError) -> UserError:
     """What to raise where a run cannot do without writing `path`: a ``UserError`` where only a person can mend it."""
-    wrong = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    wrong = error.errno in _OF_A_PERSON
     return (UserError if wrong else RunFailed)(f"{path}: cannot be written: {error.strerror or first_line(error)}")
 
 

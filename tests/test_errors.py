@@ -1,11 +1,15 @@
 """A user's error is printed once, however many ranks have it."""
 
 import contextlib
+import errno
 import io
+import os
 from unittest.mock import patch
 
+import pytest
+
 from omni_train import lines
-from omni_train.errors import UserError, announce
+from omni_train.errors import UserError, announce, cannot_write
 
 
 def printed(rank, world_size, messages):
@@ -39,3 +43,12 @@ def test_an_error_announced_where_it_arose_is_not_printed_again(monkeypatch, cap
     announce(error)
     announce(error)
     assert capsys.readouterr().err == "error: bad key\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.ENAMETOOLONG, 2), (errno.EISDIR, 2)],
+)
+def test_what_only_a_person_can_mend_is_not_worth_another_try(number, status):
+    error = cannot_write("runs/a", OSError(number, os.strerror(number)))
+    assert (error.status, str(error)) == (status, f"runs/a: cannot be written: {os.strerror(number)}")

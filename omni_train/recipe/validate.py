@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from math import lcm
 
 from omni_train.errors import UserError
-from omni_train.recipe.refusals import bounds, divides, refuse, value
+from omni_train.recipe.refusals import bounds, divides, finite, refuse, value
 from omni_train.recipe.schema import (
     ChatTemplate,
     Decay,
@@ -98,6 +98,7 @@ _AT_MOST = {
     "model.partial_rotary_factor": 1,
     "model.mtp_num_hidden_layers": 1,
     "data.max_skip_fraction": 1,
+    "seed": 2**62,  # ranks count on from it, and 64 bits hold it
     "schedule.warmup_fraction": 1,
     "schedule.decay_fraction": 1,
 }
@@ -135,6 +136,7 @@ def processes(parallel: ParallelConfig) -> int:
 
 
 def _values(recipe: Recipe) -> None:
+    finite(recipe)
     bounds(recipe, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO, at_most=_AT_MOST)
     for key in _NOT_EMPTY:
         if not value(recipe, key):

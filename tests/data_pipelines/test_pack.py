@@ -146,6 +146,8 @@ def test_a_folder_of_something_else_or_of_other_settings_is_refused(packed, mani
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         pack(manifest, tmp_path, tokenizer, **OPTIONS)
+    with pytest.raises(UserError, match="is no folder"):
+        pack(manifest, tmp_path / "mine.txt", tokenizer, **OPTIONS)
     with pytest.raises(UserError, match="another row_tokens"):
         pack(manifest, packed, tokenizer, **OPTIONS | {"row_tokens": 512})
 

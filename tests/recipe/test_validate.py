@@ -15,6 +15,11 @@ FLASH = "model=flash_35b_a3b stage=s2_general"
 REFUSED = [
     # values
     ("seed=-1", None, "seed=-1: must be at least 0"),
+    ("seed=99999999999999999999", None, "seed=99999999999999999999: must be at most 4611686018427387904"),
+    ("optimizer.lr=nan", None, "optimizer.lr=nan: must be a finite number"),
+    ("optimizer.clip_grad=inf", None, "optimizer.clip_grad=inf: must be a finite number"),
+    ("optimizer.betas=[0.9,nan]", None, "optimizer.betas.1=nan: must be a finite number"),
+    ("schedule.warmup_fraction=nan", None, "schedule.warmup_fraction=nan: must be a finite number"),
     ("parallel.tensor=0", None, "parallel.tensor=0: must be at least 1"),
     ("schedule.steps=-3", None, "schedule.steps=-3: must be at least 0"),
     ("schedule.tokens=0", None, "schedule.tokens=0: must be at least 1"),
