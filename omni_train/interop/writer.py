@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 from omni_train.interop.folder import tensor_bytes
 from omni_train.interop.rows import TensorMap, as_rows, row_count, spans
 
@@ -69,14 +69,24 @@ class CheckpointReader:
         return self._tensors[name].properties.dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, put together from the parts of all ranks."""
-        from torch.distributed import checkpoint
+        """A whole tensor, put together from the parts of all ranks.
 
+        Raises:
+            DamagedCheckpoint: it cannot be read.
+        """
+        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        from omni_train.training.integrity import damaged
         from omni_train.training.sharded_files import user_errors
 
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        with user_errors():
-            checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        try:
+            with user_errors():
+                checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise damaged(self.path, f"{name} cannot be read: {first_line(cause)}", "use another") from error
         return tensor
 
 

@@ -18,9 +18,9 @@ from omni_train import platform
 from omni_train.errors import RunFailed, UserError, cannot_write, first_line
 from omni_train.platform.agreement import gathered, on_first_rank
 from omni_train.platform.logs import warn
-from omni_train.recipe.schema import CheckpointConfig, Verify
-from omni_train.training.integrity import DIGESTS, Digests, damaged, find_damage, write_digests
+from omni_train.recipe.schema import CheckpointConfig
 from omni_train.training.integrity import DamagedCheckpoint as DamagedCheckpoint
+from omni_train.training.integrity import Digests, damaged, find_damage, write_digests
 from omni_train.training.state_files import read_state, write_state
 
 _PARTIAL = ".partial"
@@ -29,8 +29,15 @@ _INCOMPLETE = "it was not written to its end, or lost its metadata.json"
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    return (checkpoint / "metadata.json").exists()
+    """Whether a checkpoint was written to its end.
+
+    Raises:
+        UserError: its folder may not be read.
+    """
+    try:
+        return (checkpoint / "metadata.json").exists()
+    except PermissionError:
+        raise UserError(f"{checkpoint}: may not be read; change its permissions") from None
 
 
 def newest(directory: Path) -> Path | None:
@@ -113,13 +120,6 @@ def _remains(directory: Path) -> list[Path]:
     return [*aside, *([Path(os.path.realpath(link))] if os.path.lexists(link) else []), *_steps(directory)]
 
 
-def _lost_digests(checkpoint: Path, older: list[Path]) -> str | None:
-    """The damage where digests are gone: one that is older than all that have them was written without."""
-    if (checkpoint / DIGESTS).exists() or not any((path / DIGESTS).exists() for path in older):
-        return None
-    return f"{DIGESTS} is missing"
-
-
 def attempt(write: Callable[[], None]) -> str | None:
     """What stops a write, None where nothing does."""
     try:
@@ -171,8 +171,8 @@ class Store:
         """
         candidates = on_first_rank(self._candidates)
         damage: dict[Path, str] = {}
-        for found, lost in candidates.items():
-            if (problem := lost or find_damage(found, self.config.verify)) is None:
+        for found in candidates:
+            if (problem := find_damage(found, self.config.verify)) is None:
                 break
             damage[found] = problem
         else:
@@ -183,8 +183,8 @@ class Store:
         on_first_rank(lambda: self._go_on_from(found, damage))
         return found
 
-    def _candidates(self) -> dict[Path, str | None]:
-        """The complete checkpoints, newest first, and what is known to be damaged of each before it is read."""
+    def _candidates(self) -> list[Path]:
+        """The complete checkpoints, newest first."""
         link = self.directory / _LATEST
         if link.is_dir() and not link.is_symlink():
             raise UserError(
@@ -197,9 +197,7 @@ class Store:
                 f"{remains[-1]}: not a complete checkpoint, and there is no other to go on from; restore it, or remove "
                 f"{self.directory} to start anew"
             )
-        if self.config.verify is Verify.none:
-            return dict.fromkeys(candidates)
-        return {path: _lost_digests(path, candidates[index:]) for index, path in enumerate(candidates)}
+        return candidates
 
     def _go_on_from(self, found: Path, damage: dict[Path, str]) -> None:
         newer = [path for path in _steps(self.directory) if step_of(path) > step_of(found)]

@@ -194,6 +194,8 @@ def _survey(checkpoint: Path, how: Verify, only: tuple[str, ...] | None) -> tupl
     try:
         written = read_digests(checkpoint)
         if written is None:
+            if _older_with_digests(checkpoint):
+                return f"{DIGESTS} is missing", {}
             warn(f"{checkpoint}: has no {DIGESTS}, as none had that were written before: damage will not be noticed")
             return None, {}
         if only is not None:
@@ -213,6 +215,11 @@ def _survey(checkpoint: Path, how: Verify, only: tuple[str, ...] | None) -> tupl
     except OSError as error:
         return _unreadable(error), {}
     return None, {name: of for name, of in written.items() if how is Verify.all or not _matches(name, _TENSORS)}
+
+
+def _older_with_digests(checkpoint: Path) -> bool:
+    """Whether a checkpoint of an earlier step beside this one has digests: then this one was written with some too."""
+    return any(path.parent.name < checkpoint.name for path in checkpoint.parent.glob(f"step_????????/{DIGESTS}"))
 
 
 def _compare(checkpoint: Path, files: Digests) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from omni_train import platform, stopping
 from omni_train.data.batch import MODALITIES
 from omni_train.data.sample import describe
-from omni_train.errors import UserError
+from omni_train.errors import RunFailed, UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import alive, stop_agreed
 from omni_train.recipe.schema import EngineName, NetworkName, Recipe
@@ -23,6 +24,8 @@ from omni_train.training.unlogged import UnloggedStep
 
 SECONDS_BETWEEN_SAVES = 5.0
 """How long the last save of a run waits where it failed, before it is tried again."""
+TRIES_WHEN_STOPPED = 3
+"""How often it is tried where a signal stops the run, at most: a scheduler does not wait for long."""
 
 
 def build_engine(recipe: Recipe):
@@ -46,6 +49,7 @@ class Trainer:
         self.directory = Path(recipe.runs_dir) / recipe.run
         if recipe.schedule.steps > 0:
             prepare(recipe)
+        self._saved = self.directory / ".saved"  # not among the checkpoints, to tell when they are gone
         self.unlogged = UnloggedStep(self.directory)
         self.engine = build_engine(recipe)
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
@@ -68,9 +72,15 @@ class Trainer:
             self.progress |= self.engine.resume(self.store, resume_from)
             self.step = step_of(resume_from)
             say(f"resuming from {resume_from} at step {self.step}")
+            self._mark_saved()
             stopping.at_once(f"at step {self.step}, nothing new to save")
         else:
             stopping.at_once("before step 1, nothing to save")
+            if self._saved.exists():
+                raise UserError(
+                    f"{self.store.directory}: has no checkpoint any more, and this run has saved some; restore them "
+                    f"(is a disk missing?), or remove {self._saved} to start anew"
+                )
             metrics = self.directory / "metrics.jsonl"
             if metrics.exists() and metrics.stat().st_size:
                 warn(f"{self.directory}: has logged steps but no checkpoint; the run starts anew")
@@ -113,7 +123,10 @@ class Trainer:
                 if self.step % self.recipe.checkpoint.save_every == 0:
                     self._save()
                 self.store.finish()
+                if self.store.last is not None:
+                    self._mark_saved()
             self._save_last()
+            self._mark_saved()
             if by := stop_agreed():  # also a signal that came while saving
                 self.stopped_by = by.name
             return self.stopped_by is None
@@ -273,7 +286,7 @@ class Trainer:
         """Save until it is written: a run that ends well leaves its last step behind.
 
         Raises:
-            RunFailed: it cannot be, `checkpoint.max_failures` times.
+            RunFailed: it cannot be, `checkpoint.max_failures` times; fewer where a signal stops the run.
         """
         self.store.failures = 0
         while True:
@@ -281,7 +294,18 @@ class Trainer:
             self.store.close()
             if self.store.last == self.step:
                 return
+            if self.store.failures >= TRIES_WHEN_STOPPED and (stopped := stop_agreed()):
+                raise RunFailed(
+                    f"stopped by {stopped.name}; step {self.step} could not be saved, and the same command goes on "
+                    "from the last that was"
+                )
             time.sleep(SECONDS_BETWEEN_SAVES)
+
+    def _mark_saved(self) -> None:
+        """Leave a file that says that the run has a checkpoint."""
+        if platform.rank() == 0 and not self._saved.exists():
+            with contextlib.suppress(OSError):  # a full disk: the next time, then
+                self._saved.touch()
 
     def _save(self) -> None:
         alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -355,6 +356,16 @@ def test_nothing_is_overwritten(distributed, original, tmp_path):
         import_checkpoint(MOE, original, tmp_path / "checkpoint")
     with pytest.raises(UserError, match="there are safetensors files already"):
         export_checkpoint(MOE, original, tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_that_is_cut_and_has_no_digests_is_one_line(distributed, original, tmp_path):
+    distributed(1, convert, [(import_checkpoint, (MOE, original, tmp_path / "checkpoint", None))])
+    (step,) = (tmp_path / "checkpoint").glob("step_*")
+    (step / "digests.json").unlink()
+    for shard in step.glob("*.distcp"):
+        os.truncate(shard, shard.stat().st_size // 9)
+    with pytest.raises(UserError, match=r"step_00000000: damaged: \S+ cannot be read: [^\n]*; use another"):
+        export_checkpoint(MOE, tmp_path / "out", step)
 
 
 def test_what_another_command_is_writing_is_left_to_it(distributed, copy, tmp_path):

@@ -163,6 +163,10 @@ def test_digests_that_are_gone_are_damage_where_an_older_checkpoint_has_them(cop
     store.config.verify = Verify.small
     assert store.latest() == step(copied, 4)
     assert "step_00000006: damaged: digests.json is missing; set aside" in capsys.readouterr().err
+    (step(copied, 4) / DIGESTS).rename(step(copied, 2) / DIGESTS)
+    with pytest.raises(DamagedCheckpoint, match=r"step_00000004: damaged: digests.json is missing"):
+        require_intact(step(copied, 4), Verify.small)  # named by init_from
+    (step(copied, 2) / DIGESTS).unlink()
     shutil.rmtree(step(copied, 4))
     assert store.latest() == step(copied, 2)
 

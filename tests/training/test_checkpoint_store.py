@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from omni_train.errors import UserError
 from omni_train.recipe.compose import write_recipe
 from omni_train.recipe.schema import CheckpointConfig
-from omni_train.training.checkpoint_store import Store, resolve, step_of
+from omni_train.training.checkpoint_store import Store, newest, resolve, step_of
 from omni_train.training.integrity import digests_of
 from omni_train.training.pipeline import is_complete
 from tests.support.thinker import small_recipe
@@ -245,3 +247,15 @@ def test_a_stage_is_complete_by_its_newest_checkpoint(store, lose):
     recipe.schedule.steps = 6
     (step(store, 6) / "progress.json").write_text("{")  # the run itself sees what it can go on from
     assert not is_complete(recipe)
+
+
+def test_a_checkpoint_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "step_00000002"
+    checkpoint.mkdir()
+
+    def refuse(path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)  # as stat does, but for root
+    with pytest.raises(UserError, match=r"step_00000002: may not be read; change its permissions$"):
+        newest(tmp_path)

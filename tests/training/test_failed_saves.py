@@ -8,6 +8,7 @@ import functools
 import multiprocessing.process
 import os
 import resource
+import signal
 import subprocess
 import threading
 import time
@@ -137,6 +138,38 @@ def test_the_last_save_is_tried_again_and_without_it_the_run_has_not_finished(di
     assert "step_00000006: could not be written: " in outcome.error
     assert outcome.status == 1
     assert steps(tmp_path / "never") == [2]
+
+
+@contextlib.contextmanager
+def stopped_at_the_end(trainer, rank):
+    """A signal comes when the last step is made, and no save of it succeeds."""
+    stop = lambda *_: signal.SIGTERM if trainer.step == 6 else None  # noqa: E731
+    with patch("omni_train.training.trainer.stop_agreed", stop), failing(trainer, rank, trouble=no_end, at={6: 99}):
+        yield
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_a_signal_the_last_save_is_tried_a_few_times_whatever_the_recipe_allows(distributed, tmp_path, engine):
+    more = dict(checkpoint__max_failures=99)
+    (outcome,) = distributed(1, run, tmp_path / "run", engine, stopped_at_the_end, more)
+    assert outcome.error.startswith("stopped by SIGTERM; step 6 could not be saved")
+    assert outcome.status == 1 and "(3 of 99 in a row)" in outcome.said and "(4 of 99" not in outcome.said
+    (again,) = distributed(1, run, tmp_path / "run", engine)
+    assert again.whole and "at step 4" in again.said
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew_by_itself(distributed, tmp_path, engine):
+    folder = tmp_path / "run"
+    distributed(1, run, folder, engine, None, {"schedule__stop_after": 2})
+    whole = logged(folder)
+    (folder / "checkpoints").rename(tmp_path / "elsewhere")
+    for outcome in distributed(1, run, folder, engine) + distributed(1, run, folder, engine):
+        assert "has no checkpoint any more, and this run has saved some; restore them" in outcome.error
+        assert outcome.status == 2 and logged(folder) == whole
+    (folder / ".saved").unlink()
+    (anew,) = distributed(1, run, folder, engine)
+    assert anew.whole and "the run starts anew" in anew.said
 
 
 def no_process(*_, **__):
