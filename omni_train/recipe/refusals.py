@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import NoReturn
 
 from omni_train.errors import UserError
@@ -24,16 +23,13 @@ def value(recipe: Recipe, key: str):
     return found
 
 
-def finite(recipe: Recipe) -> None:
-    """Refuse the first number of a recipe that is none: comparisons with NaN let it pass every bound."""
-    pending: list[tuple[str, object]] = [("", asdict(recipe))]
-    while pending:
-        key, found = pending.pop()
-        if isinstance(found, dict | list | tuple):
-            inner = found.items() if isinstance(found, dict) else enumerate(found)
-            pending += [(f"{key}.{name}" if key else f"{name}", one) for name, one in inner]
-        elif isinstance(found, float) and not math.isfinite(found):
-            raise UserError(f"{key}={found}: must be a finite number")
+def finite(found: object, key: str = "") -> None:
+    """Refuse the first number of a recipe, as dictionaries, that is none: NaN passes every comparison with a bound."""
+    if isinstance(found, dict | list | tuple):
+        for name, inner in found.items() if isinstance(found, dict) else enumerate(found):
+            finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise UserError(f"{key}={found}: must be a finite number")
 
 
 def divides(recipe: Recipe, divisor: int, name: str, *keys: str) -> None:

@@ -5,6 +5,7 @@ Each refusal is one line: the key and its value, what is wrong, what to do. docs
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.util import find_spec
 from math import lcm
 
@@ -136,7 +137,7 @@ def processes(parallel: ParallelConfig) -> int:
 
 
 def _values(recipe: Recipe) -> None:
-    finite(recipe)
+    finite(asdict(recipe))
     bounds(recipe, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO, at_most=_AT_MOST)
     for key in _NOT_EMPTY:
         if not value(recipe, key):

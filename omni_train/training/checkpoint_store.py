@@ -148,6 +148,7 @@ class Store:
         self.failures = 0  # saves in a row that could not be written
         self.last: int | None = None  # step of the newest checkpoint that this run has written, or found written
         self.guard: Callable[[], None] = lambda: None  # collective; refuses to write where the run is another's by now
+        self.saved: Callable[[], None] = lambda: None  # called on the first rank when a checkpoint is complete
         on_first_rank(self._prepare)
 
     def _prepare(self) -> None:
@@ -179,7 +180,7 @@ class Store:
             if not candidates:
                 return None
             remedy = f"there is no other to go on from: restore it, or remove {self.directory} to start anew"
-            raise damaged(*next(iter(damage.items())), remedy)
+            raise damaged(candidates[0], damage[candidates[0]], remedy)
         on_first_rank(lambda: self._go_on_from(found, damage))
         return found
 
@@ -294,6 +295,7 @@ class Store:
 
     def _completed(self, final: Path) -> None:
         """On the first rank, when a checkpoint is there."""
+        self.saved()
         self._link(final)
         if problem := attempt(lambda: self._prune(final)):
             warn(f"{self.directory}: older checkpoints cannot be removed: {problem}")

@@ -54,6 +54,7 @@ class Trainer:
         self.engine = build_engine(recipe)
         self.schedule = Schedule(recipe.schedule, recipe.optimizer)
         self.store = self.engine.open_store(self.directory / "checkpoints")
+        self.store.saved = self._mark_saved
         self.step = 0
         self.progress = {
             "tokens": 0.0,
@@ -123,10 +124,7 @@ class Trainer:
                 if self.step % self.recipe.checkpoint.save_every == 0:
                     self._save()
                 self.store.finish()
-                if self.store.last is not None:
-                    self._mark_saved()
             self._save_last()
-            self._mark_saved()
             if by := stop_agreed():  # also a signal that came while saving
                 self.stopped_by = by.name
             return self.stopped_by is None
@@ -303,7 +301,7 @@ class Trainer:
 
     def _mark_saved(self) -> None:
         """Leave a file that says that the run has a checkpoint."""
-        if platform.rank() == 0 and not self._saved.exists():
+        if platform.rank() == 0:
             with contextlib.suppress(OSError):  # a full disk: the next time, then
                 self._saved.touch()
 
