@@ -77,6 +77,7 @@ class CheckpointReader:
         from torch.distributed import checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from omni_train.training.checkpoint import cause_of
         from omni_train.training.integrity import damaged
         from omni_train.training.sharded_files import user_errors
 
@@ -85,8 +86,8 @@ class CheckpointReader:
             with user_errors():
                 checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise damaged(self.path, f"{name} cannot be read: {first_line(cause)}", "use another") from error
+            why = first_line(cause_of(error))
+            raise damaged(self.path, f"{name} cannot be read: {why}", "use another") from error
         return tensor
 
 

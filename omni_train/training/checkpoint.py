@@ -74,7 +74,7 @@ def read_progress(checkpoint: Path) -> dict:
         try:
             return load_common_state_dict(checkpoint)["progress"]
         except CheckpointException as error:  # which is no Exception
-            raise _cause(error) from error
+            raise cause_of(error) from error
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -136,7 +136,7 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
         with as_data(checkpoint):
             return dist_checkpointing.load(sharded, str(checkpoint))
     except (CheckpointingException, CheckpointException, *_UNREADABLE) as error:
-        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        cause = cause_of(error) if isinstance(error, CheckpointException) else error
         if "optimizer.state." in str(cause):
             raise UserError(
                 f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= "
@@ -145,7 +145,7 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
         raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(cause)}") from error
 
 
-def _cause(error) -> BaseException:
+def cause_of(error) -> BaseException:
     """What the first rank that failed met."""
     return next(iter(error.failures.values()))[0]
 
