@@ -5,7 +5,8 @@ Facts of SLURM (22.05, seen by tests/launchers/test_slurm.py) that it rests on:
 - ``scancel`` and the time limit send SIGTERM to every process of the job, this one too, and SIGKILL after ``KillWait``.
   The job is COMPLETING meanwhile, and a requeue then would bring a cancelled job back.
 - ``scontrol requeue`` of the first id of an array is about the whole array.
-- srun loses a signal that comes before it has started the tasks. So it is sent until they end; ranks heed the first.
+- srun dies of a signal in its first moments, and loses one that comes before it has started the tasks. So the first is
+  sent when it has had a second, and again until the tasks end; ranks heed the first.
 - A node that does not answer is SLURM's to notice: it ends the job, and with ``--requeue`` queues it again by itself.
 """
 
@@ -29,6 +30,7 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 exec "$0" -m omni_train "$@"
 """
 _OTHERS_SECONDS = 120  # that the other ranks have to end after the first one did, with whatever code
+_DEAF_SECONDS = 1.0  # from the start of srun
 _RESEND_SECONDS = 5.0
 _TASKS_ENDED = re.compile(rb"srun: error: (\S+): tasks? (\d+)\S*: (?:Exited with exit code (\d+)|([A-Z][^(:]*))")
 
@@ -40,22 +42,29 @@ class StopSignals:
         self.first: signal.Signals | None = None
         self.for_good = False
         self._ranks: subprocess.Popen | None = None
+        self._deaf_until = 0.0
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._asked)
         signal.signal(signal.SIGALRM, self._pass_on)
 
     def pass_to(self, ranks: subprocess.Popen | None) -> None:
         """Hand signals on to srun from here on, also one that came before; None: to nobody any more."""
-        self._ranks = ranks
-        if ranks is None or self.first is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0 if ranks is None else 0.01, _RESEND_SECONDS)
+        self._ranks, self._deaf_until = ranks, time.monotonic() + _DEAF_SECONDS
+        if ranks is None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        elif self.first is not None:
+            self._send()
+
+    def _send(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, self._deaf_until - time.monotonic()), _RESEND_SECONDS)
 
     def _asked(self, number: int, _frame: object) -> None:
         self.for_good |= number == signal.SIGTERM
         if self.first is None:
             self.first = signal.Signals(number)
             say(f"{self.first.name}: the ranks are told to save and to end")
-            self.pass_to(self._ranks)
+            if self._ranks is not None:
+                self._send()
 
     def _pass_on(self, _number: int, _frame: object) -> None:
         if self._ranks is not None:
@@ -149,8 +158,6 @@ def _write(text: bytes) -> None:
 
 
 def _run_ranks(command: Sequence[str], asked: StopSignals) -> End:
-    if asked.first is not None:
-        return End(Exit.stopped, f"stopped by {asked.first.name} before the ranks were started")
     job = int(os.environ["SLURM_JOB_ID"]) + 997 * int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     on_this_node = int(re.match(r"\d+", os.environ["SLURM_TASKS_PER_NODE"])[0])  # as in 8(x2)
     first = os.environ["SLURMD_NODENAME"]  # where the batch script runs, and so does rank 0
@@ -160,6 +167,8 @@ def _run_ranks(command: Sequence[str], asked: StopSignals) -> End:
         "MASTER_ADDR": _show("node", first).get("NodeAddr", first),
         "MASTER_PORT": str(10000 + job % 20000),  # below the ports that systems hand out themselves
     }
+    if asked.first is not None:
+        return End(Exit.stopped, f"stopped by {asked.first.name} before the ranks were started")
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=0", f"--wait={_OTHERS_SECONDS}", "--cpu-bind=none"]
     ranks = subprocess.Popen(
         [*srun, "bash", "-c", _RANK, sys.executable, *command], env=environment, stderr=subprocess.PIPE

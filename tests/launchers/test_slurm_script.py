@@ -198,14 +198,24 @@ def test_slurms_signal_reaches_the_ranks_and_the_job_goes_on(fakes):
 
 
 def test_a_signal_that_srun_loses_is_sent_again(fakes):
+    fakes.monkeypatch.setattr("omni_train.slurm.job._DEAF_SECONDS", 0.0)
     fakes.monkeypatch.setattr("omni_train.slurm.job._RESEND_SECONDS", 0.2)
     code, _ = fakes.ranks(f"trap : USR1; kill -USR1 $PPID; sleep .5; {UNTIL_USR1}")
     assert code == Exit.stopped
 
 
-def test_a_signal_before_the_ranks_are_started_is_heeded(fakes):
+def test_a_signal_in_the_first_moments_of_srun_waits_until_it_can_be_heeded(fakes):
+    code, log = fakes.ranks(f"kill -USR1 $PPID; sleep .3; {UNTIL_USR1}")
+    assert code == Exit.stopped
+    assert "stopped by SIGUSR1, and saved" in log
+
+
+def test_after_a_signal_the_ranks_are_not_started(fakes):
     fakes.program("scontrol", "case $2 in node) kill -USR1 $PPID;; job) echo JobState=RUNNING;; esac")
-    assert fakes.ranks(UNTIL_USR1)[0] == Exit.stopped
+    code, log = fakes.ranks(UNTIL_USR1)
+    assert code == Exit.stopped
+    assert "requeued (1 of 3 without progress): stopped by SIGUSR1 before the ranks were started" in log
+    assert not fakes.calls("srun")
 
 
 @pytest.mark.parametrize(
