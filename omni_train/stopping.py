@@ -24,9 +24,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMANDS = ("train", "pipeline")
 """Those that stop where all is saved. The others end at the first signal, as any program does."""
 
+_LINE_SECONDS = 1.0  # for the line of a signal to be written, where standard error takes one
 _GO_ON = "the same command goes on from here"
 
 _changing = threading.Lock()
+_last_word = threading.Lock()  # with whoever ends the process, for good: no line of a signal before comes after
 _asked: signal.Signals | None = None
 _told = False
 _doing: str | None = None  # what is finished before the run stops; None: nothing, it ends at once
@@ -104,6 +106,7 @@ def over() -> None:
 
 def end(code: int, line: str) -> NoReturn:
     """End the process now, whatever its threads are held up in; the first rank says why."""
+    _last_word.acquire(timeout=_LINE_SECONDS)
     if _is_first():
         lines.show_cursor()
         lines.write(line)
@@ -139,7 +142,8 @@ def _answer(number: int) -> None:
         if _doing is None:
             _end_stopped()
         if not _told and _is_first():
-            lines.write(f"{signal.Signals(number).name}: {_doing}; a second Ctrl-C ends at once")
+            with _last_word:
+                lines.write(f"{signal.Signals(number).name}: {_doing}; a second Ctrl-C ends at once")
         _told = True
 
 

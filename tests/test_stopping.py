@@ -71,6 +71,17 @@ def test_a_question_that_hangs_keeps_no_second_ctrl_c_from_ending_the_process():
     assert code == Exit.interrupted
 
 
+def test_the_line_that_says_why_a_process_ended_is_its_last():
+    code, err = run(
+        "write = stopping.lines.write\nstopping.lines.write = lambda line: (write(line), time.sleep(1))\n"
+        "stopping.unless_lost(lambda: time.sleep(0.5))\n"  # so that the first signal's line comes late
+        "stopping.finish_first('finishing step 1 and saving')\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    assert code == Exit.interrupted
+    assert err == "interrupted: ended at once by a second Ctrl-C; what was saved before is kept\n"
+
+
 def test_signals_to_forked_helpers_are_not_the_runs_and_programs_inherit_nothing():
     code, err = run(
         "stopping.finish_first('finishing step 1 and saving')\n"

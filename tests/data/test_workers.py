@@ -126,6 +126,8 @@ def test_an_interrupt_while_the_server_is_asked_does_not_mix_up_its_answers(monk
     assert eventually(lambda: gone(running.pid))
     worker = Worker(_report)
     assert worker.receive()["server"] == server().pid
+    with pytest.raises(EOFError):
+        worker.receive()
     assert end([worker]) == [0]
 
 
