@@ -45,6 +45,8 @@ _OF_A_PERSON = (
 
 def cannot_write(path: object, error: OSError) -> UserError:
     """What to raise where a run cannot do without writing `path`: a ``UserError`` where only a person can mend it."""
+    if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
+        return UserError(f"{error.filename}: is a link that leads nowhere; is a disk missing?")
     wrong = error.errno in _OF_A_PERSON
     return (UserError if wrong else RunFailed)(f"{path}: cannot be written: {error.strerror or first_line(error)}")
 

@@ -52,3 +52,13 @@ def test_an_error_announced_where_it_arose_is_not_printed_again(monkeypatch, cap
 def test_what_only_a_person_can_mend_is_not_worth_another_try(number, status):
     error = cannot_write("runs/a", OSError(number, os.strerror(number)))
     assert (error.status, str(error)) == (status, f"runs/a: cannot be written: {os.strerror(number)}")
+
+
+def test_a_link_that_leads_nowhere_is_called_so(tmp_path):
+    link = tmp_path / "checkpoints"
+    link.symlink_to(tmp_path / "unmounted")
+    for path in (link, link / "step_00000001"):
+        with pytest.raises(FileExistsError) as made:
+            path.mkdir(parents=True, exist_ok=True)
+        error = cannot_write(path, made.value)
+        assert (error.status, str(error)) == (2, f"{link}: is a link that leads nowhere; is a disk missing?")

@@ -179,7 +179,7 @@ class Store:
         else:
             if not candidates:
                 return None
-            remedy = f"there is no other to go on from: restore it, or remove {self.directory} to start anew"
+            remedy = f"there is no other to go on from: restore it, or remove {self.directory.parent} to start anew"
             raise damaged(candidates[0], damage[candidates[0]], remedy)
         on_first_rank(lambda: self._go_on_from(found, damage))
         return found
@@ -196,7 +196,7 @@ class Store:
         if not candidates and (remains := _remains(self.directory)):
             raise UserError(
                 f"{remains[-1]}: not a complete checkpoint, and there is no other to go on from; restore it, or remove "
-                f"{self.directory} to start anew"
+                f"{self.directory.parent} to start anew"
             )
         return candidates
 
@@ -309,7 +309,7 @@ class Store:
         if self.failures >= allowed:
             last = f"; it is the last of checkpoint.max_failures={allowed} in a row, and ends the run"
             raise RunFailed(what + last * (allowed > 1))
-        warn(f"{what}; the run goes on, and the next save tries again ({self.failures} of {allowed} in a row)")
+        warn(f"{what}; the next save tries again ({self.failures} of {allowed} in a row)")
 
     def _prune(self, written: Path) -> None:
         """Remove what is older than the newest `keep` checkpoints up to the one just written."""

@@ -80,7 +80,7 @@ class Trainer:
             if self._saved.exists():
                 raise UserError(
                     f"{self.store.directory}: has no checkpoint any more, and this run has saved some; restore them "
-                    f"(is a disk missing?), or remove {self._saved} to start anew"
+                    f"(is a disk missing?), or remove {self.directory} to start anew"
                 )
             metrics = self.directory / "metrics.jsonl"
             if metrics.exists() and metrics.stat().st_size:
@@ -170,7 +170,8 @@ class Trainer:
                 speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
                 for callback in callbacks:
                     (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, shown)
-        if self.step % config.log_every == 0 or evaluates or answers:
+        last = self.schedule.done(self.step, self.progress["tokens"])  # also of a run shorter than log_every
+        if self.step % config.log_every == 0 or evaluates or answers or last:
             for callback in callbacks:
                 callback.on_metrics(metrics)
         return True

@@ -7,7 +7,9 @@ import errno
 import functools
 import multiprocessing.process
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -101,7 +103,7 @@ def test_a_save_that_fails_on_one_rank_costs_all_a_line_and_the_next_one_counts(
     assert [outcome.error for outcome in outcomes] == [None, None]
     said = outcomes[0].said
     assert "step_00000004: could not be written: " in said and reason in said
-    assert "the run goes on, and the next save tries again (1 of 3 in a row)" in said
+    assert "; the next save tries again (1 of 3 in a row)" in said
     assert "Traceback" not in said
     assert steps(tmp_path / "run") == [2, 6]
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_00000006"
@@ -167,9 +169,34 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew_by_itself(distribu
     for outcome in distributed(1, run, folder, engine) + distributed(1, run, folder, engine):
         assert "has no checkpoint any more, and this run has saved some; restore them" in outcome.error
         assert outcome.status == 2 and logged(folder) == whole
-    (folder / ".saved").unlink()
+    what_it_names = Path(re.search("or remove (.*) to start anew", outcome.error)[1])
+    shutil.rmtree(what_it_names)
     (anew,) = distributed(1, run, folder, engine)
-    assert anew.whole and "the run starts anew" in anew.said
+    assert anew.whole and what_it_names == folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("lost", ["metadata.json", "loader_00000.pt"])  # incomplete, damaged
+def test_a_run_with_nothing_to_go_on_from_starts_anew_when_what_its_refusal_names_is_removed(
+    distributed, tmp_path, engine, lost
+):
+    folder = tmp_path / "run"
+    distributed(1, run, folder, engine, None, {"schedule__stop_after": 2})
+    (folder / "checkpoints" / "step_00000002" / lost).unlink()
+    (refused,) = distributed(1, run, folder, engine)
+    assert "step_00000002" in refused.error and "no other to go on from" in refused.error
+    shutil.rmtree(re.search("or remove (.*) to start anew", refused.error)[1])
+    (anew,) = distributed(1, run, folder, engine)
+    assert anew.whole and [step for step, *_ in anew.losses] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("log_every", "logged_steps"), [(4, [4, 6]), (10, [6])])
+def test_the_last_step_is_logged_whatever_the_steps_between_two_lines(distributed, tmp_path, log_every, logged_steps):
+    folder = tmp_path / "run"
+    distributed(1, run, folder, "deepspeed", None, {"schedule__stop_after": 3, "schedule__log_every": log_every})
+    assert not logged(folder)
+    (outcome,) = distributed(1, run, folder, "deepspeed", None, {"schedule__log_every": log_every})
+    assert [step for step, *_ in outcome.losses] == logged_steps
 
 
 def no_process(*_, **__):
