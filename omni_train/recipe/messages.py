@@ -54,7 +54,7 @@ def one_line(error: BaseException) -> UserError:
         if isinstance(cause, UserError):
             return cause
         if isinstance(cause, OverrideParseException):
-            return UserError(f"{cause.override!r} is not an override; write key=value, group=option or key=[a,b]")
+            return UserError(_no_override(cause.override))
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             group, _, option = (cause.missing_cfg_file or "").rpartition("/")
             return UserError(f"{group}={option}: no such recipe; choose one of {', '.join(sorted(cause.options))}")
@@ -73,6 +73,13 @@ def one_line(error: BaseException) -> UserError:
     if isinstance(error, HydraException | ValueError):
         return UserError(_sentence(error))
     raise error
+
+
+def _no_override(word: str) -> str:
+    single_value = r"([+~]*[\w./@]+)=([^\[\]{}()'\"]+)"  # with characters that Hydra has other uses for
+    if match := re.fullmatch(single_value, word):
+        return f"{word!r} is not an override; put its value in quotes: '{match[1]}=\"{match[2]}\"'"
+    return f"{word!r} is not an override; write key=value, group=option or key=[a,b]"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

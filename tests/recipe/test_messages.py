@@ -44,6 +44,8 @@ REFUSED = [
     ("+data.path=x", "data.path is a key of the recipe; write it without +"),
     ("steps", "'steps' is not an override; write key=value, group=option or key=[a,b]"),
     ("a=[1", "'a=[1' is not an override; write key=value, group=option or key=[a,b]"),
+    ("run=übung", """'run=übung' is not an override; put its value in quotes: 'run="übung"'"""),
+    ("data.path=/a#b", """'data.path=/a#b' is not an override; put its value in quotes: 'data.path="/a#b"'"""),
     ("model.name=${nosuch}", "run: Interpolation key 'nosuch' not found"),
 ]
 
@@ -53,6 +55,10 @@ def test_a_wrong_override_is_refused_in_one_line(override, message):
     with pytest.raises(UserError) as error:
         load_recipe([override])
     assert str(error.value) == message
+
+
+def test_what_goes_into_quotes_is_taken():
+    assert load_recipe(['run="übung"']).run == "übung"
 
 
 def test_an_unset_variable_of_the_environment_names_the_key(monkeypatch):
