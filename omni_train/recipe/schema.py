@@ -294,7 +294,7 @@ class ScheduleConfig:
     warmup_fraction: float = 0.01  # of the run's length
     decay: Decay = Decay.cosine
     decay_fraction: float = 0.1  # of the run's length, `wsd` only
-    log_every: int = 1  # steps
+    log_every: int = 1  # steps; the last is always logged
     eval_every: int = 0  # steps; 0 never evaluates
     eval_rows: int = 8  # held-out rows per evaluation, over all data ranks
     stop_after: int | None = None  # end (and save) after this step without changing the schedule's shape
