@@ -75,19 +75,16 @@ class CheckpointReader:
             DamagedCheckpoint: it cannot be read.
         """
         from torch.distributed import checkpoint
-        from torch.distributed.checkpoint.api import CheckpointException
 
-        from omni_train.training.checkpoint import cause_of
         from omni_train.training.integrity import damaged
-        from omni_train.training.sharded_files import user_errors
+        from omni_train.training.sharded_files import unwrapped_errors
 
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
         try:
-            with user_errors():
+            with unwrapped_errors():
                 checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            why = first_line(cause_of(error))
-            raise damaged(self.path, f"{name} cannot be read: {why}", "use another") from error
+        except RuntimeError as error:
+            raise damaged(self.path, f"{name} cannot be read: {first_line(error)}", "use another") from error
         return tensor
 
 

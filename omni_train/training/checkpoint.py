@@ -66,15 +66,11 @@ def read_progress(checkpoint: Path) -> dict:
     if is_plain(checkpoint):
         return read_plain_progress(checkpoint)
     from megatron.core.dist_checkpointing import load_common_state_dict
-    from torch.distributed.checkpoint.api import CheckpointException
 
     from omni_train.training.sharded_files import as_data
 
     with reading(checkpoint / ".metadata"), as_data(checkpoint):
-        try:
-            return load_common_state_dict(checkpoint)["progress"]
-        except CheckpointException as error:  # which is no Exception
-            raise cause_of(error) from error
+        return load_common_state_dict(checkpoint)["progress"]
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -126,7 +122,6 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint.api import CheckpointException
 
     from omni_train.training.sharded_files import as_data
 
@@ -135,19 +130,13 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
     try:
         with as_data(checkpoint):
             return dist_checkpointing.load(sharded, str(checkpoint))
-    except (CheckpointingException, CheckpointException, *_UNREADABLE) as error:
-        cause = cause_of(error) if isinstance(error, CheckpointException) else error
-        if "optimizer.state." in str(cause):
+    except (CheckpointingException, *_UNREADABLE) as error:
+        if "optimizer.state." in str(error):
             raise UserError(
                 f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= "
                 f"of the run that wrote it, or start a new run with init_from={checkpoint}"
             ) from error
-        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(cause)}") from error
-
-
-def cause_of(error) -> BaseException:
-    """What the first rank that failed met."""
-    return next(iter(error.failures.values()))[0]
+        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(error)}") from error
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:

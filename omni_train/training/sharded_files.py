@@ -42,6 +42,7 @@ def as_data(checkpoint: Path) -> Iterator[None]:
 
     Raises:
         UserError: what is read is damaged, or more than data.
+        RuntimeError: as of :func:`unwrapped_errors`.
     """
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import torch as strategy
@@ -58,7 +59,7 @@ def as_data(checkpoint: Path) -> Iterator[None]:
     try:
         for module in (serialization, strategy):
             module._get_filesystem_reader = lambda *_, **__: reader
-        with user_errors():
+        with unwrapped_errors():
             yield
     finally:
         for module in (serialization, strategy):
@@ -66,13 +67,20 @@ def as_data(checkpoint: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Let a reader's UserError through ``torch.distributed.checkpoint`` as it is."""
+def unwrapped_errors() -> Iterator[None]:
+    """Around ``torch.distributed.checkpoint``, which wraps what a reader meets in what is no ``Exception``.
+
+    Raises:
+        UserError: a rank's reader raised it.
+        RuntimeError: with the message of whatever else the first rank that failed has met.
+    """
     try:
         yield
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        raise next((cause for cause in causes if isinstance(cause, UserError)), error) from error
+        if refused := next((cause for cause in causes if isinstance(cause, UserError)), None):
+            raise refused from error
+        raise RuntimeError(str(causes[0]) or type(causes[0]).__name__) from error
 
 
 class Reader(FileSystemReader):
