@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks import media
 from data_pipelines.rehearsal import build
 from data_pipelines.rehearsal.kinds import KINDS
-from omni_train.data.loader import build_loader
+from omni_train.data.stream.loader import build_loader
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import Recipe, SourceConfig
 

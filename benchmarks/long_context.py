@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from omni_train import platform
-from omni_train.data.batch import IGNORE, MODALITIES, PackedBatch
-from omni_train.data.chat import TokenSequence
-from omni_train.data.lengths import audio_tokens, vision_tokens
-from omni_train.data.packing import pack
+from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
+from omni_train.data.rows.chats import TokenSequence
+from omni_train.data.rows.packing import pack
+from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import Recipe
 from omni_train.threads import keep_awake
@@ -85,7 +85,7 @@ def step(rank: int, tokens: int, port: int, results: multiprocessing.Queue) -> N
     torch.set_num_threads(1)
     platform.setup()
     platform.init_distributed(timeout_seconds=1800)
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
 
     settings = recipe(tokens)
     platform.parallel.initialize(settings.parallel, settings.seed)

@@ -75,8 +75,8 @@ def _take_turns(sides: tuple[Callable, ...]) -> list[float]:
 
 def _recognizer() -> list[dict]:
     from omni_train import platform
+    from omni_train.training.engines.zero import ZeroEngine
     from omni_train.training.feed import Feed
-    from omni_train.training.zero_engine import ZeroEngine
 
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder, "world")

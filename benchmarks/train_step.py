@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from omni_train import platform
-from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.data.chat import TokenSequence
-from omni_train.data.packing import aligned, best_fit, pack
+from omni_train.data.rows.batch import IGNORE, PackedBatch
+from omni_train.data.rows.chats import TokenSequence
+from omni_train.data.rows.packing import aligned, best_fit, pack
 from omni_train.recipe.schema import (
     DataConfig,
     ModelConfig,
@@ -158,10 +158,10 @@ def theirs(folder: Path) -> Callable[[str], float]:
 def ours(folder: Path) -> Callable[[str], float]:
     """The step of our engine: kind of samples -> mean loss per token before the update."""
     platform.init_distributed()
+    from omni_train.checkpoint.sharded import load_model
+    from omni_train.checkpoint.store import resolve
     from omni_train.interop.convert import import_checkpoint
-    from omni_train.training.checkpoint import load_model
-    from omni_train.training.checkpoint_store import resolve
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
 
     import_checkpoint("qwen3_5_moe", folder, folder / "imported")
     platform.parallel.initialize(recipe().parallel, recipe().seed)

@@ -126,7 +126,7 @@ def _data(arguments: list[str]) -> int:
         return pack
 
     def codes():
-        from omni_train.training.codec_checkpoint import write_codes
+        from omni_train.frozen.codec import write_codes
 
         return write_codes
 

@@ -60,8 +60,8 @@ from omni_train import platform
 platform.init_distributed()
 import benchmarks.gpu_check.kernels, benchmarks.gpu_check.slice, benchmarks.gpu_check.steps
 import omni_train.objectives.codec, omni_train.objectives.recognition, omni_train.models.discriminators
-import omni_train.rollout.generate, omni_train.training.engine, omni_train.training.zero_engine
-from omni_train.training.zero import import_deepspeed
+import omni_train.rollout.generate, omni_train.training.engines.megatron, omni_train.training.engines.zero
+from omni_train.training.engines.deepspeed import import_deepspeed
 import_deepspeed()
 """
 

@@ -58,6 +58,6 @@ def test_files_are_unpickled_in_few_places():
     assert found == {
         "omni_train/data/transfer.py",  # these two only between processes of one command
         "omni_train/data/workers.py",
-        "omni_train/training/sharded_files.py",
-        "omni_train/training/state_files.py",
+        "omni_train/checkpoint/sharded_files.py",
+        "omni_train/checkpoint/state_files.py",
     }

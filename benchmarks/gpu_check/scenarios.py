@@ -69,8 +69,8 @@ def thinker(recipe: Recipe, start: Path | None, steps: int = STEPS, save: tuple[
         save: (folder, step) writes a run's checkpoint there after that many steps, beside the training that goes on; a
             folder that has one is gone on from.
     """
-    from omni_train.training.checkpoint import CheckpointStore, load_model
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.checkpoint.sharded import CheckpointStore, load_model
+    from omni_train.training.engines.megatron import MegatronEngine
 
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     engine = MegatronEngine(recipe)
@@ -104,7 +104,7 @@ def zero_recipes() -> dict[str, Recipe]:
 def zero(recipe: Recipe, start: Path | None, save: Path | None = None, steps: int = 2) -> list[dict]:
     """Metrics of each step of the recipe's network, or its start written as a checkpoint into `save`."""
     from omni_train.objectives import recognition
-    from omni_train.training.zero_engine import ZeroEngine
+    from omni_train.training.engines.zero import ZeroEngine
 
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):

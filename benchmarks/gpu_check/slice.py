@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu_check.fla_kernels import few_configurations
 from benchmarks.gpu_check.report import Report
 from omni_train import platform
-from omni_train.data.batch import PackedBatch
+from omni_train.data.rows.batch import PackedBatch
 from omni_train.platform.peak import peak_flops
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import Recipe
@@ -68,7 +68,7 @@ class Slice:
     """An engine on the slice, and what a micro-batch of it costs."""
 
     def __init__(self, blocks: int, row_tokens: int, recompute: str) -> None:
-        from omni_train.training.engine import MegatronEngine
+        from omni_train.training.engines.megatron import MegatronEngine
 
         self.recipe = slice_recipe(blocks, row_tokens, recompute)
         platform.parallel.initialize(self.recipe.parallel, self.recipe.seed)
@@ -144,7 +144,7 @@ def _measure(report: Report, name: str, row_tokens: int, recompute: str) -> None
     report.measure(f"35B-A3B, {name}: tokens/s of a GPU", row_tokens / whole, "tokens/s", "without communication")
     if (peak := peak_flops()) is not None:
         model = slice_recipe(MODEL_BLOCKS, row_tokens, recompute)
-        from omni_train.training.flops import step_flops
+        from omni_train.models.thinker.flops import step_flops
 
         flops = step_flops(model.model, [filled_row(model, 0)])
         report.measure(f"35B-A3B, {name}: MFU", 100 * flops / whole / peak, "%", "without communication")

@@ -111,13 +111,13 @@ def _write_text(report: Report, start: Path) -> None:
     """Greedy text with caches, against the whole model run over everything written."""
     import torch
 
-    from omni_train.data.batch import IGNORE
-    from omni_train.data.chat import TokenSequence
-    from omni_train.data.packing import pack
+    from omni_train.checkpoint.sharded import load_model
+    from omni_train.data.rows.batch import IGNORE
+    from omni_train.data.rows.chats import TokenSequence
+    from omni_train.data.rows.packing import pack
     from omni_train.models.row import LocalRow
     from omni_train.models.thinker import build_chunks
     from omni_train.rollout.generate import generate
-    from omni_train.training.checkpoint import load_model
 
     recipe = scenarios.thinker_recipe()
     platform.parallel.initialize(recipe.parallel, recipe.seed)

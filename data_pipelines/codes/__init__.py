@@ -16,12 +16,12 @@ import numpy as np
 
 from data_pipelines.making import Making, write_json
 from data_pipelines.shards import index_shards, write_files
-from omni_train.data.codes import CODES, MAX_SECONDS, RECORD
-from omni_train.data.crops import read_speech
-from omni_train.data.files import open_regular
-from omni_train.data.members import members, read_files
-from omni_train.data.sample import SampleError, describe, one_sample, sample_in
-from omni_train.data.tokenizer import copy_tokenizer
+from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
+from omni_train.data.rows.crops import read_speech
+from omni_train.data.samples.files import open_regular
+from omni_train.data.samples.members import members, read_files
+from omni_train.data.samples.sample import SampleError, describe, one_sample, sample_in
+from omni_train.data.samples.tokenizer import copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, MediaConfig
 

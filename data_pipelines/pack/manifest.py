@@ -11,12 +11,12 @@ from typing import Any
 
 import av
 
-from omni_train.data.chat import TokenSequence, refuse_many, sequences_of
-from omni_train.data.files import TooLarge, open_regular, read_whole, real_path
-from omni_train.data.media import decoded_seconds
-from omni_train.data.media.container import open_container
-from omni_train.data.sample import Chat, SampleError, named_files, one_sample, read_json, sample_of
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.chats import TokenSequence, refuse_many, sequences_of
+from omni_train.data.samples.files import TooLarge, open_regular, read_whole, real_path
+from omni_train.data.samples.media import decoded_seconds
+from omni_train.data.samples.media.container import open_container
+from omni_train.data.samples.sample import Chat, SampleError, named_files, one_sample, read_json, sample_of
+from omni_train.data.samples.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

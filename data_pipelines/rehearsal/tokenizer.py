@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from omni_train.data.tokenizer import CONTROL_TOKENS, END_OF_TEXT, IM_END
+from omni_train.data.samples.tokenizer import CONTROL_TOKENS, END_OF_TEXT, IM_END
 
 # Words with at most one character before them, single digits, punctuation with its line end, line ends, spaces.
 WORDS = (

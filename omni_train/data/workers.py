@@ -131,7 +131,7 @@ class _Server:
         # Imported by name, because a program of one's own without a guard (`if __name__ == "__main__"`) must not be.
         program = (
             f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"import omni_train.data.loader\nfrom omni_train.data.workers import serve\nserve({theirs.fileno()})"
+            f"import omni_train.data.stream.loader\nfrom omni_train.data.workers import serve\nserve({theirs.fileno()})"
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it ignores them itself
         try:

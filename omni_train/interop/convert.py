@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from omni_train import platform
+from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.store import holds_checkpoints, resolve
 from omni_train.errors import UserError
 from omni_train.interop import speech_convert
 from omni_train.interop.config import from_hugging_face, merged, to_hugging_face
@@ -43,8 +45,6 @@ from omni_train.recipe.schema import (
     Verify,
 )
 from omni_train.recipe.validate import validate
-from omni_train.training.checkpoint_store import holds_checkpoints, resolve
-from omni_train.training.integrity import require_intact
 from omni_train.training.run_lock import holding
 
 _TENSORS = "tensors.json"
@@ -96,8 +96,8 @@ def import_checkpoint(
     validate(recipe, platform.world_size())
     alone = holding(checkpoint, remedy=_ELSEWHERE, when_held=lambda: _refuse_checkpoints(checkpoint))
     with _process_group(), alone:
+        from omni_train.checkpoint.sharded import CheckpointStore
         from omni_train.models.thinker import build_chunks
-        from omni_train.training.checkpoint import CheckpointStore
 
         platform.parallel.initialize(recipe.parallel, recipe.seed)
         chunks = build_chunks(recipe)
@@ -133,7 +133,7 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
     Raises:
         UserError: the checkpoint is damaged or not of this format, or lacks a tensor or has one too many.
     """
-    from omni_train.training.checkpoint import read_model_config
+    from omni_train.checkpoint.sharded import read_model_config
 
     _refuse_tensors(hf)
     if format in speech_convert.FORMATS:
@@ -242,7 +242,7 @@ def _read_state(chunks: list[torch.nn.Module], table: TensorMap, folder: Folder)
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from omni_train.training.checkpoint import model_state
+    from omni_train.checkpoint.sharded import model_state
 
     whole = model_state(chunks)
     for chunk, state in zip(chunks, whole.values(), strict=True):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from omni_train.data.files import read_regular
+from omni_train.data.samples.files import read_regular
 from omni_train.errors import UserError
 from omni_train.interop.rows import TensorMap, row_count
 

@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from omni_train import platform
+from omni_train.checkpoint.integrity import require_intact, write_digests
+from omni_train.checkpoint.plain import read_network, write_networks
+from omni_train.checkpoint.sharded import read_model_config
+from omni_train.checkpoint.state_files import write_state
+from omni_train.checkpoint.store import point_latest, resolve
 from omni_train.errors import UserError
 from omni_train.interop.folder import read_json
 from omni_train.interop.speech import State, read_code2wav, read_mimi, write_code2wav, write_mimi
 from omni_train.models.codec import SpeechCodec
 from omni_train.platform.logs import say
 from omni_train.recipe.schema import ModelConfig, Verify
-from omni_train.training.checkpoint import read_model_config
-from omni_train.training.checkpoint_store import point_latest, resolve
-from omni_train.training.integrity import require_intact, write_digests
-from omni_train.training.plain_checkpoint import read_network, write_networks
-from omni_train.training.state_files import write_state
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
 _NETWORK = "generator"

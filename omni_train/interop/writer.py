@@ -39,7 +39,7 @@ class CheckpointReader:
     """The model's tensors in a sharded checkpoint, without process groups and without the model."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from omni_train.training.sharded_files import Reader
+        from omni_train.checkpoint.sharded_files import Reader
 
         self.path = checkpoint
         self._reader = Reader(checkpoint)
@@ -76,8 +76,8 @@ class CheckpointReader:
         """
         from torch.distributed import checkpoint
 
-        from omni_train.training.integrity import damaged
-        from omni_train.training.sharded_files import unwrapped_errors
+        from omni_train.checkpoint.integrity import damaged
+        from omni_train.checkpoint.sharded_files import unwrapped_errors
 
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
         try:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from omni_train import platform
-from omni_train.data.lengths import audio_tokens, convolved, window_tokens
+from omni_train.data.samples.lengths import audio_tokens, convolved, window_tokens
 from omni_train.nn.encoder import EncoderLayers, Projector, encoder_config
 from omni_train.nn.norm import LayerNorm
 from omni_train.nn.recompute import checkpoint
@@ -83,7 +83,7 @@ class AudioEncoder(MegatronModule):
             window_frames: frames that attend to each other, cut from the start of each clip; 0 for a whole clip.
 
         Returns:
-            (A, H) after the last norm, clip after clip, :func:`omni_train.data.lengths.audio_tokens` of each.
+            (A, H) after the last norm, clip after clip, :func:`omni_train.data.samples.lengths.audio_tokens` of each.
         """
         clips = mel_cu_seqlens.diff().tolist()
         chunks = [cut for frames in clips for cut in _cut(frames, self.audio.chunk_frames)]

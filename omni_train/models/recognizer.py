@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train import platform
-from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.data.lengths import audio_tokens
+from omni_train.data.rows.batch import IGNORE, PackedBatch
+from omni_train.data.samples.lengths import audio_tokens
 from omni_train.models.audio_encoder import AudioEncoder, sinusoids
 from omni_train.models.thinker.config import params_dtype, transformer_config
 from omni_train.nn.cross_decoder import DecoderLayer, Heard, Past, Spans

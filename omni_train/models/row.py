@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from omni_train import platform
-from omni_train.data.batch import IGNORE, PackedBatch
+from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.nn.context_parallel import context_slice_indices
 
 

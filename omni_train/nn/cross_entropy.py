@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.rows.batch import IGNORE
 
 
 def chunked_cross_entropy(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from omni_train.data.batch import WaveRow
+from omni_train.data.rows.batch import WaveRow
 from omni_train.models.code2wav import Code2Wav, frame_samples
 from omni_train.models.codec import Regularization, SpeechCodec
 from omni_train.models.discriminators import Discriminators

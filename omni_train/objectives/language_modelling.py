@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_train.data.batch import MODALITIES
+from omni_train.data.rows.batch import MODALITIES
 from omni_train.models.row import LocalRow
 from omni_train.nn.cross_entropy import chunked_cross_entropy
 

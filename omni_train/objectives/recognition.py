@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from omni_train.data.batch import PackedBatch
-from omni_train.data.tokenizer import Tokenizer
-from omni_train.data.transcripts import tag_end
+from omni_train.data.rows.batch import PackedBatch
+from omni_train.data.rows.transcripts import tag_end
+from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.models.audio_encoder import drawn_window
 from omni_train.models.recognizer import SpeechRecognizer, Utterances
 from omni_train.nn.ctc import alignable

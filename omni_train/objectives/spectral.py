@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from omni_train.data.features.mel import mel_filters
+from omni_train.data.samples.features.mel import mel_filters
 
 
 class MelDistance:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jiwer
 
-from omni_train.data.language import language_of
+from omni_train.data.samples.language import language_of
 from omni_train.recipe.schema import Normalizer
 from omni_train.rollout.normalisation import answer_form, transcript_form
 from omni_train.rollout.seconds import seconds

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 
 from omni_train import platform
-from omni_train.data.batch import PackedBatch
-from omni_train.data.chat_template import check_template
-from omni_train.data.evaluation import Question, answer_rows, held_out_questions
-from omni_train.data.loader import build_loader, evaluation_rows, redistribute
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.batch import PackedBatch
+from omni_train.data.rows.questions import Question, answer_rows, held_out_questions
+from omni_train.data.samples.chat_template import check_template
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn
@@ -49,7 +49,7 @@ class Feed:
         if data.rows is RowKind.chats and (unlike := check_template(data.tokenizer, data.chat_template)):
             warn(unlike)
         if data.codec is not None:
-            from omni_train.training.codec_checkpoint import codec_hash
+            from omni_train.frozen.codec import codec_hash
 
             self.recipe = replace(self.recipe, data=replace(data, codec=codec_hash(data.codec)))
             data = self.recipe.data

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 from omni_train import lines, platform, stopping
+from omni_train.checkpoint.sharded import read_progress
+from omni_train.checkpoint.store import DamagedCheckpoint, newest, resolve, set_aside, step_of
 from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
 from omni_train.recipe.changes import Kind
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
-from omni_train.training.checkpoint import read_progress
-from omni_train.training.checkpoint_store import DamagedCheckpoint, newest, resolve, set_aside, step_of
-from omni_train.training.report import report
+from omni_train.tracking.report import report
 from omni_train.training.resume import changes, refuse_change
 from omni_train.training.run import train
 from omni_train.training.run_lock import RunLock, holding

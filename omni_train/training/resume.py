@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
+from omni_train.checkpoint.store import newest
 from omni_train.errors import UserError
 from omni_train.platform.agreement import on_first_rank
 from omni_train.platform.logs import say, warn
 from omni_train.recipe.changes import Difference, Kind, differences
 from omni_train.recipe.compose import read_recipe
 from omni_train.recipe.schema import Recipe
-from omni_train.training.checkpoint_store import newest
 
 
 def check_resume(recipe: Recipe, directory: Path) -> None:

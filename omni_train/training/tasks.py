@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from omni_train import platform
+from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.store import resolve
 from omni_train.models.thinker.config import params_dtype
 from omni_train.objectives.task import Task
 from omni_train.recipe.schema import NetworkName, Recipe
-from omni_train.training.checkpoint_store import resolve
-from omni_train.training.integrity import require_intact
 
 if TYPE_CHECKING:
     from omni_train.objectives.semantic import Teacher
@@ -66,11 +66,11 @@ def build_evaluation(recipe: Recipe, feed: Feed, teacher: Teacher | None = None)
         teacher: of the task; a recognizer among them also listens, where the recipe names no other.
     """
     if recipe.network is NetworkName.recognizer:
-        from omni_train.training.recognition_evaluation import RecognitionEvaluation
+        from omni_train.evaluation.transcripts import RecognitionEvaluation
 
-        run = RecognitionEvaluation(recipe, feed)
+        run = RecognitionEvaluation(recipe, *feed.questions())
         return lambda networks: run(networks["model"])
-    from omni_train.training.codec_evaluation import CodecEvaluation
+    from omni_train.evaluation.resynthesis import CodecEvaluation
 
     recognizer = recipe.evaluation.recognizer
     listener = _listener(recognizer, recipe) if recognizer else teacher
@@ -92,7 +92,7 @@ def _teacher(recipe: Recipe):
 
 def _listener(checkpoint: str, recipe: Recipe):
     """The recognizer of a checkpoint or a run. Collective."""
-    from omni_train.training.listener import Listener
+    from omni_train.frozen.recognizer import Listener
 
     found = resolve(checkpoint)
     require_intact(found, recipe.checkpoint.verify, only=("model.pt", "model*.safetensors"))

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from omni_train import platform, stopping
-from omni_train.data.batch import MODALITIES
-from omni_train.data.sample import describe
+from omni_train.checkpoint.store import step_of
+from omni_train.data.rows.batch import MODALITIES
+from omni_train.data.samples.sample import describe
 from omni_train.errors import RunFailed, UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import alive, stop_agreed
 from omni_train.recipe.schema import EngineName, NetworkName, Recipe
-from omni_train.training.callbacks import Callback, MetricsFile, build_callbacks
-from omni_train.training.checkpoint_store import step_of
+from omni_train.tracking.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.feed import Feed, prepare
 from omni_train.training.schedule import Schedule
 from omni_train.training.unlogged import UnloggedStep
@@ -31,10 +31,10 @@ TRIES_WHEN_STOPPED = 3
 def build_engine(recipe: Recipe):
     """The recipe's engine. Process groups must exist."""
     if recipe.engine is EngineName.deepspeed:
-        from omni_train.training.zero_engine import ZeroEngine
+        from omni_train.training.engines.zero import ZeroEngine
 
         return ZeroEngine(recipe)
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
 
     return MegatronEngine(recipe)
 

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.rehearsal.tokenizer import train
 from data_pipelines.shards import index_shards, write_shards
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.recipe.schema import AudioEncoderConfig, DataConfig, ModelConfig, SourceConfig, VisionEncoderConfig
 
 ROW = 192

@@ -9,11 +9,12 @@ import random
 
 import pytest
 
-from omni_train.data import sample, streams
-from omni_train.data.batch import PackedBatch
-from omni_train.data.loader import build_loader, evaluation_rows
-from omni_train.data.sources import LateReader
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.batch import PackedBatch
+from omni_train.data.samples import sample
+from omni_train.data.samples.sources import LateReader
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data.stream import streams
+from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig
 from tests.data.conftest import MODEL, sentence

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from omni_train.data.batch import IGNORE
-from omni_train.data.chat import prompt, render
-from omni_train.data.chat import tokenize as tokenize_with
-from omni_train.data.sample import Chat, Document, SampleError, Turn
-from omni_train.data.tokenizer import CONTROL_TOKENS, Tokenizer
+from omni_train.data.rows.batch import IGNORE
+from omni_train.data.rows.chats import prompt, render
+from omni_train.data.rows.chats import tokenize as tokenize_with
+from omni_train.data.samples.sample import Chat, Document, SampleError, Turn
+from omni_train.data.samples.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import LossOn, MediaConfig, ModelConfig
 

@@ -10,13 +10,13 @@ import shutil
 
 import pytest
 
-from omni_train.data.batch import IGNORE
-from omni_train.data.chat import prompt, render, tokenize
-from omni_train.data.chat_template import answer_text, check_template, written
-from omni_train.data.evaluation import held_out_questions
-from omni_train.data.loader import evaluation_rows
-from omni_train.data.sample import Chat, Medium, SampleError, Turn, parse_sample
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.batch import IGNORE
+from omni_train.data.rows.chats import prompt, render, tokenize
+from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.samples.chat_template import answer_text, check_template, written
+from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn, parse_sample
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data.stream.loader import evaluation_rows
 from omni_train.errors import UserError
 from omni_train.recipe.schema import (
     ChatTemplate,

@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from omni_train.data.batch import IGNORE, MODALITIES
-from omni_train.data.chat import prompt, tokenize
-from omni_train.data.features.mel import log_mel
-from omni_train.data.lengths import audio_token_start
-from omni_train.data.media import read_video
-from omni_train.data.sample import Chat, Medium, SampleError, Turn
-from omni_train.data.timestamps import inside_sound
+from omni_train.data.rows.batch import IGNORE, MODALITIES
+from omni_train.data.rows.chats import prompt, tokenize
+from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.lengths import audio_token_start
+from omni_train.data.samples.media import read_video
+from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn
+from omni_train.data.samples.timestamps import inside_sound
 from omni_train.recipe.schema import AudioEncoderConfig, LossOn, MediaConfig, ModelConfig, Positions
 from tests.support.media import image_file, sound_file, tone, video_file
 from tests.support.sized_chats import model_with_encoders
@@ -84,7 +84,7 @@ def test_sound_and_images_stand_between_their_marks(tokenizer, parts, style):
 
 
 def sequence_wave(parts) -> np.ndarray:
-    from omni_train.data.media import read_audio
+    from omni_train.data.samples.media import read_audio
 
     return read_audio(parts["0.flac"], media_config())
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from data_pipelines.shards import index_shards, write_shards
-from omni_train.data.batch import WaveRow
-from omni_train.data.crops import read_crop
-from omni_train.data.loader import build_loader, evaluation_rows, redistribute
-from omni_train.data.media import audio, read_audio
-from omni_train.data.sample import parse_sample
-from omni_train.data.utterances import held_out_utterances
+from omni_train.data.rows.batch import WaveRow
+from omni_train.data.rows.crops import read_crop
+from omni_train.data.rows.utterances import held_out_utterances
+from omni_train.data.samples.media import audio, read_audio
+from omni_train.data.samples.sample import parse_sample
+from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig, RowKind
@@ -173,7 +173,7 @@ def test_crops_of_a_file_that_does_not_say_its_length_are_drawn_from_all_of_it(d
     file = ffmpeg("-i", tmp_path / "in.wav", "-q:a", 5, "-write_xing", 0, "-f", "mp3", "-")
     text, data = json.dumps({"text": "ka", "speech": "0.mp3"}), dataclasses.replace(data, crop_seconds=1.5)
     asked = []
-    monkeypatch.setattr("omni_train.data.crops._drawn", lambda draw, last: asked.append(last) or draw * last)
+    monkeypatch.setattr("omni_train.data.rows.crops._drawn", lambda draw, last: asked.append(last) or draw * last)
     for draw in (0, 1):  # the first and the last of all places
         crop = read_crop(parse_sample(text.encode()), {"0.mp3": file}, data, MODEL, draw)
         assert crop.length == 36000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omni_train.data.language import UNKNOWN, Language, language_of
+from omni_train.data.samples.language import UNKNOWN, Language, language_of
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import random
 
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
 
-from omni_train.data.lengths import audio_tokens, vision_tokens
+from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.recipe.schema import AudioEncoderConfig, VisionEncoderConfig
 
 SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
-from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.data.loader import Loader, build_loader, evaluation_rows, redistribute
-from omni_train.data.rows import Rows
-from omni_train.data.sample import SampleError
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.batch import IGNORE, PackedBatch
+from omni_train.data.samples.sample import SampleError
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data.stream.loader import Loader, build_loader, evaluation_rows, redistribute
+from omni_train.data.stream.made import Rows
 from omni_train.data.workers import SIGNALS
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig
@@ -163,7 +163,7 @@ def test_a_waiting_sample_that_can_no_longer_be_read_is_named(config, monkeypatc
     def gone(*_, **__):
         raise SampleError("media_missing")
 
-    monkeypatch.setattr("omni_train.data.streams.sequences_of", gone)
+    monkeypatch.setattr("omni_train.data.stream.streams.sequences_of", gone)
     restored = build_loader(config, MODEL, seed=SEED)
     restored.load_state_dict(state)
     with pytest.raises(UserError, match=r"waited to be packed .* refused \(media_missing\); resume on the same shards"):
@@ -365,7 +365,7 @@ def test_an_index_that_changes_under_a_run_is_told_from_the_one_it_began_with(co
 def test_a_process_that_ends_with_a_live_loader_does_not_hang(config, tmp_path):
     torch.save(dataclasses.replace(config, workers=2), tmp_path / "config.pt")
     program = (
-        "import torch\nfrom omni_train.data.loader import build_loader\n"
+        "import torch\nfrom omni_train.data.stream.loader import build_loader\n"
         "from omni_train.recipe.schema import ModelConfig\n"
         f"config = torch.load({str(tmp_path / 'config.pt')!r}, weights_only=False)\n"
         "loader = build_loader(config, ModelConfig(), seed=1)\n"

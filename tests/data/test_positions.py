@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from omni_train.data.batch import MODALITIES
-from omni_train.data.lengths import audio_tokens
-from omni_train.data.packing import pack
-from omni_train.data.positions import Block, Frame, Kind, Text, rotary_ids
-from omni_train.data.sample import Chat, Medium, Turn
+from omni_train.data.rows.batch import MODALITIES
+from omni_train.data.rows.packing import pack
+from omni_train.data.samples.lengths import audio_tokens
+from omni_train.data.samples.positions import Block, Frame, Kind, Text, rotary_ids
+from omni_train.data.samples.sample import Chat, Medium, Turn
 from omni_train.recipe.schema import MediaConfig, Positions
 from tests.support.sized_chats import Conversation, conversation, model_with_encoders
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from omni_train.data.sample import Chat, Document, Medium, SampleError, Turn, describe, parse_sample
+from omni_train.data.samples.sample import Chat, Document, Medium, SampleError, Turn, describe, parse_sample
 
 
 def test_a_document_keeps_its_text_and_meta():

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from data_pipelines.shards import index_shards, write_shards
-from omni_train.data.augmentation import Augmentation
-from omni_train.data.batch import IGNORE, MODALITIES
-from omni_train.data.evaluation import held_out_questions
-from omni_train.data.features.mel import log_mel
-from omni_train.data.lengths import audio_tokens
-from omni_train.data.loader import build_loader, evaluation_rows
-from omni_train.data.media import read_audio
-from omni_train.data.sample import SampleError, parse_sample
-from omni_train.data.transcripts import split_tag, tag_end, transcript_prompt, transcript_sequence
+from omni_train.data.rows.batch import IGNORE, MODALITIES
+from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.rows.transcripts import split_tag, tag_end, transcript_prompt, transcript_sequence
+from omni_train.data.samples.augmentation import Augmentation
+from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.lengths import audio_tokens
+from omni_train.data.samples.media import read_audio
+from omni_train.data.samples.sample import SampleError, parse_sample
+from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, MediaConfig, SourceConfig
 from omni_train.recipe.speech import AugmentationConfig, RowKind
 from tests.data.conftest import MODEL, documents

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from data_pipelines.codes import extract
 from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
 from data_pipelines.shards import digest, index_shards, write_shards
-from omni_train.data.loader import build_loader
-from omni_train.data.sources import open_source
+from omni_train.data.samples.sources import open_source
+from omni_train.data.stream.loader import build_loader
 from omni_train.errors import UserError
+from omni_train.frozen.codec import codec_hash, open_codec, write_codes
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.schema import DataConfig, SourceConfig
 from omni_train.recipe.speech import RowKind
-from omni_train.training.codec_checkpoint import codec_hash, open_codec, write_codes
 from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, voice
 from tests.support.media import sound_file
 

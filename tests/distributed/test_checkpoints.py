@@ -16,8 +16,8 @@ from tests.support.thinker import global_batches, small_recipe
 def train(rank, world_size, parallel, folder, load, save, first, last, changes):
     """Steps `first` to `last` from the checkpoint `load`, then save under `save`."""
     from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.checkpoint.sharded import CheckpointStore
+    from omni_train.training.engines.megatron import MegatronEngine
 
     recipe = small_recipe(parallel, **changes)
     platform.parallel.initialize(parallel, recipe.seed)
@@ -123,8 +123,8 @@ def test_a_bf16_run_goes_on_to_the_last_bit(distributed, tmp_path, name):
 
 def start_from(rank, world_size, parallel, start, changes):
     from omni_train import platform
-    from omni_train.training.checkpoint import load_model
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.checkpoint.sharded import load_model
+    from omni_train.training.engines.megatron import MegatronEngine
 
     recipe = small_recipe(parallel, **changes)
     platform.parallel.initialize(parallel, recipe.seed)
@@ -139,7 +139,7 @@ def start_from(rank, world_size, parallel, start, changes):
 
 
 def test_a_path_without_a_complete_checkpoint_is_refused(tmp_path):
-    from omni_train.training.checkpoint_store import resolve
+    from omni_train.checkpoint.store import resolve
 
     (tmp_path / "step_00000003.partial").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):

@@ -18,9 +18,9 @@ from tests.support.thinker import encoders, small_recipe
 def write(rank, world_size, parallel, folder, options, changes):
     """Initialise a model as `options` say and write what it starts as; its tensors, without the extra state."""
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore
+    from omni_train.checkpoint.start import initialize
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore
-    from omni_train.training.initial import initialize
 
     recipe = replace(small_recipe(parallel, **changes), **options)
     platform.parallel.initialize(parallel, recipe.seed)

@@ -27,8 +27,8 @@ MTP = {"mtp_num_hidden_layers": 1}
 def train(rank, world_size, parallel, folder, start, save, changes, steps=4):
     """Train on fixed global batches from the checkpoint `start` (None: write it), returning metrics by step."""
     from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore, load_model
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.checkpoint.sharded import CheckpointStore, load_model
+    from omni_train.training.engines.megatron import MegatronEngine
 
     recipe = small_recipe(parallel, **changes)
     platform.parallel.initialize(parallel, recipe.seed)

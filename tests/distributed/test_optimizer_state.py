@@ -43,7 +43,7 @@ def in_buckets(size: int | None):
 
 def without_repair():
     """Megatron 0.19.2 as it is, but for what it warns of."""
-    from omni_train.training import distributed_optimizer
+    from omni_train.checkpoint import distributed_optimizer
 
     return patch.object(distributed_optimizer, "_correct_offsets", lambda part: None)
 
@@ -62,14 +62,14 @@ def begin(parallel, **changes):
 
 
 def build(recipe, bucket):
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
 
     with in_buckets(bucket):
         return MegatronEngine(recipe)
 
 
 def open_store(folder, recipe):
-    from omni_train.training.checkpoint import CheckpointStore
+    from omni_train.checkpoint.sharded import CheckpointStore
 
     return CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), recipe.model)
 
@@ -86,7 +86,7 @@ def train(engine, first: int, last: int, rows: int = 4) -> list[dict[str, float]
 
 def held(engine) -> list[torch.Tensor]:
     """What this rank holds of every parameter, in the order of their names: master weights and both moments."""
-    from omni_train.training.distributed_optimizer import _distributed_parts
+    from omni_train.checkpoint.distributed_optimizer import _distributed_parts
 
     names = {p: (i, name) for i, chunk in enumerate(engine.chunks) for name, p in chunk.named_parameters()}
     states = {
@@ -100,7 +100,7 @@ def held(engine) -> list[torch.Tensor]:
 
 def pads(engine) -> bool:
     """Whether, on this rank, a bucket that others follow has padding at its end."""
-    from omni_train.training.distributed_optimizer import _distributed_parts
+    from omni_train.checkpoint.distributed_optimizer import _distributed_parts
 
     buffers = [buffer for part in _distributed_parts(engine.optimizer) for buffer in part.buffers]
     return any(bucket.grad_data.numel() > bucket.numel_unpadded for buffer in buffers for bucket in buffer.buckets[:-1])
@@ -280,8 +280,8 @@ def test_changed_rates_moments_and_clipping_take_effect_when_a_run_resumes(distr
 def train_the_adapter(rank, world_size, folder, optimizer):
     """Loss and gradient norm of the step after a checkpoint, in the run that wrote it and in the one that resumed."""
     from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.checkpoint.sharded import CheckpointStore
+    from omni_train.training.engines.megatron import MegatronEngine
 
     recipe = small_recipe(ParallelConfig(pipeline=2), **encoders(), trainable=["audio_adapter.*"], optimizer=optimizer)
     platform.parallel.initialize(recipe.parallel, recipe.seed)

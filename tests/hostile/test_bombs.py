@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.pack import pack
-from omni_train.data import chat
-from omni_train.data.evaluation import held_out_questions
-from omni_train.data.sample import SampleError
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows import chats as chat
+from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.samples.sample import SampleError
+from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, SourceConfig
 from tests.data.conftest import MODEL

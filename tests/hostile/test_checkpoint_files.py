@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from omni_train.checkpoint.integrity import write_digests
+from omni_train.checkpoint.plain import read_network, whole_tensors
+from omni_train.checkpoint.sharded import read_model_config, read_progress
+from omni_train.checkpoint.store import Store
+from omni_train.checkpoint.zero import _read_share
 from omni_train.errors import UserError
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig
-from omni_train.training.checkpoint import read_model_config, read_progress
-from omni_train.training.checkpoint_store import Store
-from omni_train.training.integrity import write_digests
-from omni_train.training.plain_checkpoint import read_network, whole_tensors
-from omni_train.training.zero_checkpoint import _read_share
 from tests.support.hostile import CALLS, torch_file
 from tests.support.pool import RankFailed
 from tests.support.thinker import small_recipe
-from tests.training.test_zero_engine import train, zero_of
+from tests.training.engines.test_zero import train, zero_of
 
 TENSOR, OBJECT = "embedding.weight", "output_layer._extra_state"
 
@@ -85,7 +85,7 @@ def small_state():
 
 def write(rank, world_size, folder):
     from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore
+    from omni_train.checkpoint.sharded import CheckpointStore
 
     platform.parallel.initialize(ParallelConfig(), 1)
     store = CheckpointStore(Path(folder), CheckpointConfig(asynchronous=False), small_recipe().model)
@@ -108,7 +108,7 @@ def checkpoint(genuine, tmp_path) -> Path:
 
 def resume(rank, world_size, checkpoint):
     from omni_train import platform
-    from omni_train.training.checkpoint import load_sharded
+    from omni_train.checkpoint.sharded import load_sharded
 
     platform.parallel.initialize(ParallelConfig(), 1)
     try:
@@ -119,7 +119,7 @@ def resume(rank, world_size, checkpoint):
 
 def start(rank, world_size, checkpoint):
     from omni_train import platform
-    from omni_train.training.initial import _check_tensors
+    from omni_train.checkpoint.start import _check_tensors
 
     platform.parallel.initialize(ParallelConfig(), 1)
     try:
@@ -270,7 +270,7 @@ def test_what_deepspeed_resumes_from(mark, refused, in_a_rank, tmp_path):
 
 def load_run(rank, world_size, checkpoint):
     from omni_train import platform
-    from omni_train.training.checkpoint import CheckpointStore
+    from omni_train.checkpoint.sharded import CheckpointStore
 
     platform.parallel.initialize(ParallelConfig(), 1)
     try:

@@ -129,9 +129,9 @@ def test_a_tied_dense_model_with_multi_token_prediction_over_two_stages(distribu
 def load_in(rank, world_size, checkpoint, precision):
     """The checkpoint's parameters in a model of another precision, as one sum per parameter."""
     from omni_train import platform
+    from omni_train.checkpoint.sharded import load_model, read_model_config
+    from omni_train.checkpoint.store import resolve
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import load_model, read_model_config
-    from omni_train.training.checkpoint_store import resolve
 
     recipe = small_recipe(precision=precision)
     checkpoint = resolve(checkpoint)
@@ -166,9 +166,9 @@ def test_a_checkpoint_of_one_precision_starts_a_run_of_the_other(distributed, co
 def train_from(rank, world_size, imported, run):
     """Checkpoints of three steps of a run that started from an import, only the last of them kept."""
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore, load_model, read_model_config
+    from omni_train.checkpoint.store import resolve
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
-    from omni_train.training.checkpoint_store import resolve
 
     recipe, start = small_recipe(), resolve(imported)
     recipe.model = read_model_config(start)
@@ -195,8 +195,8 @@ def test_the_tokenizer_goes_on_with_the_checkpoints_of_a_run(distributed, origin
 
 def save_random(rank, world_size, folder, changes):
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore
 
     recipe = small_recipe(**changes)
     platform.parallel.initialize(recipe.parallel, 1)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import MimiConfig, MimiModel
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeCode2Wav
 
+from omni_train.checkpoint.plain import write_networks
 from omni_train.errors import UserError
+from omni_train.frozen.codec import open_codec
 from omni_train.interop.convert import export_checkpoint, import_checkpoint
 from omni_train.interop.speech import read_code2wav, read_mimi, write_code2wav, write_mimi
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
-from omni_train.training.codec_checkpoint import open_codec
-from omni_train.training.plain_checkpoint import write_networks
 from tests.support.speech import CODE2WAV, CODEC, random_codes, randomized, sound
 
 

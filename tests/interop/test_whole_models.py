@@ -95,9 +95,9 @@ def test_talker_and_code2wav_travel_whatever_their_types(distributed, original, 
 def train(rank, world_size, start, run):
     """The checkpoint of a step that changed nothing but the model's length."""
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore, load_model, read_model_config
+    from omni_train.checkpoint.store import resolve
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
-    from omni_train.training.checkpoint_store import resolve
 
     recipe, start = small_recipe(), resolve(start)
     recipe.model = read_model_config(start)
@@ -125,8 +125,8 @@ def test_after_training_only_what_has_changed_is_new_in_the_configuration(distri
 
 def save_random(rank, world_size, folder, changes):
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore
     from omni_train.models.thinker import build_chunks
-    from omni_train.training.checkpoint import CheckpointStore
 
     recipe = small_recipe(**changes)
     platform.parallel.initialize(recipe.parallel, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.rows.batch import IGNORE
 from omni_train.recipe.schema import ParallelConfig
 from tests.support.thinker import add_media, encoders, random_row, small_recipe
 
@@ -100,7 +100,7 @@ def test_multi_token_prediction_reads_what_the_model_gets_at_the_next_token(dist
 
 def loads_by_layer(rank, world_size, parallel):
     from omni_train import platform
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
     from tests.support.thinker import global_batches
 
     recipe = small_recipe(parallel, mtp_num_hidden_layers=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.rows.batch import IGNORE
 from omni_train.nn.cross_entropy import chunked_cross_entropy
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from omni_train.data.batch import WaveRow
-from omni_train.data.features.mel import mel_filters
+from omni_train.data.rows.batch import WaveRow
+from omni_train.data.samples.features.mel import mel_filters
 from omni_train.errors import UserError
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec

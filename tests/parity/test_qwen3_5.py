@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_train.data.batch import IGNORE, PackedBatch
+from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.recipe.schema import ParallelConfig
 from tests.support.hugging_face import SIZES, rewrite, small_model, tensors_of, with_mtp
 from tests.support.imported import export, gradients_of, import_and_run

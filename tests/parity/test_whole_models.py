@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.rows.batch import IGNORE
 from omni_train.recipe.schema import ParallelConfig, Positions
 from tests.support.conversations import Conversation, following, packed, qwen3_5, qwen3_omni
 from tests.support.hugging_face import tensors_of

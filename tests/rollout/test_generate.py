@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni_train.data.batch import IGNORE
+from omni_train.data.rows.batch import IGNORE
 from omni_train.errors import UserError
 from omni_train.recipe.schema import ParallelConfig
 from tests.support.thinker import VOCAB, encoders, small_recipe
@@ -23,7 +23,7 @@ LAYOUTS = {
 
 
 def text_prompts(lengths, seed):
-    from omni_train.data.chat import TokenSequence
+    from omni_train.data.rows.chats import TokenSequence
 
     draw = np.random.default_rng(seed)
     return [TokenSequence(draw.integers(VOCAB, size=n, dtype=np.int32), np.full(n, IGNORE, np.int32)) for n in lengths]
@@ -31,8 +31,8 @@ def text_prompts(lengths, seed):
 
 def media_prompts(seed):
     """By modality: sound, an image, a silent video, a video with sound between its frames, and all of it with text."""
-    from omni_train.data.chat import TokenSequence
-    from omni_train.data.lengths import audio_tokens, vision_tokens
+    from omni_train.data.rows.chats import TokenSequence
+    from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 
     model, draw = encoders(), np.random.default_rng(seed)
 
@@ -82,7 +82,7 @@ def small_model(parallel, seed=19, **changes):
 @torch.no_grad()
 def recomputed(model, prompt, answer):
     """(likeliest token, log-probability of the given one) at each token of an answer, from one whole row."""
-    from omni_train.data.packing import pack
+    from omni_train.data.rows.packing import pack
     from omni_train.models.row import LocalRow
 
     ids = np.stack([np.arange(len(prompt))] * 3) if prompt.positions is None else prompt.positions

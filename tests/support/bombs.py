@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from data_pipelines.shards import index_shards
-from omni_train.data.media.structure import ogg_checksum
+from omni_train.data.samples.media.structure import ogg_checksum
 from tests.support.media import aac_file, png_chunk, sound_file, video_file
 
 TERABYTE = 1 << 40

@@ -7,9 +7,9 @@ from math import prod
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.data.lengths import audio_tokens
-from omni_train.data.positions import Audio, Block, Frame, Kind, Run, Text, rotary_ids
+from omni_train.data.rows.batch import IGNORE, PackedBatch
+from omni_train.data.samples.lengths import audio_tokens
+from omni_train.data.samples.positions import Audio, Block, Frame, Kind, Run, Text, rotary_ids
 from omni_train.recipe.schema import AudioEncoderConfig, Positions
 
 WORDS = 100  # ids from here on are marks and pads

@@ -19,11 +19,11 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     from megatron.core.utils import get_attr_wrapped_model
 
     from omni_train import platform
+    from omni_train.checkpoint.sharded import CheckpointStore, load_model, read_model_config
+    from omni_train.checkpoint.store import resolve
     from omni_train.interop.convert import import_checkpoint
     from omni_train.models.row import LocalRow
-    from omni_train.training.checkpoint import CheckpointStore, load_model, read_model_config
-    from omni_train.training.checkpoint_store import resolve
-    from omni_train.training.engine import MegatronEngine
+    from omni_train.training.engines.megatron import MegatronEngine
 
     import_checkpoint(format, Path(hf), folder / "imported", parallel)
     checkpoint = resolve(folder / "imported")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from omni_train.data.batch import IGNORE, MODALITIES, PackedBatch
-from omni_train.data.chat import TokenSequence
-from omni_train.data.lengths import audio_tokens
-from omni_train.data.packing import pack
+from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
+from omni_train.data.rows.chats import TokenSequence
+from omni_train.data.rows.packing import pack
+from omni_train.data.samples.lengths import audio_tokens
 from omni_train.recipe.schema import AudioEncoderConfig, Precision, Recipe
 from omni_train.recipe.speech import NetworkName, RecognizerConfig
 from tests.support.encoders import randomized
@@ -55,8 +55,8 @@ def write_recognizer(recipe: Recipe, checkpoint: Path) -> dict:
     """Write a recognizer with random parameters as the ZeRO engine does; its tensors."""
     import torch
 
-    from omni_train.training.checkpoint import described
-    from omni_train.training.plain_checkpoint import write_networks
+    from omni_train.checkpoint.plain import write_networks
+    from omni_train.checkpoint.sharded import described
 
     state = {key: value for key, value in build(recipe).state_dict().items() if isinstance(value, torch.Tensor)}
     checkpoint.mkdir(parents=True)
@@ -67,7 +67,7 @@ def write_recognizer(recipe: Recipe, checkpoint: Path) -> dict:
 
 
 def utterance(recipe: Recipe, frames: int, words: int, seed: int) -> TokenSequence:
-    """A clip of noise and random words, in the layout of ``omni_train.data.transcripts``."""
+    """A clip of noise and random words, in the layout of ``omni_train.data.rows.transcripts``."""
     generator = np.random.default_rng(seed)
     heard = audio_tokens(frames, recipe.model.audio)
     written = [FIRST_WORD, TAG_END, *generator.integers(FIRST_WORD, VOCAB, words).tolist(), STOP]

@@ -38,7 +38,7 @@ class RowsFromMemory:
 
     def __init__(self, recipe) -> None:
         from omni_train import platform
-        from tests.training.test_zero_engine import batches
+        from tests.training.engines.test_zero import batches
 
         self.position, self.wait_seconds = 0, 0.0
         self.rank, self.world = platform.parallel.data_rank(), platform.parallel.data_world_size()
@@ -87,13 +87,13 @@ def recipe_of(folder: Path, engine: str = "megatron", **changes):
 def prepared(engine: str):
     """The trainer with rows from memory, and a small task for the ZeRO engine."""
     from omni_train.training import trainer
-    from tests.training.test_zero_engine import Duel
+    from tests.training.engines.test_zero import Duel
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(trainer, "Feed", RowsFromMemory))
         stack.enter_context(patch.object(trainer, "SECONDS_BETWEEN_SAVES", 0.0))
         if engine == "deepspeed":
-            from omni_train.training import zero_engine
+            from omni_train.training.engines import zero as zero_engine
 
             stack.enter_context(patch.object(zero_engine, "build_task", Duel))
             networks = lambda recipe, teacher: Duel(recipe).networks  # noqa: E731

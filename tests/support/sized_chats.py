@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni_train.data import clips
-from omni_train.data.chat import TokenSequence, tokenize
-from omni_train.data.media import Video
-from omni_train.data.sample import Chat, Medium, Turn
-from omni_train.data.tokenizer import Tokenizer
+from omni_train.data.rows.chats import TokenSequence, tokenize
+from omni_train.data.samples import clips
+from omni_train.data.samples.media import Video
+from omni_train.data.samples.sample import Chat, Medium, Turn
+from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.recipe.schema import AudioEncoderConfig, LossOn, MediaConfig, ModelConfig, VisionEncoderConfig
 
 WORDS = ("kalan", " moper", "\n", "  ", " 12", "é", "risto.\n", "<0.5 seconds>", " tevin")

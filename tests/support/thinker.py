@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from omni_train.data.batch import IGNORE, PackedBatch
-from omni_train.data.lengths import audio_tokens, vision_tokens
+from omni_train.data.rows.batch import IGNORE, PackedBatch
+from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.recipe.schema import (
     AudioEncoderConfig,
     DataConfig,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from omni_train.checkpoint.integrity import damaged
+from omni_train.checkpoint.store import DamagedCheckpoint
 from omni_train.recipe.pipeline import Pipeline
 from omni_train.training import pipeline
-from omni_train.training.checkpoint_store import DamagedCheckpoint
-from omni_train.training.integrity import damaged
 from tests.support.thinker import small_recipe
 
 

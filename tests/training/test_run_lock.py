@@ -85,8 +85,8 @@ def test_while_the_first_rank_watches_a_lock_of_another_machine_the_others_wait(
 
 def save_into_anothers(rank, world_size, directory):
     """A run whose lock is lost between two checkpoints."""
+    from omni_train.checkpoint.store import Store
     from omni_train.recipe.schema import CheckpointConfig
-    from omni_train.training.checkpoint_store import Store
     from omni_train.training.run_lock import holding
 
     with holding(directory, remedy="") as lock:

@@ -16,7 +16,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from omni_train.data.lengths import audio_tokens, convolved, window_tokens
+from omni_train.data.samples.lengths import audio_tokens, convolved, window_tokens
 from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder
 from omni_train.models.row import LocalMedia
 from omni_train.models.vision_encoder import VisionAdapter, VisionEncoder

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import WhisperFeatureExtractor
 
-from omni_train.data.features import mel
-from omni_train.data.features.mel import log_mel
+from omni_train.data.samples.features import mel
+from omni_train.data.samples.features.mel import log_mel
 
 
 def reference(waveform: np.ndarray, bins: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from omni_train.data.features.patches import image_size, patchify, resize, video_size
+from omni_train.data.samples.features.patches import image_size, patchify, resize, video_size
 from omni_train.recipe.schema import VisionEncoderConfig
 
 VISION = VisionEncoderConfig(hidden_size=8, depth=1, num_heads=1, intermediate_size=8)

@@ -1,6 +1,6 @@
 import pytest
 
-from omni_train.data.media.frames import Packets
+from omni_train.data.samples.media.frames import Packets
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
 
 

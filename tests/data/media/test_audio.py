@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soxr
 
-from omni_train.data.media import read_audio
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.media import read_audio
+from omni_train.data.samples.sample import SampleError
 from omni_train.recipe.schema import MediaConfig
 from tests.support.media import aac_file, sound_file, video_file
 
@@ -75,7 +75,7 @@ def test_resampling_in_blocks_has_no_seams(monkeypatch, media):
     samples = noise(2.0, 44100)
     data = sound_file(samples, 44100, "WAV", "FLOAT")
     whole = read_audio(data, media)
-    monkeypatch.setattr("omni_train.data.media.audio.BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr("omni_train.data.samples.media.audio.BLOCK_SAMPLES", 1000)
     np.testing.assert_allclose(read_audio(data, media), whole, atol=1e-6)
 
 

@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from omni_train.data.media import read_video
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.media import read_video
+from omni_train.data.samples.sample import SampleError
 from omni_train.recipe.schema import MediaConfig
 from tests.support.ffmpeg import ffmpeg
 

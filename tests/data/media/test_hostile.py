@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from omni_train.data.media import read_audio, read_image, read_video
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.media import read_audio, read_image, read_video
+from omni_train.data.samples.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
 from tests.support.media import aac_file, image_file, png_chunk, sound_file, tone, video_file
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from omni_train.data.media import read_image
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.media import read_image
+from omni_train.data.samples.sample import SampleError
 from tests.support.media import image_file, png_chunk, png_file
 
 

@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from omni_train.data.media import audio_seconds, read_audio, read_video
-from omni_train.data.media.structure import ogg_checksum
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.media import audio_seconds, read_audio, read_video
+from omni_train.data.samples.media.structure import ogg_checksum
+from omni_train.data.samples.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
 from tests.support.ffmpeg import ffmpeg
 from tests.support.media import sound_file

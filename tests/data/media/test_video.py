@@ -12,9 +12,9 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from omni_train.data.features.patches import patchify
-from omni_train.data.media import read_video
-from omni_train.data.sample import SampleError
+from omni_train.data.samples.features.patches import patchify
+from omni_train.data.samples.media import read_video
+from omni_train.data.samples.sample import SampleError
 from omni_train.recipe.schema import MediaConfig, VisionEncoderConfig
 from tests.support.ffmpeg import ffmpeg
 from tests.support.media import tone, video_file

@@ -1,0 +1,350 @@
+"""Megatron's sharded checkpoints: written by a thread while the run goes on, read in any layout."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from omni_train import platform
+from omni_train.checkpoint.integrity import Digests, damaged, digests_of, read_digests, reading
+from omni_train.checkpoint.plain import is_plain, load_from_plain, read_plain_progress
+from omni_train.checkpoint.state_files import read_state, write_state
+from omni_train.checkpoint.store import Store, attempt, describe, step_of
+from omni_train.errors import UserError, first_line
+from omni_train.platform.agreement import agree, anywhere
+from omni_train.recipe.schema import (
+    AudioEncoderConfig,
+    CheckpointConfig,
+    Code2WavConfig,
+    CodecConfig,
+    ModelConfig,
+    RecognizerConfig,
+    VisionEncoderConfig,
+)
+
+if TYPE_CHECKING:
+    from omni_train.checkpoint.sharded_write import Plan, Write
+
+# What a damaged file makes the libraries that read it raise.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
+_PARTS = {
+    "audio": AudioEncoderConfig,
+    "vision": VisionEncoderConfig,
+    "recognizer": RecognizerConfig,
+    "codec": CodecConfig,
+    "code2wav": Code2WavConfig,
+}
+# Model keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
+_FREE_MODEL_KEYS = {
+    "name",
+    "router_aux_loss_coef",
+    "initializer_range",
+    "mtp_loss_weight",
+    "max_position_embeddings",
+    "pattern",
+    "repeats",
+    "recognizer",  # these three are networks of their own
+    "codec",
+    "code2wav",
+}
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """What :meth:`CheckpointStore.save` was given as `progress`, without process groups.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    if is_plain(checkpoint):
+        return read_plain_progress(checkpoint)
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    from omni_train.checkpoint.sharded_files import as_data
+
+    with reading(checkpoint / ".metadata"), as_data(checkpoint):
+        return load_common_state_dict(checkpoint)["progress"]
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict:
+    """Sharded state of this rank's model chunks, keyed as the optimizer expects them."""
+    metadata = state_metadata()
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+
+
+def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """This rank's model chunks, unwrapped, under the keys that Megatron's optimizer looks for."""
+    unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
+    return {"model": unwrapped[0]} if len(unwrapped) == 1 else {f"model{i}": chunk for i, chunk in enumerate(unwrapped)}
+
+
+def state_metadata() -> dict:
+    """How sharded states are laid out: independent of the layout that wrote them."""
+    from megatron.core import parallel_state
+
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": platform.has_cuda(),
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConfig) -> None:
+    """Read the model's parameters from a checkpoint written in any layout.
+
+    Raises:
+        UserError: the checkpoint is of another architecture, or incomplete.
+    """
+    check_architecture(checkpoint, model)
+    state = load_sharded(model_state(chunks), checkpoint)
+    apply_model_state(chunks, state)
+
+
+def apply_model_state(chunks: list[torch.nn.Module], state: dict, strict: bool = True) -> None:
+    """Give the model chunks what :func:`load_sharded` read, with `strict` nothing missing."""
+    for key, chunk in _keyed(chunks).items():
+        chunk.load_state_dict(state.get(key, {}), strict=strict)
+
+
+def load_sharded(sharded: dict, checkpoint: Path) -> dict:
+    """Read what a sharded state asks for, or a part of it, from a checkpoint of any layout. Collective.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    from omni_train.checkpoint.sharded_files import as_data
+
+    if is_plain(checkpoint):
+        return load_from_plain(sharded, checkpoint)
+    try:
+        with as_data(checkpoint):
+            return dist_checkpointing.load(sharded, str(checkpoint))
+    except (CheckpointingException, *_UNREADABLE) as error:
+        if "optimizer.state." in str(error):
+            raise UserError(
+                f"{checkpoint}: its optimizer state is not of what this run trains; take the optimizer= and trainable= "
+                f"of the run that wrote it, or start a new run with init_from={checkpoint}"
+            ) from error
+        raise UserError(f"{checkpoint}: this checkpoint cannot be read, use another: {first_line(error)}") from error
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model that a checkpoint holds.
+
+    Raises:
+        UserError: the checkpoint does not say it.
+    """
+    written = read_state(checkpoint / "model.pt")
+    config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
+    for name, kind in _PARTS.items():
+        if part := getattr(config, name):
+            setattr(config, name, kind(**part))
+    return config
+
+
+def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] | None = None) -> None:
+    """Refuse a checkpoint whose model is not the recipe's.
+
+    Args:
+        modules: those that are taken from it; None for the whole model.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
+    keys = set(wanted)
+    if modules is not None:  # of the other modules, the shapes of their tensors say enough
+        language = keys - {"audio", "vision", "mtp_num_hidden_layers"} if "decoder" in modules else set()
+        keys = language | {name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name]}
+    for key in sorted(keys):
+        if written[key] != wanted[key]:
+            raise UserError(
+                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written[key]}, the "
+                f"recipe's is {wanted[key]}; choose the model it was trained with"
+            )
+
+
+def _comparable(model: ModelConfig) -> dict:
+    kept = {key: value for key, value in described(model).items() if key not in _FREE_MODEL_KEYS}
+    if kept["audio"]:
+        kept["audio"] = {key: value for key, value in kept["audio"].items() if not key.endswith("_window_frames")}
+    return kept
+
+
+def described(model: ModelConfig) -> dict:
+    """What a checkpoint says of its model; `layers` is the same however the pattern is written."""
+    return asdict(model) | {"layers": model.pattern.replace("|", "") * model.repeats}
+
+
+class CheckpointStore(Store):
+    """The checkpoints of one run of the Megatron engine."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
+        self.model = model
+        self.carried: Path | None = None  # a folder that travels with every checkpoint, as its `hf`
+        self._carried_digests: Digests = {}
+        self._writing: tuple[Path, Path, Digests, Plan, Write] | None = None
+        super().__init__(directory, config)
+
+    def save(self, step: int, chunks, optimizer, progress: dict, loader_state, state: dict | None = None) -> None:
+        """Start writing a checkpoint; it counts once :meth:`finish` has seen it complete. Collective.
+
+        Args:
+            step: optimizer steps done.
+            chunks: this rank's model chunks.
+            optimizer: Megatron's optimizer, None to write the model alone.
+            progress: what the trainer must remember; equal on all ranks.
+            loader_state: this data rank's loader, None on ranks that do not load.
+            state: what to write of the model; that of `chunks` where it is not given.
+        """
+        from omni_train.checkpoint.sharded_write import Write, plan, staged
+
+        self.finish(blocking=True)
+        paths = self._begin(step)
+        if paths is None:
+            return
+        partial, final = paths
+        digests: Digests = {}
+        if problem := agree(attempt(lambda: digests.update(self._write_small(partial, loader_state)))):
+            self._failed(final, problem)
+            return
+        state = model_state(chunks) if state is None else state
+        if optimizer is not None and step > 0:  # before its first step it has no state
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=state_metadata())
+        state["progress"] = progress
+        planned = plan(state, partial, check=step == 0)
+        write = Write(staged(planned.buckets))
+        planned.buckets.clear()
+        self._writing = (partial, final, digests, planned, write)
+        write.start()
+        if not self.config.asynchronous:
+            self.finish(blocking=True)
+
+    def _write_small(self, partial: Path, loader_state) -> Digests:
+        """Write what this rank has beside tensors."""
+        names = self._write_loader(partial, loader_state)
+        names.append(f"random_{platform.rank():05d}.pt")
+        write_state(partial / names[-1], random_state())
+        carried: Digests = {}
+        if platform.rank() == 0:
+            names.append("model.pt")
+            write_state(partial / names[-1], described(self.model))
+            if self.carried is not None:
+                shutil.copytree(self.carried, partial / "hf", copy_function=_link)
+                carried = self._carried_digests  # of what it once was, not of what may have become of it
+        return digests_of(partial, names) | carried
+
+    def finish(self, blocking: bool = False) -> None:
+        """Complete the write that is done; with `blocking`, wait for it. Collective."""
+        if self._writing is None:
+            return
+        partial, final, digests, planned, write = self._writing
+        if blocking:
+            write.join()
+        if anywhere(write.is_alive()):
+            return
+        self._writing = None
+        if problem := agree(None if write.error is None else describe(write.error)):
+            self._failed(final, problem)
+            return
+        from omni_train.checkpoint.sharded_write import seal
+
+        digests |= write.digests
+        self._complete(partial, final, digests, write.results, lambda results: seal(planned, partial, results))
+
+    def abandon(self) -> None:
+        """Stop what is being written; nothing where nothing is. Not collective: for a run that ends by an error."""
+        if self._writing is not None:
+            self._writing[-1].cancel()
+            self._writing = None
+
+    def _completed(self, final: Path) -> None:
+        self.carry_from(final)  # the one it came from may be pruned
+        super()._completed(final)
+
+    def carry_from(self, checkpoint: Path) -> None:
+        """Let what an import left in a checkpoint (tokenizer, configuration) travel on with the next ones."""
+        carried = checkpoint / "hf"
+        self.carried = carried if carried.is_dir() else None
+        written = (read_digests(checkpoint) or {}) if self.carried else {}
+        self._carried_digests = {name: digest for name, digest in written.items() if name.startswith("hf/")}
+
+    def load(self, checkpoint: Path, chunks, optimizer) -> dict:
+        """Read model, optimizer and random state. Collective.
+
+        Returns:
+            what :meth:`save` was given as `progress`.
+        """
+        from omni_train.checkpoint.distributed_optimizer import restore
+
+        check_architecture(checkpoint, self.model)
+        self.carry_from(checkpoint)
+        state = model_state(chunks)
+        stepped = step_of(checkpoint) > 0
+        if stepped:
+            state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=state_metadata())
+        state = load_sharded(state, checkpoint)
+        apply_model_state(chunks, state)
+        if stepped:
+            restore(optimizer, state["optimizer"], checkpoint)
+        else:
+            optimizer.reload_model_params()
+        restore_random_state(checkpoint)
+        return state["progress"]
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name, or a copy where there can be none: a Talker is gigabytes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def random_state() -> dict:
+    """Of all generators of this process, in plain containers."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    kind, words, *rest = np.random.get_state()
+    return {
+        "ranks": platform.world_size(),
+        "python": random.getstate(),
+        "numpy": (kind, words.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_state(checkpoint: Path) -> None:
+    """Draw on as the rank of this number did in the run that wrote a checkpoint, where it was in the same layout.
+
+    Raises:
+        DamagedCheckpoint: it is not there, or cannot be read.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    files = [checkpoint / f"random_{rank:05d}.pt" for rank in (platform.rank(), 0)]
+    path = next(filter(Path.exists, files), files[-1])
+    state = read_state(path)
+    if path != files[0] and state.get("ranks") == platform.world_size():
+        raise damaged(checkpoint, f"{files[0].name} is missing")
+    tracker = get_cuda_rng_tracker()
+    if path != files[0] or set(tracker.get_states()) != set(state["tracker"]):
+        return  # written in another layout: the generators keep their fresh seeds
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tracker.set_states(state["tracker"])

@@ -1,0 +1,114 @@
+"""Codes beside speech in the shards: whose they are, and how they are read.
+
+``omni-train data codes`` writes ``key.codes.npy`` and, in the folder, ``codec.json``: the content hash of the codec
+that made them, for the folder and for each of its shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_train.data.samples.files import read_regular
+from omni_train.data.samples.lengths import codec_frame_samples
+from omni_train.data.samples.media.container import refused_as
+from omni_train.data.samples.sample import SampleError
+from omni_train.data.samples.sources import energon_path
+from omni_train.errors import UserError
+from omni_train.recipe.schema import DataConfig, ModelConfig
+
+CODES = "codes.npy"
+"""Name of the file of a key that holds its codes: (N, frames) uint16."""
+RECORD = "codec.json"
+MAX_SECONDS = 600.0
+"""Of speech that gets codes, unless others are asked for: the codec hears it in one piece, ten minutes in 8 GB."""
+LARGEST_RECORD = 1 << 30  # bytes; a line for each shard
+
+
+def content_hash(tensors: Mapping[str, torch.Tensor], config: Any) -> str:
+    """SHA-256 over a codec's tensors, by name, type and shape, and the configuration it is built from."""
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def is_hash(text: str) -> bool:
+    """Whether a recipe names a codec by its content, and not by a checkpoint."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def check_codes(data: DataConfig) -> None:
+    """Refuse sources whose codes are not of the codec that the recipe names.
+
+    Args:
+        data: its ``codec`` is null or a content hash; whoever reads checkpoints has put that in a checkpoint's place.
+
+    Raises:
+        UserError: a source has no codes, or not in all shards, or another codec's.
+    """
+    if data.codec is None:
+        return
+    for source in data.sources:
+        command = f"omni-train data codes data={source.path} codec=CHECKPOINT"
+        try:
+            record = json.loads(_record(source.path))
+        except (OSError, ValueError):
+            raise UserError(f"data.sources: {source.path} has no codes; make them with `{command}`") from None
+        for place, found in {"": record["codec"], **record["shards"]}.items():
+            if found != data.codec:
+                raise UserError(
+                    f"data.codec={data.codec[:12]}…: the codes in {source.path}{place and '/' + place} are of another "
+                    f"codec, {found[:12]}…; name that one, or make them anew with `{command}`"
+                )
+
+
+def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np.ndarray:
+    """The codes (N, frames) int64 of a sample whose speech has so many samples.
+
+    Raises SampleError: ``no_codes``, ``codes_unreadable``, or ``codes_mismatch`` where they are not as many codebooks
+    or frames as the speech would have, or beyond the codebook.
+    """
+    codes = _array(parts)
+    shape = (model.code2wav.num_quantizers, -(-samples // codec_frame_samples(model)))
+    if codes.shape != shape or not 0 <= codes.min() <= codes.max() < model.code2wav.codebook_size:
+        raise SampleError("codes_mismatch")
+    return codes.astype(np.int64)
+
+
+def coded_samples(parts: Mapping[str, bytes], model: ModelConfig) -> int:
+    """How long the speech is at most that a sample's codes are of. Raises SampleError: ``no_codes``, or
+    ``codes_unreadable``."""
+    return _array(parts).shape[1] * codec_frame_samples(model)
+
+
+def _array(parts: Mapping[str, bytes]) -> np.ndarray:
+    """A sample's codes, integers of two axes as ``numpy.save`` writes them. ``numpy.load`` would make room for any
+    shape in a header before it looks for the numbers. Raises SampleError: ``no_codes``, or ``codes_unreadable``."""
+    if CODES not in parts:
+        raise SampleError("no_codes")
+    data = parts[CODES]
+    file = io.BytesIO(data)
+    with refused_as("codes_unreadable"):
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = read_header[version](file)
+        if dtype.kind not in "iu" or len(shape) != 2 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+            raise SampleError("codes_unreadable")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+
+
+def _record(path: str) -> str:
+    """The record of whose codes are in a folder."""
+    file = energon_path(path) / RECORD
+    return read_regular(file.local_path(), LARGEST_RECORD).decode() if file.is_local() else file.read_text()

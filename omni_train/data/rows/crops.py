@@ -1,0 +1,126 @@
+"""Crops of speech for the codec: from a sample to a piece of its waveform, and from pieces to a row.
+
+Axis letters: B crops of a row, S samples of a crop, N codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from omni_train.data.rows.batch import WaveRow
+from omni_train.data.rows.codes import coded_samples, codes_of
+from omni_train.data.samples.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
+from omni_train.data.samples.media import audio_seconds, read_audio
+from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_of
+from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
+
+AROUND = 0.1
+"""Seconds that are read on both sides of a crop, because resampling begins and ends with what it does not know."""
+GRID = 0.02
+"""Reading begins at a multiple of these seconds: a whole number of samples at all usual rates."""
+
+
+@dataclass
+class Crop:
+    """A piece of one sample's speech, filled up with zeros to the length of all crops."""
+
+    waveform: np.ndarray  # (S,) float32
+    length: int  # samples of speech in it
+    frames: int  # of the codec
+    draw: int  # see WaveRow.draws
+    codes: np.ndarray | None = None  # (N, frames) int64
+
+    def __len__(self) -> int:
+        return self.frames
+
+    @property
+    def media_bytes(self) -> int:
+        """Memory of what was read."""
+        return self.waveform.nbytes + (0 if self.codes is None else self.codes.nbytes)
+
+
+def read_speech(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int, most: float | None = None
+) -> np.ndarray:
+    """The waveform (n,) float32 of a sample's speech, of at most ``most`` seconds.
+
+    Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and as ``read_audio``.
+    """
+    speech = _speech(sample, parts)
+    return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate, most)
+
+
+def read_coded_speech(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, model: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The waveform (n,) float32 of a sample's speech and its codes (N, frames) int64, beyond which none is decoded.
+
+    Raises SampleError as ``read_speech`` and ``omni_train.data.rows.codes.codes_of``.
+    """
+    rate = codec_sampling_rate(model)
+    try:
+        waveform = read_speech(sample, parts, media, rate, most=coded_samples(parts, model) / rate)
+    except SampleError as error:
+        raise SampleError("codes_mismatch") if error.reason == "too_long" else error from None
+    return waveform, codes_of(parts, model, samples=len(waveform))
+
+
+def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, model: ModelConfig, draw: int) -> Crop:
+    """The crop of a sample that begins where ``draw`` says; with ``data.codec``, its codes, and it begins at a frame.
+
+    Raises SampleError as ``read_speech`` and ``omni_train.data.rows.codes.codes_of``.
+    """
+    per_frame, frames = codec_frame_samples(model), crop_frames(data.crop_seconds, model)
+    if data.codec is None:
+        piece, codes = _cut(sample, parts, data.media, codec_sampling_rate(model), frames * per_frame, draw), None
+    else:  # all of it: codes fit the length of the whole
+        waveform, codes = read_coded_speech(sample, parts, data.media, model)
+        first = _drawn(draw, -(-len(waveform) // per_frame) - frames)
+        piece = waveform[first * per_frame :][: frames * per_frame]
+        codes = codes[:, first : first + frames]
+        codes = np.pad(codes, ((0, 0), (0, frames - codes.shape[1])))
+    return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
+
+
+def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
+    speech = speech_of(sample)
+    if speech is None:
+        raise SampleError("no_speech")
+    if speech.file not in parts:
+        raise SampleError("media_missing")
+    return speech
+
+
+def _cut(
+    sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, rate: int, samples: int, draw: int
+) -> np.ndarray:
+    """At most ``samples`` of a sample's speech, from where ``draw`` says; only they are decoded, and what is around."""
+    speech = _speech(sample, parts)
+    file, begin = parts[speech.file], speech.start or 0.0
+    seconds = audio_seconds(file)
+    end = seconds if speech.end is None else min(speech.end, seconds)
+    first = _drawn(draw, round((end - begin) * rate) - samples)
+    start = max(0, int((first / rate - AROUND) / GRID)) * GRID
+    stop = min(begin + (first + samples) / rate + AROUND, end)
+    return read_audio(file, media, begin + start, stop, rate)[first - round(start * rate) :][:samples]
+
+
+def _drawn(draw: int, last: int) -> int:
+    """A place from 0 to ``last``, which may be below 0 where there is but one."""
+    return int(np.random.default_rng(draw).integers(max(last, 0) + 1))
+
+
+def pack_crops(crops: list[Crop]) -> WaveRow:
+    """The row of these crops, in their order."""
+    coded = [crop.codes for crop in crops if crop.codes is not None]
+    return WaveRow(
+        waveform=torch.from_numpy(np.stack([crop.waveform for crop in crops])),
+        lengths=torch.tensor([crop.length for crop in crops]),
+        draws=torch.tensor([crop.draw for crop in crops]),
+        codes=torch.from_numpy(np.stack(coded)) if coded else None,
+        samples=len(crops),
+    )

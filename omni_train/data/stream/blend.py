@@ -1,0 +1,82 @@
+"""The blend: which source gives the next sequence, so that the recipe's weights are shares of the tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron.energon import SavableDataset
+from megatron.energon.flavors.base_dataset import add_sample_restore_key
+from megatron.energon.wrappers.base import BaseWrapperDataset
+
+from omni_train.data.rows.chats import TokenSequence
+from omni_train.data.rows.crops import Crop
+from omni_train.data.samples.sample import describe
+from omni_train.errors import UserError
+from omni_train.recipe.schema import SourceConfig
+
+HOPELESS_SAMPLES = 1000  # of one source, refused one after the other
+
+
+@dataclass
+class Tokenized:
+    """A sequence on its way to packing, or the reason why a sample has none."""
+
+    __restore_key__: tuple
+    sequence: TokenSequence | Crop | None = None
+    refused: str | None = None
+
+
+class TokenBlend(BaseWrapperDataset):
+    """The sequences of all sources, of which each gives tokens in proportion to its weight, however long they are.
+
+    The source that lags most gives the next sequence: every source has a clock that a sequence advances by its tokens
+    divided by the weight, and the earliest clock is next. This is weighted fair queueing (Demers, Keshav and Shenker,
+    1989): at any moment the shares are off by no more than a sequence or so of each source, and nothing is random.
+    Refused samples do not move the clock. A source that ends (only where samples are not repeated) or has no sample in
+    this stream leaves its share to the others.
+
+    Iterating raises UserError when one source has ``HOPELESS_SAMPLES`` refused in a row.
+    """
+
+    _savable_fields = ("_clocks", "_refused")
+
+    def __init__(self, datasets: Sequence[SavableDataset], sources: Sequence[SourceConfig], *, worker_config):
+        super().__init__(datasets, worker_config=worker_config)
+        self.sources = sources
+        self.reset_state_own()
+
+    def reset_state_own(self) -> None:
+        self._clocks = [0.0] * len(self.sources)  # tokens / weight; infinite for a source that has ended
+        self._refused: list[dict[str, int]] = [{} for _ in self.sources]  # by reason, since the last that was not
+
+    def __iter__(self) -> Iterator[Tokenized]:
+        iterators = [iter(dataset) if dataset.worker_has_samples() else iter(()) for dataset in self.datasets]
+        while (earliest := min(self._clocks)) < math.inf:
+            chosen = self._clocks.index(earliest)
+            item = next(iterators[chosen], None)
+            if item is None:
+                self._clocks[chosen] = math.inf
+                continue
+            self._count(chosen, item)
+            yield item if len(iterators) == 1 else add_sample_restore_key(item, chosen, src=self)
+
+    def _count(self, chosen: int, item: Tokenized) -> None:
+        refused = self._refused[chosen]
+        if item.sequence is not None:
+            self._clocks[chosen] += len(item.sequence) / self.sources[chosen].weight
+            refused.clear()
+            return
+        refused[item.refused] = refused.get(item.refused, 0) + 1
+        if sum(refused.values()) >= HOPELESS_SAMPLES:
+            raise UserError(
+                f"data.sources: {HOPELESS_SAMPLES:,} samples in a row of {self.sources[chosen].path} were refused "
+                f"({describe(refused)}); mend the shards, or leave the source out"
+            )
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return sum(dataset.len_worker(worker_idx) for dataset in self.datasets)
+
+    def config(self) -> dict:
+        return {"type": type(self).__qualname__, "datasets": [dataset.config() for dataset in self.datasets]}

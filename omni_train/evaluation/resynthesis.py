@@ -1,0 +1,210 @@
+"""Evaluation of the codec in the loop: held-out speech is said again, measured, and kept to listen to."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+from omni_train import platform
+from omni_train.data.rows.utterances import Utterance, held_out_utterances
+from omni_train.data.samples.lengths import codec_sampling_rate
+from omni_train.evaluation.spectrograms import draw_spectrograms
+from omni_train.models.code2wav import Code2Wav
+from omni_train.models.codec import SpeechCodec, usage_of
+from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE
+from omni_train.objectives.spectral import MelDistance
+from omni_train.platform.logs import warn
+from omni_train.platform.signals import cut_short
+from omni_train.recipe.schema import Recipe
+from omni_train.rollout.scoring import Tally, score
+
+Transcribe = Callable[[list[np.ndarray]], list[str]]
+"""Texts of waveforms (n,) float32 of 16 kHz."""
+
+
+@dataclass
+class Resynthesis:
+    """A held-out utterance and what the codec made of it."""
+
+    name: str
+    text: str | None  # what is said
+    original: Path  # WAV
+    resynthesis: Path  # WAV
+    spectrograms: Path  # PNG, the two beside each other
+
+
+class CodecEvaluation:
+    """Says the recipe's held-out utterances again, the same ones every time.
+
+    Args:
+        recipe: its ``evaluation`` says how many, and how many of them are kept.
+        directory: of the run; the kept ones go to its ``report``.
+        transcribe: a recognizer, for word error rates of originals and resyntheses.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path, transcribe: Transcribe | None = None) -> None:
+        self.rate = codec_sampling_rate(recipe.model)
+        self.codebooks = (recipe.model.code2wav.num_quantizers, recipe.model.code2wav.codebook_size)
+        training = recipe.codec_training
+        self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
+        self.normalizer = recipe.evaluation.normalizer
+        self.kept, self.directory, self.transcribe = recipe.evaluation.print_samples, directory / "report", transcribe
+        self.refused: Counter[str] = Counter()
+        self.utterances = held_out_utterances(
+            recipe.data,
+            recipe.model,
+            recipe.evaluation,
+            data_rank=platform.parallel.data_rank(),
+            data_world_size=platform.parallel.data_world_size(),
+            refused=self.refused,
+        )
+
+    @torch.no_grad()
+    def __call__(self, codec: SpeechCodec | Code2Wav) -> tuple[dict[str, float], list[Resynthesis]]:
+        """Collective.
+
+        Args:
+            codec: whole and unwrapped, in evaluation mode; a Code2Wav speaks the codes of the shards.
+
+        Returns:
+            figures over the utterances of all ranks: ``eval_mel_distance`` as in training, ``eval_stoi``, ``eval_pesq``
+            (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
+            or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
+            ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
+            ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
+            both of all languages together, and ``eval_unknown_language``, how many texts are of none that is known;
+            the first rank's resyntheses that are kept, none elsewhere. Nothing where a signal cut it short.
+        """
+        device = next(codec.parameters()).device
+        tally, counts_NK = Tally.of_refused(self.refused), torch.zeros(self.codebooks)
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        for utterance in self.utterances:
+            if cut_short():
+                break
+            codes_NT, spoken = _say_again(codec, utterance, device)
+            counts_NK.scatter_add_(1, codes_NT, torch.ones_like(codes_NT, dtype=counts_NK.dtype))
+            pairs.append((utterance.waveform[: len(spoken)], spoken))
+            self._measure(tally, *pairs[-1])
+        if self.transcribe is not None and not cut_short():
+            self._recognize(tally, pairs)
+        everywhere, everywhere_NK = Tally(), torch.zeros_like(counts_NK)
+        for part, part_NK in platform.parallel.gather_over_data_ranks((tally, counts_NK)):
+            everywhere += part
+            everywhere_NK += part_NK
+        if cut_short():
+            return {}, []
+        figures = everywhere.figures() | _usage(everywhere_NK)
+        kept: list[Resynthesis] = []
+        if platform.rank() == 0:
+            try:
+                kept = self._keep(pairs)
+            except (OSError, soundfile.LibsndfileError) as error:
+                warn(f"{self.directory}: the resyntheses cannot be written: {error}")
+        return {f"eval_{name}": value for name, value in figures.items()}, kept
+
+    def _measure(self, tally: Tally, original: np.ndarray, spoken: np.ndarray) -> None:
+        tally.add("utterances", 1)
+        one, other = (torch.from_numpy(waveform)[None] for waveform in (original, spoken))
+        tally.add("mel_distance", float(self.mel(other, one, torch.tensor([len(original)]))[0]), 1)
+        for name, measured in (("stoi", stoi), ("pesq", pesq)):
+            value = measured(original, spoken, self.rate)
+            tally.add(name, *((value, 1) if value is not None else (0, 0)))
+            tally.add(f"{name}_failed", value is None)
+
+    def _recognize(self, tally: Tally, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Count the recognizer's errors on both of each pair whose text is known."""
+        told = [place for place, utterance in enumerate(self.utterances) if utterance.text]
+        for side, name in enumerate(("original", "resynthesis")):
+            errors = Tally()
+            heard = self.transcribe([_heard(pairs[place][side], self.rate) for place in told]) if told else []
+            for place, text in zip(told, heard, strict=True):
+                utterance = self.utterances[place]
+                score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text, self.normalizer)
+            for figure in errors.weights:
+                tally.add(f"{name}_{figure}", errors.sums[figure], errors.weights[figure])
+                tally.add(f"{name}_{figure.partition('_')[0]}", errors.sums[figure], errors.weights[figure])
+        if unknown := errors.sums["unknown_language"]:
+            tally.add("unknown_language", unknown)
+
+    def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
+        """Write the first pairs as sound and pictures."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for number, (utterance, pair) in enumerate(zip(self.utterances, pairs, strict=True)):
+            if number == self.kept:
+                break
+            files = [self.directory / f"{number:02d}_{name}" for name in ("original.wav", "resynthesis.wav")]
+            for file, waveform in zip(files, pair, strict=True):
+                soundfile.write(file, waveform, self.rate, subtype="PCM_16")
+            picture = self.directory / f"{number:02d}_spectrograms.png"
+            draw_spectrograms(dict(zip(("original", "resynthesis"), pair, strict=True)), self.rate, picture)
+            kept.append(Resynthesis(utterance.name, utterance.text, *files, picture))
+        return kept
+
+
+def _say_again(
+    codec: SpeechCodec | Code2Wav, utterance: Utterance, device: torch.device
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The codes (N, T) of an utterance, and the waveform that they become, not longer than it was."""
+    if isinstance(codec, Code2Wav):
+        codes_1NT = torch.from_numpy(utterance.codes)[None].to(device)
+        spoken_1S = codec(codes_1NT)
+    else:
+        waveform_1S = torch.from_numpy(utterance.waveform)[None]
+        codes_1NT = codec.encode(waveform_1S.to(device, codec.bridge.weight.dtype))
+        spoken_1S = codec.decode(codes_1NT)
+    return codes_1NT[0].cpu(), spoken_1S[0, : len(utterance.waveform)].float().cpu().numpy()
+
+
+def _usage(counts_NK: torch.Tensor) -> dict[str, float]:
+    used_N, perplexity_N = (figure.tolist() for figure in usage_of(counts_NK))
+    figures = {f"codebook_used_{number:02d}": value for number, value in enumerate(used_N)}
+    figures |= {f"codebook_perplexity_{number:02d}": value for number, value in enumerate(perplexity_N)}
+    return figures | {"codebook_used_least": min(used_N)}
+
+
+def stoi(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:
+    """Short-time objective intelligibility (Taal et al. 2011), up to 1; None where less than 0.4 s is not silent."""
+    from pystoi import stoi as measure
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # it returns 1e-5 with one
+        try:
+            value = float(measure(original, spoken, sampling_rate))
+        except (RuntimeWarning, ValueError):
+            return None
+    return value if np.isfinite(value) else None
+
+
+def pesq(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:
+    """Perceptual evaluation of speech quality, wide band (ITU-T P.862.2), 1 to 4.6; None where it finds no speech."""
+    try:
+        from pesq import PesqError
+        from pesq import pesq as measure
+    except ImportError:
+        _say_that_pesq_is_missing()
+        return None
+    try:
+        value = float(measure(16000, _heard(original, sampling_rate), _heard(spoken, sampling_rate), "wb"))
+    except (PesqError, ValueError):
+        return None
+    return value if np.isfinite(value) else None
+
+
+@cache
+def _say_that_pesq_is_missing() -> None:
+    warn("the package pesq is not installed: PESQ is not measured, and counted as failed; install the extra [pesq]")
+
+
+def _heard(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+    """At 16 kHz."""
+    return soxr.resample(waveform, sampling_rate, TEACHER_SAMPLING_RATE)

@@ -1,0 +1,102 @@
+"""The codec of a checkpoint, opened to make codes: for the shards, and to know whose codes they are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.plain import is_plain, read_network
+from omni_train.checkpoint.sharded import read_model_config
+from omni_train.checkpoint.store import resolve
+from omni_train.data.rows.codes import MAX_SECONDS, content_hash, is_hash
+from omni_train.errors import UserError
+from omni_train.models.codec import SpeechCodec
+from omni_train.recipe.schema import DataConfig, Verify
+
+
+class OpenCodec:
+    """A trained codec that makes codes.
+
+    Args:
+        codec: in evaluation mode, in fp32, on its device.
+    """
+
+    def __init__(self, codec: SpeechCodec) -> None:
+        self.codec = codec
+        self.sampling_rate = codec.config.sampling_rate
+        # What codes mean does not depend on who taught them.
+        tensors = {name: tensor for name, tensor in codec.state_dict().items() if not name.startswith("teacher.")}
+        decoder = None if codec.code2wav is None else asdict(codec.code2wav)
+        self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": decoder})
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """A waveform (n,) float32 -> codes (N, frames)."""
+        device = next(self.codec.parameters()).device
+        return self.codec.encode(torch.from_numpy(waveform)[None].to(device))[0].cpu().numpy()
+
+
+def open_codec(path: str) -> OpenCodec:
+    """The codec of a checkpoint, or of a run's latest, with averaged weights where it has some: those evaluation heard.
+
+    An imported Mimi has no decoder here, and makes codes all the same.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or of another network.
+    """
+    checkpoint = resolve(path)
+    require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
+    model = read_model_config(checkpoint)
+    if not is_plain(checkpoint) or model.codec is None:
+        raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
+    tensors = read_network(checkpoint, "generator")
+    if not any(name.startswith("encoder.") for name in tensors):
+        raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    decodes = any(name.startswith("decoder.") for name in tensors)
+    teacher = tensors.get("teacher.weight")
+    codec = SpeechCodec(
+        model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher)
+    ).float()
+    codec.load_state_dict(tensors)
+    return OpenCodec(codec.eval())
+
+
+def codec_hash(codec: str) -> str:
+    """The content hash that ``data.codec`` means: itself, or that of its checkpoint."""
+    return codec if is_hash(codec) else open_codec(codec).content_hash
+
+
+def write_codes(
+    data: Path,
+    codec: str,
+    out: Path | None = None,
+    workers: int = 0,
+    max_seconds: float = MAX_SECONDS,
+    max_sample_bytes: int = DataConfig.max_sample_bytes,
+    max_text_bytes: int = DataConfig.max_text_bytes,
+) -> None:
+    """Write the shards of a folder anew, with a codec's codes beside the speech of every sample.
+
+    Every sample whose speech can be read (its speech target, else the first sound of the chat) gets ``key.codes.npy``,
+    (codebooks, frames) uint16. The same folder and codec give the same shards, whatever the number of processes.
+    Stopped at any moment, the same command goes on where it was. The new folder is ready for ``data.codec=CHECKPOINT``,
+    which refuses codes of another codec.
+
+    Args:
+        data: folder of indexed shards; it stays as it is.
+        codec: checkpoint directory of the codec, or a run directory.
+        out: folder of the new shards; data with `_codes` after its name.
+        workers: processes that work side by side; 0 for one per core.
+        max_seconds: longer speech is kept without codes (`audio_too_long`).
+        max_sample_bytes: samples that are larger are left out, as `data.max_sample_bytes` refuses them.
+        max_text_bytes: the same of their ``key.json``, as `data.max_text_bytes`.
+
+    Raises:
+        UserError: no shards, no codec, or `out` holds something else.
+    """
+    from data_pipelines.codes import extract
+
+    extract(data, codec, open_codec, out, workers, max_seconds, max_sample_bytes, max_text_bytes)

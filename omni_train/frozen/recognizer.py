@@ -1,0 +1,79 @@
+"""A trained recognizer that listens to the codec: it teaches codebook 0, and writes what resynthesised speech says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni_train import platform
+from omni_train.checkpoint.plain import is_plain, read_network
+from omni_train.checkpoint.sharded import read_model_config
+from omni_train.data.rows.transcripts import split_tag
+from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.lengths import audio_tokens_per_second
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.errors import UserError
+from omni_train.models.recognizer import SpeechRecognizer
+from omni_train.recipe.schema import Precision, Recipe, Recompute
+from omni_train.rollout.transcribe import transcribe
+
+WHOLE_CLIPS = 0
+SHORTEST = 0.2  # seconds; a shorter clip is heard with silence behind it
+
+
+class Listener:
+    """A recognizer of a checkpoint, frozen, in fp32.
+
+    As a teacher (:class:`omni_train.objectives.semantic.Teacher`) it gives the audio encoder's outputs; `transcribe`
+    writes what is said.
+
+    Args:
+        checkpoint: of network=recognizer.
+        recipe: of the codec; its tokenizer is the one that the recognizer learned with.
+
+    Raises:
+        UserError: the checkpoint is of something else.
+    """
+
+    def __init__(self, checkpoint: Path, recipe: Recipe) -> None:
+        if not is_plain(checkpoint) or (model := read_model_config(checkpoint)).recognizer is None:
+            raise UserError(
+                f"{checkpoint}: no recognizer; evaluation.recognizer is a checkpoint of network=recognizer, "
+                "codec_training.teacher is one too or a folder of a WavLM model"
+            )
+        settings = replace(recipe, model=model, precision=Precision.fp32, recompute=Recompute.none)
+        self.model = SpeechRecognizer(settings)
+        self.model.load_state_dict(read_network(checkpoint, "model"))
+        self.model.eval().requires_grad_(False)
+        self.audio, self.max_new_tokens = model.audio, recipe.evaluation.max_new_tokens
+        self.tokenizer = Tokenizer(recipe.data.tokenizer)
+        self.rate, self.size = audio_tokens_per_second(model.audio), model.audio.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
+        """Features (B, T, D) of waveforms (n,) of 16 kHz, zeros after a clip's end."""
+        mels = [self._mel(waveform.cpu().numpy()) for waveform in waveforms]
+        boundaries = torch.tensor([0, *np.cumsum([len(mel) for mel in mels])], dtype=torch.int32)
+        mel_FM = torch.from_numpy(np.concatenate(mels)).to(platform.device())
+        heard_AH, lengths = self.model.hear(mel_FM, boundaries, WHOLE_CLIPS)
+        return torch.nn.utils.rnn.pad_sequence(heard_AH.split(lengths), batch_first=True)
+
+    def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
+        """What is said in waveforms (n,) of 16 kHz, each heard whole."""
+        written = transcribe(
+            self.model,
+            [self._mel(waveform) for waveform in waveforms],
+            window_frames=WHOLE_CLIPS,
+            start_token=self.tokenizer.im_start,
+            stop_token=self.tokenizer.im_end,
+            max_new_tokens=self.max_new_tokens,
+        )
+        words = [[token for token in one.tokens if token != self.tokenizer.im_end] for one in written]
+        return [split_tag(tokens, self.tokenizer)[1] for tokens in words]
+
+    def _mel(self, waveform: np.ndarray) -> np.ndarray:
+        missing = max(0, round(SHORTEST * 16000) - len(waveform))
+        return log_mel(np.pad(waveform, (0, missing)), self.audio.num_mel_bins)

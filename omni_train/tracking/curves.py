@@ -1,0 +1,46 @@
+"""Curves of a pipeline's losses as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omni_train.data.rows.batch import MODALITIES
+
+
+def draw_losses(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """The loss by modality over the steps of each stage, stage beside stage.
+
+    Args:
+        stages: the logged steps of each stage, in order.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    width = max(6, 2.2 * len(stages))
+    figure, panels = pyplot.subplots(
+        1, len(stages), figsize=(width, 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    colors = {name: f"C{index}" for index, name in enumerate(MODALITIES)}
+    for axes, (stage, steps) in zip(panels[0], stages.items(), strict=True):
+        axes.set_title(stage, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        for name, color in colors.items():
+            _plot(axes, steps, f"loss_{name}", color=color, linewidth=1)
+            _plot(axes, steps, f"eval_loss_{name}", color=color, marker="o", linewidth=0)
+    panels[0][0].set(ylabel="loss per token", ylim=(0, None))
+    shown = [pyplot.Line2D([], [], color=color, label=name.replace("_", " ")) for name, color in colors.items()]
+    shown.append(pyplot.Line2D([], [], color="0.4", marker="o", linewidth=0, label="held-out"))
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot(axes, steps: Sequence[Mapping[str, float]], key: str, **style) -> None:
+    points = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

@@ -1,0 +1,194 @@
+"""How a run, or a pipeline of runs, went: ``python -m omni_train.tracking.report runs/smoke``.
+
+A run is a table of its steps. A pipeline is a table of its stages and one of its evaluations, which are written with
+curves into its ``report/`` too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from omni_train.data.rows.batch import MODALITIES
+from omni_train.errors import UserError
+from omni_train.tracking.step_log import read_lines
+
+COLUMNS = {
+    "step": "{:,}",
+    "tokens": "{:,.0f}",
+    "loss": "{:.4f}",
+    "grad_norm": "{:.3f}",
+    "lr": "{:.2e}",
+    "tokens_per_second": "{:,.0f}",
+}
+"""Keys of ``metrics.jsonl`` that are shown of a run, in order, and how."""
+
+Stages = Mapping[str, Sequence[Mapping[str, float]]]
+"""The logged steps of each stage of a pipeline."""
+
+
+def read_steps(run: Path) -> list[dict]:
+    """The logged training steps of a run directory, oldest first.
+
+    Raises:
+        UserError: the run has logged no step.
+    """
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: No such file or directory; expected the directory of a run")
+    if not (steps := _steps(path)):
+        raise UserError(f"{path} has no training step yet")
+    return steps
+
+
+def read_stages(pipeline: Path) -> Stages:
+    """The logged training steps of the stages that have any, in the pipeline's order.
+
+    Raises:
+        UserError: none has.
+    """
+    names = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
+    paths = {name: pipeline / name / "metrics.jsonl" for name in names}
+    stages = {name: steps for name, path in paths.items() if path.exists() and (steps := _steps(path))}
+    if not stages:
+        raise UserError(f"{pipeline}: no stage has a training step yet")
+    return stages
+
+
+def _steps(path: Path) -> list[dict]:
+    """The training steps of a file, their figures only.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        steps = [step for _, step in read_lines(path) if "loss" in step]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected the file of a run") from error
+    return [{key: value for key, value in step.items() if _is_figure(value)} for step in steps]
+
+
+def _is_figure(value: object) -> bool:
+    """Numbers, but not what is logged as null since it is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def steps_table(steps: list[dict], rows: int = 12) -> Table:
+    """At most ``rows`` steps, evenly spaced, the first and the last among them."""
+    last = len(steps) - 1
+    shown = sorted({round(i * last / max(1, rows - 1)) for i in range(rows)})
+    first, final = (_shown(step, "loss", "{:.3f}") for step in (steps[0], steps[-1]))
+    title = f"loss {first} → {final} in {steps[-1]['step']:,} steps"
+    header = [name.replace("_per_", "/").replace("_", " ") for name in COLUMNS]
+    return _table(title, header, [[_shown(steps[i], name, form) for name, form in COLUMNS.items()] for i in shown])
+
+
+def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a stage each, its length and its losses, those by modality as they were last logged."""
+    last = {name: _last_values(steps) for name, steps in stages.items()}
+    modalities = [name for name in MODALITIES if any(f"loss_{name}" in values for values in last.values())]
+    header = ["stage", "steps", "tokens", "first loss", "last loss", "held-out loss", *modalities]
+    rows = []
+    losses = ["loss", "eval_loss", *(f"loss_{modality}" for modality in modalities)]
+    for name, steps in stages.items():
+        cells = [f"{steps[-1]['step']:,}", _shown(last[name], "tokens", "{:,.0f}"), _shown(steps[0], "loss", "{:.3f}")]
+        rows.append([name, *cells, *(_shown(last[name], key, "{:.3f}") for key in losses)])
+    return header, rows
+
+
+def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a figure of the evaluations each, its name first, as every stage logged it last."""
+    last = {name: _last_values(steps) for name, steps in stages.items()}
+    keys = sorted({key for values in last.values() for key in values if key.startswith("eval_") and key != "eval_loss"})
+    shown = [name for name, values in last.items() if any(key in values for key in keys)]
+    rows = [
+        [key.removeprefix("eval_").replace("_", " ")] + [_shown(last[name], key, "{:.3f}") for name in shown]
+        for key in keys
+    ]
+    return ["held-out", *shown], rows
+
+
+def summary(rows: list[list[str]]) -> list[list[str]]:
+    """The rows of :func:`figures_cells` that are not of one language or codebook among several."""
+    names = {row[0] for row in rows}
+
+    def is_part(name: str) -> bool:
+        """Languages are named in two or three characters, codebooks in two; of a language there is also the figure of
+        all."""
+        words = name.split()
+        wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) in (2, 3)]
+        return any(whole in names or whole.startswith("codebook") for whole in wholes)
+
+    return [row for row in rows if not is_part(row[0])]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on: where nobody reads any more, the report is still a file, and the run a success."""
+        self.quiet = True
+
+
+def report(directory: Path, console: Console | None = None) -> None:
+    """Print how a run or a pipeline went; of a pipeline, also write ``report/report.md`` and its curves.
+
+    Raises:
+        UserError: nothing was logged there.
+    """
+    console = console or _Console(width=None if sys.stdout.isatty() else 160)
+    if not (directory / "pipeline.yaml").exists():
+        console.print(steps_table(read_steps(directory)))
+        return
+    from omni_train.tracking.curves import draw_losses
+
+    stages = read_stages(directory)
+    folder = directory / "report"
+    folder.mkdir(exist_ok=True)
+    draw_losses(stages, folder / "losses.png")
+    text = [f"# {directory.name}", "![losses](losses.png)"]
+    tables = {"Stages": stages_cells(stages), "Evaluation": figures_cells(stages)}
+    for title, (header, rows) in tables.items():
+        if rows:
+            console.print(_table(title, header, summary(rows) if title == "Evaluation" else rows))
+            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+            text += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    console.print(f"all figures and curves: {folder / 'report.md'}")
+
+
+def _last_values(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure as it was last logged; a step logs only what it has."""
+    return {key: value for step in steps for key, value in step.items() if value is not None}
+
+
+def _shown(values: Mapping[str, float], key: str, form: str) -> str:
+    return form.format(values[key]) if key in values else "–"
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    result = Table(title=title)
+    for name in header:
+        result.add_column(name, justify="left" if name in ("stage", "held-out") else "right")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m omni_train.tracking.report RUN_OR_PIPELINE_DIRECTORY", file=sys.stderr)
+        return 2
+    try:
+        report(Path(arguments[0]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

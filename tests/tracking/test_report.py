@@ -1,0 +1,124 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from omni_train.tracking.report import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of 37 steps whose loss falls from 9 by 0.1 a step, evaluated once on the way."""
+    rows = [
+        {"step": step, "loss": 9.1 - step / 10, "lr": 3e-4, "tokens": 512 * step, "tokens_per_second": 1234.5}
+        for step in range(1, 38)
+    ]
+    rows.insert(20, {"step": 20, "eval_loss": 77.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_shows_first_and_last_of_evenly_spaced_training_steps(run, capsys):
+    assert main([str(run)]) == 0
+    output = capsys.readouterr().out
+    assert "loss 9.000 → 5.400 in 37 steps" in output
+    body = [line.replace("│", " ").split() for line in output.splitlines() if line.startswith("│")]
+    assert len(body) == 12
+    assert body[0] == ["1", "512", "9.0000", "–", "3.00e-04", "1,234"]
+    assert body[-1][:3] == ["37", "18,944", "5.4000"]
+    assert "77" not in output
+
+
+def test_a_reader_that_has_gone_fails_nothing(run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main([str(run)]) == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what the stream still holds
+
+
+def test_a_single_step_is_a_table_too(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("2.5000") == 1
+
+
+@pytest.mark.parametrize("content", [None, '{"step": 3, "eval_loss": 1.0}\n'])
+def test_a_run_without_steps_is_one_line_and_exit_2(tmp_path, capsys, content):
+    if content:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_broken_lines_and_losses_that_are_no_number_do_not_stop_a_report(tmp_path, capsys):
+    """A loss that is not finite is logged as null."""
+    lines = [b'{"step": 1, "loss": null}', b'{"step": 2, "loss": 2.5}', b"\xff", b"[]", b'{"step": 3, "loss": "x", "lr']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert main([str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    assert "loss – → 2.500 in 2 steps" in output.out
+    assert "3 of its 5 lines cannot be read" in output.err
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """Text alone, then with audio and held-out figures; a stage that logged nothing, one that has not begun."""
+    (tmp_path / "pipeline.yaml").write_text("first: {}\nsecond: {}\nthird: {}\nfourth: {}\n")
+    steps = {
+        "second": [
+            {"step": 1, "tokens": 1500.0, "loss": 4.0, "loss_audio": 4.5},
+            {"step": 2, "tokens": 3000.0, "loss": 3.0, "loss_text": 2.5, "eval_loss": 3.5, "eval_wer_de": 0.25},
+            {"step": 3, "tokens": 4500.0, "loss": 2.75, "loss_text": 2.125, "grad_norm": None, "loss_image": None},
+        ],
+        "third": [],
+        "first": [{"step": 7, "tokens": 70.0, "loss": 6.0, "loss_text": 6.0}],
+    }
+    for name, rows in steps.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_pipeline_is_a_table_of_its_stages_with_the_losses_last_logged(pipeline, capsys):
+    assert main([str(pipeline)]) == 0
+    body = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert body[0] == ["first", "7", "70", "6.000", "6.000", "–", "6.000", "–"]
+    assert body[1] == ["second", "3", "4,500", "4.000", "2.750", "3.500", "2.125", "4.500"]
+    assert body[2] == ["wer", "de", "0.250"]
+    assert len(body) == 3
+
+
+def test_parts_of_a_figure_that_is_there_as_a_whole_are_in_the_report_alone(pipeline, capsys):
+    figures = {"eval_wer": 0.5, "eval_wer_en": 0.75, "eval_wer_window_100": 0.625, "eval_wer_en_window_100": 0.875}
+    figures |= {"eval_codebook_used_03": 0.0625, "eval_codebook_used_least": 0.03125, "eval_stoi_failed": 0.125}
+    with (pipeline / "second" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": 2.75} | figures) + "\n")
+    assert main([str(pipeline)]) == 0
+    printed, written = capsys.readouterr().out, (pipeline / "report" / "report.md").read_text()
+    for figure in ("0.500", "0.625", "0.031", "0.125"):
+        assert figure in printed
+    for figure in ("0.250", "0.750", "0.875", "0.062"):
+        assert figure not in printed
+        assert f"| {figure} |" in written
+
+
+def test_a_pipelines_report_is_written_beside_its_stages_with_curves(pipeline):
+    assert main([str(pipeline)]) == 0
+    text = (pipeline / "report" / "report.md").read_text()
+    assert "| stage | steps | tokens | first loss | last loss | held-out loss | text | audio |" in text
+    assert "| wer de | 0.250 |" in text
+    assert "](losses.png)" in text
+    assert (pipeline / "report" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pipeline_without_steps_is_one_line_and_exit_2(tmp_path, capsys):
+    (tmp_path / "pipeline.yaml").write_text("first: {}\n")
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
