@@ -30,6 +30,7 @@ from omni_train.recipe.schema import (
     Precision,
     Recipe,
     ScheduleConfig,
+    ThinkerConfig,
 )
 from omni_train.threads import keep_awake
 
@@ -76,7 +77,15 @@ def recipe() -> Recipe:
         run="bench",
         precision=Precision.fp32,
         model=ModelConfig(
-            name="bench", pattern="GEGEGE*E", repeats=2, mrope_section=[4, 2, 2], router_aux_loss_coef=0.0, **SIZES
+            name="bench",
+            vocab_size=SIZES["vocab_size"],
+            thinker=ThinkerConfig(
+                pattern="GEGEGE*E",
+                repeats=2,
+                mrope_section=[4, 2, 2],
+                router_aux_loss_coef=0.0,
+                **{key: value for key, value in SIZES.items() if key != "vocab_size"},
+            ),
         ),
         data=DataConfig(name="bench", path="", tokenizer="", row_tokens=ROW_TOKENS),
         optimizer=OptimizerConfig(lr=LEARNING_RATE, clip_grad=0.0),

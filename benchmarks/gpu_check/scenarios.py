@@ -23,7 +23,6 @@ from omni_train.recipe.schema import (
     Recipe,
     ZeroConfig,
 )
-from omni_train.recipe.speech import NetworkName
 from tests.support.codec import CODE2WAV, CODEC, TRAINING, wave_row
 from tests.support.recognizer import TAG_END, recognizer_recipe, row_of, utterances
 from tests.support.thinker import add_media, encoders, random_row, small_recipe
@@ -97,7 +96,7 @@ def thinker(recipe: Recipe, start: Path | None, steps: int = STEPS, save: tuple[
 def zero_recipes() -> dict[str, Recipe]:
     """The networks that the ZeRO engine trains."""
     common = dict(engine=EngineName.deepspeed, zero=ZeroConfig(stage=1))
-    codec = small_recipe(network=NetworkName.codec, codec=CODEC, code2wav=CODE2WAV, codec_training=TRAINING, **common)
+    codec = small_recipe(network="codec", codec=CODEC, code2wav=CODE2WAV, codec_training=TRAINING, **common)
     return {"recognizer": recognizer_recipe(ctc=True, **common), "codec": codec}
 
 
@@ -115,7 +114,7 @@ def zero(recipe: Recipe, start: Path | None, save: Path | None = None, steps: in
         engine.save(store, 0, {"step": 0}, None)
     history = []
     for step in range(steps if start else 0):
-        if recipe.network is NetworkName.codec:
+        if recipe.network == "codec":
             rows = [wave_row(seed=2 * step), wave_row(seed=2 * step + 1)]
         else:
             clips = utterances(recipe)

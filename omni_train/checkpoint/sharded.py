@@ -8,7 +8,7 @@ import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from omni_train.checkpoint.state_files import read_state, write_state
 from omni_train.checkpoint.store import Store, attempt, describe, step_of
 from omni_train.errors import UserError, first_line
 from omni_train.platform.agreement import agree, anywhere
+from omni_train.recipe.old_names import model_of_today
 from omni_train.recipe.schema import (
     AudioEncoderConfig,
     CheckpointConfig,
@@ -27,6 +28,7 @@ from omni_train.recipe.schema import (
     CodecConfig,
     ModelConfig,
     RecognizerConfig,
+    ThinkerConfig,
     VisionEncoderConfig,
 )
 
@@ -36,24 +38,22 @@ if TYPE_CHECKING:
 # What a damaged file makes the libraries that read it raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
 _PARTS = {
+    "thinker": ThinkerConfig,
     "audio": AudioEncoderConfig,
     "vision": VisionEncoderConfig,
     "recognizer": RecognizerConfig,
     "codec": CodecConfig,
     "code2wav": Code2WavConfig,
 }
-# Model keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
-_FREE_MODEL_KEYS = {
-    "name",
-    "router_aux_loss_coef",
-    "initializer_range",
-    "mtp_loss_weight",
-    "max_position_embeddings",
-    "pattern",
-    "repeats",
-    "recognizer",  # these three are networks of their own
-    "codec",
-    "code2wav",
+# Keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
+_FREE_KEYS = {
+    "thinker.router_aux_loss_coef",
+    "thinker.mtp_loss_weight",
+    "thinker.max_position_embeddings",
+    "thinker.pattern",  # `layers` says the same however it is written
+    "thinker.repeats",
+    "audio.train_window_frames",
+    "audio.eval_window_frames",
 }
 
 
@@ -145,7 +145,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     Raises:
         UserError: the checkpoint does not say it.
     """
-    written = read_state(checkpoint / "model.pt")
+    written = model_of_today(read_state(checkpoint / "model.pt"))
     config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
     for name, kind in _PARTS.items():
         if part := getattr(config, name):
@@ -163,28 +163,35 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
         UserError: naming the first key that differs.
     """
     written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
-    keys = set(wanted)
-    if modules is not None:  # of the other modules, the shapes of their tensors say enough
-        language = keys - {"audio", "vision", "mtp_num_hidden_layers"} if "decoder" in modules else set()
-        keys = language | {name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name]}
+    if modules is None:
+        compared = ("vocab_size", "layers", "thinker", "audio", "vision")
+    else:  # of the other modules, the shapes of their tensors say enough
+        compared = ("vocab_size", "layers", "thinker") if "decoder" in modules else ()
+        compared += tuple(name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name])
+    keys = {key for key in written | wanted if key.partition(".")[0] in compared}
+    if modules is not None:
+        keys.discard("thinker.mtp_num_hidden_layers")
     for key in sorted(keys):
-        if written[key] != wanted[key]:
+        if written.get(key) != wanted.get(key):
             raise UserError(
-                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written[key]}, the "
-                f"recipe's is {wanted[key]}; choose the model it was trained with"
+                f"{checkpoint}: a checkpoint of another architecture: its model.{key} is {written.get(key)}, the "
+                f"recipe's is {wanted.get(key)}; choose the model it was trained with"
             )
 
 
-def _comparable(model: ModelConfig) -> dict:
-    kept = {key: value for key, value in described(model).items() if key not in _FREE_MODEL_KEYS}
-    if kept["audio"]:
-        kept["audio"] = {key: value for key, value in kept["audio"].items() if not key.endswith("_window_frames")}
-    return kept
+def _comparable(model: ModelConfig) -> dict[str, Any]:
+    """What decides the shapes and the meaning of tensors, by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in described(model).items():
+        flat[name] = "there" if isinstance(value, dict) else value
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
 
 
-def described(model: ModelConfig) -> dict:
+def described(model: ModelConfig) -> dict[str, Any]:
     """What a checkpoint says of its model; `layers` is the same however the pattern is written."""
-    return asdict(model) | {"layers": model.pattern.replace("|", "") * model.repeats}
+    layers = "" if model.thinker is None else model.thinker.pattern.replace("|", "") * model.thinker.repeats
+    return asdict(model) | {"layers": layers}
 
 
 class CheckpointStore(Store):

@@ -20,7 +20,7 @@ from omni_train.interop.encoder_config import (
     vision_to_hugging_face,
 )
 from omni_train.interop.families import FAMILIES, Family
-from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.schema import ModelConfig, ThinkerConfig
 
 _SAME = (
     "vocab_size",
@@ -32,6 +32,7 @@ _SAME = (
     "initializer_range",
     "max_position_embeddings",
 )
+_OF_ALL_PARTS = ("vocab_size", "initializer_range")
 _LAYER_TYPES = {"linear_attention": "G", "full_attention": "*"}
 # Keys that change the numbers, and the only value that this model computes. A key that is left out has it.
 _FIXED = {
@@ -86,10 +87,9 @@ def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: C
     if family.names.audio or any(tensor.startswith(family.names.vision) for tensor in tensors):
         deepstack = family.names.deepstack is not None
         values["vision"] = vision_from_hugging_face(need(thinker, "vision_config"), hidden, deepstack)
-    return ModelConfig(
-        **values
+    thinker = ThinkerConfig(
+        **{key: value for key, value in values.items() if key not in (*_OF_ALL_PARTS, "audio", "vision")}
         | dict(
-            name=name,
             tie_word_embeddings=thinker.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             rope_theta=float(need(text, "rope_theta")),
             partial_rotary_factor=text["partial_rotary_factor"],
@@ -97,6 +97,8 @@ def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: C
         )
         | family.fixed
     )
+    parts = {key: values[key] for key in (*_OF_ALL_PARTS, "audio", "vision") if key in values}
+    return ModelConfig(name=name, thinker=thinker, **parts)
 
 
 def to_hugging_face(format: str, model: ModelConfig, whole: bool) -> dict[str, Any]:
@@ -115,12 +117,12 @@ def to_hugging_face(format: str, model: ModelConfig, whole: bool) -> dict[str, A
     text = _text_to_hugging_face(family, model)
     if not whole:
         return {"architectures": [family.text_architecture], **text}
-    thinker = {"text_config": text, "tie_word_embeddings": model.tie_word_embeddings}
+    thinker = {"text_config": text, "tie_word_embeddings": model.thinker.tie_word_embeddings}
     if model.vision:
         deepstack = family.names.deepstack is not None
-        thinker["vision_config"] = vision_to_hugging_face(model.vision, model.hidden_size, deepstack)
+        thinker["vision_config"] = vision_to_hugging_face(model.vision, model.thinker.hidden_size, deepstack)
     if model.audio:
-        thinker["audio_config"] = audio_to_hugging_face(model.audio, model.hidden_size)
+        thinker["audio_config"] = audio_to_hugging_face(model.audio, model.thinker.hidden_size)
     config = {family.thinker: thinker} if family.thinker else thinker
     return {"architectures": [family.architecture], "model_type": family.model_type, **config}
 
@@ -135,17 +137,20 @@ def merged(ours: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, An
 
 
 def _check(format: str, family: Family, model: ModelConfig) -> None:
-    symbols = model.pattern.replace("|", "") * model.repeats
+    thinker = model.thinker
+    symbols = thinker.pattern.replace("|", "") * thinker.repeats
     if set(symbols[::2]) - set(family.mixers) or set(symbols[1::2]) != {family.feed_forward}:
         raise UserError(
-            f"model.pattern={model.pattern}: format={format} has layers {' or '.join(family.mixers)}, each followed by "
-            f"{family.feed_forward}"
+            f"model.thinker.pattern={thinker.pattern}: format={format} has layers {' or '.join(family.mixers)}, each "
+            f"followed by {family.feed_forward}"
         )
     for key, value in family.fixed.items():
-        if (given := getattr(model, key)) != value:
-            raise UserError(f"model.{key}={given}: format={format} has only {value}")
-    if "shared_expert_intermediate_size" in family.sizes and not model.shared_expert_intermediate_size:
-        raise UserError(f"model.shared_expert_intermediate_size=0: format={format} has a shared expert in every layer")
+        if (given := getattr(thinker, key)) != value:
+            raise UserError(f"model.thinker.{key}={given}: format={format} has only {value}")
+    if "shared_expert_intermediate_size" in family.sizes and not thinker.shared_expert_intermediate_size:
+        raise UserError(
+            f"model.thinker.shared_expert_intermediate_size=0: format={format} has a shared expert in every layer"
+        )
     if model.audio and not family.names.audio:
         raise UserError(f"model.audio: format={format} has no audio encoder")
     if family.names.audio and not (model.audio and model.vision):
@@ -153,29 +158,30 @@ def _check(format: str, family: Family, model: ModelConfig) -> None:
 
 
 def _text_to_hugging_face(family: Family, model: ModelConfig) -> dict[str, Any]:
-    symbols = model.pattern.replace("|", "") * model.repeats
+    thinker = model.thinker
+    symbols = thinker.pattern.replace("|", "") * thinker.repeats
     out = {
         "model_type": family.text_type,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "num_hidden_layers": len(symbols) // 2,
-        "tie_word_embeddings": model.tie_word_embeddings,
+        "tie_word_embeddings": thinker.tie_word_embeddings,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": model.partial_rotary_factor,
-            "mrope_section": list(model.mrope_section),
+            "rope_theta": thinker.rope_theta,
+            "partial_rotary_factor": thinker.partial_rotary_factor,
+            "mrope_section": list(thinker.mrope_section),
             "mrope_interleaved": True,
         },
-        **{key: getattr(model, key) for key in (*_SAME, *family.sizes)},
+        **{key: getattr(model if key in _OF_ALL_PARTS else thinker, key) for key in (*_SAME, *family.sizes)},
     }
     if "G" in family.mixers:
         names = {symbol: name for name, symbol in _LAYER_TYPES.items()}
         out["layer_types"] = [names[symbol] for symbol in symbols[::2]]
-        out["mtp_num_hidden_layers"] = model.mtp_num_hidden_layers
+        out["mtp_num_hidden_layers"] = thinker.mtp_num_hidden_layers
     if family.feed_forward == "E":
-        out["router_aux_loss_coef"] = model.router_aux_loss_coef / model.num_experts_per_tok
+        out["router_aux_loss_coef"] = thinker.router_aux_loss_coef / thinker.num_experts_per_tok
     return out
 
 

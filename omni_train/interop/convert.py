@@ -88,7 +88,7 @@ def import_checkpoint(
     table = _table(family, model, folder.names)
     embedding = table["embedding.word_embeddings.weight"][0].name
     head = f"{family.names.head}weight"
-    if model.tie_word_embeddings and head in folder.names:
+    if model.thinker.tie_word_embeddings and head in folder.names:
         folder.leave(head, embedding)
     folder.check(table)
     precision = Precision.bf16 if folder.dtype(embedding) is torch.bfloat16 else Precision.fp32

@@ -35,7 +35,7 @@ class Family:
     feed_forward: str
     sizes: tuple[str, ...]  # keys that its language model has, and not every family's
     left_out: Mapping[str, Any]  # the values of keys that its language model's config.json need not have
-    fixed: Mapping[str, Any]  # of our ModelConfig
+    fixed: Mapping[str, Any]  # of our ThinkerConfig
     text_architecture: str | None = None  # of a language model alone
     text_names: Names | None = None
     thinker: str | None = None  # the key of config.json that everything but the Talker is under

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from omni_train.interop.encoder_tensors import audio_map, vision_map
 from omni_train.interop.families import Names
 from omni_train.interop.rows import Rows, TensorMap
-from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.schema import ModelConfig, ThinkerConfig
 
 
 def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) -> TensorMap:
@@ -24,17 +24,18 @@ def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) 
         tensors: of the folder at hand. They decide whether experts are stacked or one by one; without them it is what
             ``save_pretrained`` writes.
     """
+    thinker = model.thinker
     table: TensorMap = {
         "embedding.word_embeddings.weight": [Rows(f"{names.text}embed_tokens.weight")],
         "final_norm.weight": [Rows(f"{names.text}norm.weight")],
     }
-    if not model.tie_word_embeddings:
+    if not thinker.tie_word_embeddings:
         table["output_layer.weight"] = [Rows(f"{names.head}weight")]
-    pattern = model.pattern.replace("|", "") * model.repeats
+    pattern = thinker.pattern.replace("|", "") * thinker.repeats
     for i, symbol in enumerate(pattern):
         theirs = f"{names.text}layers.{i // 2}."
-        table |= _layer(model, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
-    if model.mtp_num_hidden_layers:
+        table |= _layer(thinker, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
+    if thinker.mtp_num_hidden_layers:
         theirs = "mtp.layers.0."
         table |= {
             "mtp.embedding_norm.weight": [Rows("mtp.pre_fc_norm_embedding.weight")],
@@ -43,7 +44,7 @@ def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) 
             "mtp.final_norm.weight": [Rows("mtp.norm.weight")],
         }
         for i, symbol in enumerate("*" + pattern[1]):
-            table |= _layer(model, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
+            table |= _layer(thinker, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
     if model.audio:
         table |= audio_map(model.audio, names.audio)
     if model.vision:
@@ -55,24 +56,24 @@ def _stacked(layer: str, tensors: Collection[str]) -> bool:
     return f"{layer}mlp.experts.gate_up_proj" in tensors
 
 
-def _layer(model: ModelConfig, symbol: str, ours: str, theirs: str, stacked: bool) -> TensorMap:
+def _layer(thinker: ThinkerConfig, symbol: str, ours: str, theirs: str, stacked: bool) -> TensorMap:
     if symbol == "G":
-        table = _gated_delta_net(model)
+        table = _gated_delta_net(thinker)
     elif symbol == "*":
-        table = _attention(model)
+        table = _attention(thinker)
     elif symbol == "E":
-        table = _mixture_of_experts(model, stacked)
+        table = _mixture_of_experts(thinker, stacked)
     else:
-        table = _dense_mlp(model)
+        table = _dense_mlp(thinker)
     return {ours + key: [Rows(theirs + r.name, r.start, r.stop) for r in rows] for key, rows in table.items()}
 
 
-def _attention(model: ModelConfig) -> TensorMap:
+def _attention(thinker: ThinkerConfig) -> TensorMap:
     """Ours: for each key/value head its queries, gates, key, value. Theirs: q_proj holds each head's query and gate.
 
     Without an output gate there are no gates in either.
     """
-    heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    heads, groups, width = thinker.num_attention_heads, thinker.num_key_value_heads, thinker.head_dim
 
     def head(name: str, index: int) -> Rows:
         return Rows(f"self_attn.{name}_proj.weight", index * width, (index + 1) * width)
@@ -80,9 +81,9 @@ def _attention(model: ModelConfig) -> TensorMap:
     qkv = []
     for group in range(groups):
         mine = range(group * heads // groups, (group + 1) * heads // groups)
-        each = 2 if model.attention_output_gate else 1
+        each = 2 if thinker.attention_output_gate else 1
         qkv += [head("q", each * i) for i in mine]  # queries
-        if model.attention_output_gate:
+        if thinker.attention_output_gate:
             qkv += [head("q", each * i + 1) for i in mine]
         qkv += [head("k", group), head("v", group)]
     return {
@@ -94,10 +95,10 @@ def _attention(model: ModelConfig) -> TensorMap:
     }
 
 
-def _gated_delta_net(model: ModelConfig) -> TensorMap:
+def _gated_delta_net(thinker: ThinkerConfig) -> TensorMap:
     """Ours is one matrix in the model, but the checkpoint keeps its six parts under names of their own."""
-    k = model.linear_num_key_heads * model.linear_key_head_dim
-    v = model.linear_num_value_heads * model.linear_value_head_dim
+    k = thinker.linear_num_key_heads * thinker.linear_key_head_dim
+    v = thinker.linear_num_value_heads * thinker.linear_value_head_dim
     return {
         "input_layernorm.weight": [Rows("input_layernorm.weight")],
         "self_attention.in_proj.weight.query": [Rows("linear_attn.in_proj_qkv.weight", 0, k)],
@@ -116,8 +117,8 @@ def _gated_delta_net(model: ModelConfig) -> TensorMap:
     }
 
 
-def _mixture_of_experts(model: ModelConfig, stacked: bool) -> TensorMap:
-    experts, hidden, width = model.num_experts, model.hidden_size, model.moe_intermediate_size
+def _mixture_of_experts(thinker: ThinkerConfig, stacked: bool) -> TensorMap:
+    experts, hidden, width = thinker.num_experts, thinker.hidden_size, thinker.moe_intermediate_size
     if stacked:
         gate_up, down = [Rows("mlp.experts.gate_up_proj")], [Rows("mlp.experts.down_proj")]
     else:
@@ -132,10 +133,10 @@ def _mixture_of_experts(model: ModelConfig, stacked: bool) -> TensorMap:
         "mlp.experts.linear_fc1.weight": gate_up,
         "mlp.experts.linear_fc2.weight": down,
     }
-    if model.shared_expert_intermediate_size:
+    if thinker.shared_expert_intermediate_size:
         table |= {
             "mlp.shared_experts.linear_fc1.weight": _gate_up(
-                "mlp.shared_expert", model.shared_expert_intermediate_size
+                "mlp.shared_expert", thinker.shared_expert_intermediate_size
             ),
             "mlp.shared_experts.linear_fc2.weight": [Rows("mlp.shared_expert.down_proj.weight")],
             "mlp.shared_experts.gate_weight": [Rows("mlp.shared_expert_gate.weight")],
@@ -143,10 +144,10 @@ def _mixture_of_experts(model: ModelConfig, stacked: bool) -> TensorMap:
     return table
 
 
-def _dense_mlp(model: ModelConfig) -> TensorMap:
+def _dense_mlp(thinker: ThinkerConfig) -> TensorMap:
     return {
         "pre_mlp_layernorm.weight": [Rows("post_attention_layernorm.weight")],
-        "mlp.linear_fc1.weight": _gate_up("mlp", model.intermediate_size),
+        "mlp.linear_fc1.weight": _gate_up("mlp", thinker.intermediate_size),
         "mlp.linear_fc2.weight": [Rows("mlp.down_proj.weight")],
     }
 

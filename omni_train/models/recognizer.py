@@ -21,7 +21,7 @@ from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.data.samples.lengths import audio_tokens
 from omni_train.models.audio_encoder import AudioEncoder, sinusoids
-from omni_train.models.thinker.config import params_dtype, transformer_config
+from omni_train.models.config import lone_encoder_config, params_dtype
 from omni_train.nn.cross_decoder import DecoderLayer, Heard, Past, Spans
 from omni_train.nn.cross_entropy import chunked_cross_entropy
 from omni_train.nn.ctc import CTCHead
@@ -172,7 +172,7 @@ class SpeechRecognizer(torch.nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         model = recipe.model
-        self.audio_encoder = AudioEncoder(model.audio, transformer_config(recipe))
+        self.audio_encoder = AudioEncoder(model.audio, lone_encoder_config(recipe))
         self.audio_decoder = AudioDecoder(recipe)
         self.ctc_head = None
         if model.recognizer.ctc:

@@ -45,9 +45,9 @@ KINDS = {
     "model": Kind.kept,
     "model.name": Kind.free,
     "model.initializer_range": Kind.free,
-    "model.max_position_embeddings": Kind.free,
-    "model.router_aux_loss_coef": Kind.learned,
-    "model.mtp_loss_weight": Kind.learned,
+    "model.thinker.max_position_embeddings": Kind.free,
+    "model.thinker.router_aux_loss_coef": Kind.learned,
+    "model.thinker.mtp_loss_weight": Kind.learned,
     "model.audio.train_window_frames": Kind.learned,
     "model.audio.eval_window_frames": Kind.free,
     "parallel": Kind.free,
@@ -102,7 +102,7 @@ def kind_of(key: str) -> Kind:
 
 def _flat(values: dict, prefix: str = "") -> dict:
     """Nested dictionaries as one with dotted keys, a model's layers however their pattern is written."""
-    if prefix == "model.":
+    if prefix == "model.thinker.":
         values["pattern"] = values["pattern"].replace("|", "") * values.pop("repeats")
     flat = {}
     for key, value in values.items():

@@ -21,6 +21,8 @@ from yaml import YAMLError
 
 from omni_train.errors import UserError
 from omni_train.recipe.messages import one_line
+from omni_train.recipe.networks import unused_groups
+from omni_train.recipe.old_names import recipe_of_today
 from omni_train.recipe.schema import Recipe
 
 CONFIG_NAME = "config"
@@ -53,9 +55,14 @@ def to_recipe(config: DictConfig) -> Recipe:
     try:
         # Merged onto the bare schema once more, because Hydra's `+key=value` adds keys past the schema's strictness.
         strict = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.to_container(config))
-        return OmegaConf.to_object(strict)
+        recipe = OmegaConf.to_object(strict)
     except Exception as error:
         raise one_line(error) from error
+    for group in unused_groups(recipe.network):
+        parent, _, part = group.rpartition(".")
+        if parent:
+            setattr(recipe.model, part, None)
+    return recipe
 
 
 def load_recipe(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Recipe:
@@ -70,6 +77,19 @@ def load_recipe(overrides: Sequence[str] = (), config_dir: str | Path | None = N
     """
     with opened_tree(config_dir) as tree:
         return to_recipe(tree.compose(overrides))
+
+
+def used(config: DictConfig) -> DictConfig:
+    """A composed configuration without what its network has no use for.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    shown = OmegaConf.to_container(config)
+    for group in unused_groups(config.network):
+        parent, _, name = group.rpartition(".")
+        (shown[parent] if parent else shown).pop(name, None)
+    return OmegaConf.create(shown)
 
 
 class Tree:
@@ -162,8 +182,9 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: not a mapping of keys; expected the recipe.yaml of a run")
     try:
-        _refuse_references(OmegaConf.to_container(config))
-        return to_recipe(config)
+        written = OmegaConf.to_container(config)
+        _refuse_references(written)
+        return to_recipe(OmegaConf.create(recipe_of_today(written)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

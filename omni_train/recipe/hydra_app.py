@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omni_train.errors import UserError, announce
 from omni_train.processes import Exit
-from omni_train.recipe.compose import CONFIG_NAME, opened_tree, refuse_hydra_words, to_recipe
+from omni_train.recipe.compose import CONFIG_NAME, opened_tree, refuse_hydra_words, to_recipe, used
 from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
@@ -101,7 +101,7 @@ def _refuse_flag(message: str) -> NoReturn:
 
 def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:
     """A composed recipe, or a part of it."""
-    part = OmegaConf.select(composed, package) if package else composed
+    part = OmegaConf.select(used(composed), package) if package else used(composed)
     if part is None:
         _refuse_flag(f"--package {package}: no such part of the recipe")
     return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"

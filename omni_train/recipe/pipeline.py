@@ -176,7 +176,7 @@ def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
     def directory(source: str) -> str:
         return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
 
-    alike = [name for name, stage in before.items() if stage.network is recipe.network]
+    alike = [name for name, stage in before.items() if stage.network == recipe.network]
     recipe.init_from = recipe.init_from or next(reversed(alike), None)
     return with_sources(recipe, directory)
 

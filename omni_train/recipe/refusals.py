@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from omni_train.errors import UserError
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, Recompute
 
 
 def refuse(recipe: Recipe, key: str, why: str) -> NoReturn:
@@ -21,6 +21,18 @@ def value(recipe: Recipe, key: str):
     for name in key.split("."):
         found = getattr(found, name)
     return found
+
+
+def answers_no_questions(recipe: Recipe) -> None:
+    """Refuse settings of answers for a network that gives none."""
+    if recipe.evaluation.swap_media:
+        refuse(recipe, "evaluation.swap_media", f"network={recipe.network} answers no questions; set it to false")
+
+
+def keeps_activations(recipe: Recipe) -> None:
+    """Refuse recomputation of a network that has none."""
+    if recipe.recompute is not Recompute.none:
+        refuse(recipe, "recompute", f"network={recipe.network} keeps its activations; set recompute=none")
 
 
 def finite(found: object, key: str = "") -> None:

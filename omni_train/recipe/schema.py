@@ -17,7 +17,6 @@ from omni_train.recipe.speech import (
     Code2WavConfig,
     CodecConfig,
     CodecTrainingConfig,
-    NetworkName,
     RecognitionConfig,
     RecognizerConfig,
     RowKind,
@@ -141,11 +140,9 @@ class VisionEncoderConfig:
 
 
 @dataclass
-class ModelConfig:
-    """A Thinker: its language model (Qwen3.5 hybrid MoE, its dense sibling, or Qwen3-Omni), and its encoders."""
+class ThinkerConfig:
+    """The Thinker's language model: Qwen3.5's hybrid MoE, its dense sibling, or Qwen3-Omni's."""
 
-    name: str = MISSING
-    vocab_size: int = MISSING  # rows of the embedding; a multiple of parallel.tensor
     hidden_size: int = MISSING
     # Megatron's pattern string of one block, G = Gated DeltaNet, * = gated attention, E = MoE, - = dense MLP,
     # written `repeats` times. `|` may mark pipeline (and virtual pipeline) stage ends when repeats is 1;
@@ -171,13 +168,22 @@ class ModelConfig:
     # Megatron's normalisation: the auxiliary loss is 1 at perfect balance (transformers' is top_k there).
     router_aux_loss_coef: float = 1.0e-3
     rms_norm_eps: float = 1.0e-6
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mtp_num_hidden_layers: int = 0  # 0 or 1 multi-token-prediction layer
     mtp_loss_weight: float = 0.1
     max_position_embeddings: int = 262144
     attention_output_gate: bool = True  # Qwen3-Omni has none
     zero_centered_norm: bool = True  # y = x̂·(1+w); Qwen3-Omni's norms are plain
+
+
+@dataclass
+class ModelConfig:
+    """The parts of a model; a run builds, prints and checks those that its network is made of."""
+
+    name: str = MISSING
+    vocab_size: int = MISSING  # of the text tokenizer's ids, with room; a multiple of parallel.tensor
+    initializer_range: float = 0.02  # standard deviation of fresh weights, of the codec's parts their own
+    thinker: ThinkerConfig | None = None
     audio: AudioEncoderConfig | None = None  # null: does not hear
     vision: VisionEncoderConfig | None = None  # null: does not see
     recognizer: RecognizerConfig | None = None  # what pre-trains `audio`; no part of the Thinker
@@ -352,7 +358,7 @@ class Recipe:
     runs_dir: str = "runs"
     seed: int = 1234
     precision: Precision = Precision.bf16
-    network: NetworkName = NetworkName.thinker
+    network: str = "thinker"  # a network of omni_train/networks, or of one's own
     engine: EngineName = EngineName.megatron
     zero: ZeroConfig = field(default_factory=ZeroConfig)  # of engine=deepspeed
     recognition: RecognitionConfig = field(default_factory=RecognitionConfig)  # of network=recognizer

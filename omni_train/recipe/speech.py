@@ -8,15 +8,6 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 
-class NetworkName(StrEnum):
-    """Which network of the family a run trains."""
-
-    thinker = "thinker"
-    recognizer = "recognizer"  # the audio encoder, with a decoder that writes transcripts (AuT pre-training)
-    codec = "codec"  # waveform to codes and back: encoder, quantiser, Code2Wav
-    code2wav = "code2wav"  # Code2Wav alone, on given codes
-
-
 class RowKind(StrEnum):
     """What the rows of a run are made of."""
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from math import lcm
 
 from omni_train.errors import UserError
+from omni_train.recipe.networks import network_of
 from omni_train.recipe.refusals import bounds, divides, finite, refuse, value
 from omni_train.recipe.schema import (
     ChatTemplate,
@@ -18,39 +19,18 @@ from omni_train.recipe.schema import (
     Normalizer,
     OptimizerName,
     ParallelConfig,
-    Precision,
     Recipe,
     WandbMode,
 )
-from omni_train.recipe.validate_codec import check_codec
+from omni_train.recipe.speech import RowKind
 from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
-from omni_train.recipe.validate_recognition import check_recognition
 
 # The least value of each number, `None` values passing.
 _AT_LEAST = {
     "seed": 0,
     "loss_chunk_tokens": 1,
     "model.vocab_size": 1,
-    "model.hidden_size": 1,
-    "model.repeats": 1,
-    "model.num_attention_heads": 1,
-    "model.num_key_value_heads": 1,
-    "model.head_dim": 1,
-    "model.linear_num_key_heads": 0,
-    "model.linear_num_value_heads": 0,
-    "model.linear_key_head_dim": 1,
-    "model.linear_value_head_dim": 1,
-    "model.linear_conv_kernel_dim": 1,
-    "model.intermediate_size": 0,
-    "model.num_experts": 0,
-    "model.num_experts_per_tok": 0,
-    "model.moe_intermediate_size": 0,
-    "model.shared_expert_intermediate_size": 0,
-    "model.router_aux_loss_coef": 0,
-    "model.mtp_num_hidden_layers": 0,
-    "model.mtp_loss_weight": 0,
-    "model.max_position_embeddings": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual_pipeline": 1,
@@ -88,22 +68,17 @@ _AT_LEAST = {
     "safety.hang_seconds": 1,
 }
 _ABOVE_ZERO = (
-    "model.rope_theta",
-    "model.partial_rotary_factor",
-    "model.rms_norm_eps",
     "model.initializer_range",
     "optimizer.lr",
     "optimizer.eps",
 )
 _AT_MOST = {
-    "model.partial_rotary_factor": 1,
-    "model.mtp_num_hidden_layers": 1,
     "data.max_skip_fraction": 1,
     "seed": 2**62,  # ranks count on from it, and 64 bits hold it
     "schedule.warmup_fraction": 1,
     "schedule.decay_fraction": 1,
 }
-_NOT_EMPTY = ("run", "runs_dir", "trainable", "data.path", "data.tokenizer", "data.sources", "model.pattern")
+_NOT_EMPTY = ("run", "runs_dir", "trainable", "data.path", "data.tokenizer", "data.sources")
 
 
 def validate(recipe: Recipe, world_size: int | None) -> None:
@@ -118,13 +93,17 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
         UserError: the first thing found, in one line.
     """
     _values(recipe)
-    _model(recipe)
-    _layout(recipe)
-    check_media(recipe)
-    check_recognition(recipe)
     check_engine(recipe)
-    check_codec(recipe)
+    network = network_of(recipe.network)
+    for part in network.parts:
+        if getattr(recipe.model, part) is None:
+            refuse(recipe, "network", f"model={recipe.model.name} has no model.{part}; choose a model with it")
+    if recipe.data.rows != network.rows:
+        why = f"network={network.name} learns from data.rows={network.rows}; choose data that has them"
+        refuse(recipe, "data.rows", why)
+    network.check(recipe)
     _rows(recipe)
+    check_media(recipe)
     _optimization(recipe)
     if world_size is not None:
         _world(recipe, world_size)
@@ -144,108 +123,17 @@ def _values(recipe: Recipe) -> None:
             refuse(recipe, key, "must not be empty")
 
 
-def _model(recipe: Recipe) -> None:
-    model = recipe.model
-    if foreign := set(model.pattern) - set("G*E-|"):
-        refuse(recipe, "model.pattern", f"{min(foreign)!r} is no layer; use G, *, E, - and | between stages")
-    if "|" in model.pattern and model.repeats != 1:
-        refuse(recipe, "model.repeats", "a pattern with | is the whole model; write the layers out and repeats=1")
-    if "E" in model.pattern:
-        for key in ("model.num_experts", "model.num_experts_per_tok", "model.moe_intermediate_size"):
-            if not value(recipe, key):
-                refuse(recipe, key, f"model.pattern={model.pattern} has MoE layers (E); give {key}")
-        if model.num_experts_per_tok > model.num_experts:
-            refuse(recipe, "model.num_experts_per_tok", f"more than model.num_experts={model.num_experts}")
-    elif model.num_experts:
-        refuse(recipe, "model.num_experts", f"model.pattern={model.pattern} has no MoE layer (E); set 0")
-    if "-" in model.pattern and not model.intermediate_size:
-        refuse(recipe, "model.intermediate_size", f"model.pattern={model.pattern} has dense MLPs (-); give their width")
-    divides(recipe, model.num_key_value_heads, "model.num_key_value_heads", "model.num_attention_heads")
-    if "G" in model.pattern:
-        for key in ("model.linear_num_key_heads", "model.linear_num_value_heads"):
-            if not value(recipe, key):
-                refuse(recipe, key, f"model.pattern={model.pattern} has Gated DeltaNet layers (G); give {key}")
-        divides(recipe, model.linear_num_key_heads, "model.linear_num_key_heads", "model.linear_num_value_heads")
-    rotary = model.head_dim * model.partial_rotary_factor
-    if rotary % 2:
-        refuse(
-            recipe,
-            "model.partial_rotary_factor",
-            f"rotates {rotary:g} of model.head_dim={model.head_dim}; must be even",
-        )
-    if len(model.mrope_section) != 3 or min(model.mrope_section) < 0 or sum(model.mrope_section) != rotary // 2:
-        refuse(
-            recipe,
-            "model.mrope_section",
-            f"must be 3 numbers (T, H, W) that sum to half the rotary dims, {rotary / 2:g}",
-        )
-
-
-def _layout(recipe: Recipe) -> None:
-    """What of the model each axis of the layout must divide."""
-    model, parallel = recipe.model, recipe.parallel
-    divides(recipe, parallel.tensor, "parallel.tensor", "model.vocab_size", "model.num_attention_heads")
-    # Megatron gives several tensor ranks one key-value head each where there are fewer heads than ranks.
-    if max(parallel.tensor, model.num_key_value_heads) % min(parallel.tensor, model.num_key_value_heads):
-        refuse(
-            recipe,
-            "parallel.tensor",
-            f"neither divides nor is a multiple of model.num_key_value_heads={model.num_key_value_heads}",
-        )
-    widths = ("model.intermediate_size", "model.shared_expert_intermediate_size")
-    divides(recipe, parallel.tensor, "parallel.tensor", *widths)
-    # Gated DeltaNet turns context ranks into head ranks by an all-to-all, so its heads are split over both.
-    heads = ("model.linear_num_key_heads", "model.linear_num_value_heads")
-    if "G" in model.pattern:
-        divides(recipe, parallel.tensor * parallel.context, "parallel.tensor·parallel.context", *heads)
-    if model.num_experts:
-        divides(recipe, parallel.expert, "parallel.expert", "model.num_experts")
-        divides(recipe, parallel.expert_tensor, "parallel.expert_tensor", "model.moe_intermediate_size")
-        # The experts' grouped product reads rows of whole 16-byte words.
-        word = 8 if recipe.precision is Precision.bf16 else 4
-        divides(recipe, word, f"what precision={recipe.precision} needs", "model.hidden_size")
-        divides(
-            recipe,
-            word * parallel.expert_tensor,
-            f"parallel.expert_tensor times what precision={recipe.precision} needs",
-            "model.moe_intermediate_size",
-        )
-    for key in ("parallel.expert", "parallel.expert_tensor"):
-        if value(recipe, key) > 1 and not model.num_experts:
-            refuse(recipe, key, f"model={model.name} has no experts; set {key}=1")
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        refuse(recipe, "parallel.virtual_pipeline", "needs parallel.pipeline of at least 2; set it to 1 or add stages")
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if "|" in model.pattern:
-        if (marked := model.pattern.count("|") + 1) != stages:
-            refuse(recipe, "model.pattern", f"marks {marked} stages but parallel.pipeline·virtual_pipeline={stages}")
-        if "" in model.pattern.split("|"):
-            refuse(recipe, "model.pattern", "has a stage without layers; move the |")
-    elif (layers := len(model.pattern) * model.repeats) % stages:
-        refuse(
-            recipe,
-            "parallel.pipeline",
-            f"{layers} layers (model.pattern×repeats) are not a multiple of pipeline·virtual_pipeline={stages}; "
-            "choose a divisor or mark the stages with | in model.pattern",
-        )
-    for key in ("parallel.pipeline", "parallel.context"):
-        if recipe.evaluation.every and value(recipe, key) > 1:
-            refuse(
-                recipe, key, f"evaluation.every={recipe.evaluation.every} generates, which needs 1; set one of the two"
-            )
-
-
 def _rows(recipe: Recipe) -> None:
     """The length of a row, its alignment and the blend it is made from."""
     data, parallel = recipe.data, recipe.parallel
+    if data.augmentation is not None and data.rows is not RowKind.transcripts:
+        refuse(recipe, "data.augmentation", f"of transcripts alone, not of data.rows={data.rows}; set null")
     if parallel.context > 1:
         divides(recipe, 2 * parallel.context, "2·parallel.context", "data.alignment")
         pieces = 2 * parallel.context * parallel.tensor
         divides(recipe, pieces, "2·parallel.context·parallel.tensor", "data.row_tokens")
     divides(recipe, data.alignment, "data.alignment", "data.row_tokens")
     divides(recipe, parallel.tensor, "parallel.tensor", "data.row_tokens")
-    if data.row_tokens > (most := recipe.model.max_position_embeddings):
-        refuse(recipe, "data.row_tokens", f"longer than model.max_position_embeddings={most}; shorten the rows")
     if data.chat_template is ChatTemplate.qwen3_5 and data.loss_on is LossOn.all:
         refuse(
             recipe,

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from omni_train.recipe.networks import network_of
 from omni_train.recipe.refusals import bounds, refuse, value
-from omni_train.recipe.schema import EngineName, NetworkName, OptimizerName, Precision, Recipe, Recompute
+from omni_train.recipe.schema import EngineName, OptimizerName, Precision, Recipe
 
 _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Refuse a network on the engine that does not train it, and what that engine cannot do.
+    """Refuse a network on an engine that does not train it, and what that engine cannot do.
 
     Raises:
         UserError: the first thing found, in one line.
     """
-    bounds(
-        recipe, at_least={"zero.stage": 0, "zero.whole_below": 0, "optimizer.ema_decay": 0}, at_most={"zero.stage": 3}
-    )
-    if recipe.network is NetworkName.thinker:
-        if recipe.engine is not EngineName.megatron:
-            refuse(recipe, "engine", "does not split a Thinker's tensors, layers and experts; set engine=megatron")
+    engines = network_of(recipe.network).engines
+    if recipe.engine not in engines:
+        refuse(recipe, "engine", f"does not train network={recipe.network}; set engine={engines[0]}")
+    if recipe.engine is EngineName.megatron:
         if recipe.optimizer.ema_decay:
             refuse(recipe, "optimizer.ema_decay", "only engine=deepspeed averages weights; set 0")
         return
-    if recipe.engine is not EngineName.deepspeed:
-        refuse(recipe, "engine", f"network={recipe.network} fits a device and trains on ZeRO; set engine=deepspeed")
+    bounds(
+        recipe, at_least={"zero.stage": 0, "zero.whole_below": 0, "optimizer.ema_decay": 0}, at_most={"zero.stage": 3}
+    )
     for axis in _AXES:
         if value(recipe, f"parallel.{axis}") > 1:
             refuse(recipe, f"parallel.{axis}", f"engine=deepspeed has data ranks alone; set parallel.{axis}=1")
@@ -36,7 +36,3 @@ def check_engine(recipe: Recipe) -> None:
         refuse(recipe, "zero.stage", "precision=bf16 keeps its fp32 weights in ZeRO's optimizer; set 1, 2 or 3")
     if recipe.zero.stage == 0 and recipe.zero.offload_optimizer:
         refuse(recipe, "zero.offload_optimizer", "zero.stage=0 has no optimizer of ZeRO's; set a stage from 1 to 3")
-    if recipe.network is not NetworkName.recognizer and recipe.recompute is not Recompute.none:
-        refuse(recipe, "recompute", f"network={recipe.network} keeps its activations; set recompute=none")
-    if recipe.evaluation.swap_media:
-        refuse(recipe, "evaluation.swap_media", f"network={recipe.network} answers no questions; set it to false")

@@ -11,9 +11,9 @@ import torch
 from omni_train import platform
 from omni_train.checkpoint.integrity import require_intact
 from omni_train.checkpoint.store import resolve
-from omni_train.models.thinker.config import params_dtype
+from omni_train.models.config import params_dtype
 from omni_train.objectives.task import Task
-from omni_train.recipe.schema import NetworkName, Recipe
+from omni_train.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from omni_train.objectives.semantic import Teacher
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def build_networks(recipe: Recipe, teacher: Teacher | None = None) -> dict[str, torch.nn.Module]:
     """The recipe's networks, fresh, on this rank's device; a codec has a head for the teacher's features."""
     model, where = recipe.model, (platform.device(), params_dtype(recipe.precision))
-    if recipe.network is NetworkName.recognizer:
+    if recipe.network == "recognizer":
         from omni_train.models.recognizer import SpeechRecognizer
 
         return {"model": SpeechRecognizer(recipe)}
@@ -31,7 +31,7 @@ def build_networks(recipe: Recipe, teacher: Teacher | None = None) -> dict[str, 
     from omni_train.models.codec import SpeechCodec
     from omni_train.models.discriminators import Discriminators
 
-    if recipe.network is NetworkName.code2wav:
+    if recipe.network == "code2wav":
         generator = Code2Wav(model.code2wav)
     else:
         generator = SpeechCodec(model.codec, model.code2wav, teacher.size if teacher else 0)
@@ -45,14 +45,14 @@ def build_task(recipe: Recipe) -> Task:
     Raises:
         UserError: the codec's teacher is none.
     """
-    if recipe.network is NetworkName.recognizer:
+    if recipe.network == "recognizer":
         from omni_train.objectives.recognition import Recognition
 
         return Recognition(recipe, **build_networks(recipe))
     from omni_train.objectives.codec import Code2WavTraining, CodecTraining
 
     training, codec = recipe.codec_training, recipe.model.codec
-    if recipe.network is NetworkName.code2wav:
+    if recipe.network == "code2wav":
         rate = codec.sampling_rate if codec else 24000
         return Code2WavTraining(*build_networks(recipe).values(), training, rate)
     teacher = _teacher(recipe)
@@ -65,7 +65,7 @@ def build_evaluation(recipe: Recipe, feed: Feed, teacher: Teacher | None = None)
     Args:
         teacher: of the task; a recognizer among them also listens, where the recipe names no other.
     """
-    if recipe.network is NetworkName.recognizer:
+    if recipe.network == "recognizer":
         from omni_train.evaluation.transcripts import RecognitionEvaluation
 
         run = RecognitionEvaluation(recipe, *feed.questions())

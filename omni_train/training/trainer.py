@@ -16,7 +16,7 @@ from omni_train.data.samples.sample import describe
 from omni_train.errors import RunFailed, UserError
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import alive, stop_agreed
-from omni_train.recipe.schema import EngineName, NetworkName, Recipe
+from omni_train.recipe.schema import EngineName, Recipe
 from omni_train.tracking.callbacks import Callback, MetricsFile, build_callbacks
 from omni_train.training.feed import Feed, prepare
 from omni_train.training.schedule import Schedule
@@ -167,7 +167,7 @@ class Trainer:
                 return False
             metrics |= figures
             if shown is not None:
-                speaks = self.recipe.network in (NetworkName.codec, NetworkName.code2wav)
+                speaks = self.recipe.network in ("codec", "code2wav")
                 for callback in callbacks:
                     (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, shown)
         last = self.schedule.done(self.step, self.progress["tokens"])  # also of a run shorter than log_every
@@ -189,7 +189,7 @@ class Trainer:
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
         every = self.recipe.tracking.expert_load_every
-        routed = self.recipe.network is NetworkName.thinker and self.recipe.model.num_experts > 0
+        routed = self.recipe.network == "thinker" and self.recipe.model.thinker.num_experts > 0
         if not routed or not every or self.step % every:
             return
         loads = self.engine.expert_loads()

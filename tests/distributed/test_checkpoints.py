@@ -100,7 +100,9 @@ def test_every_layout_goes_on_from_another(distributed, saved, uninterrupted, fo
 
 
 def test_another_architecture_is_refused_by_the_key_that_differs(distributed, saved, folder):
-    with pytest.raises(Exception, match=r"another architecture: its model.moe_intermediate_size is 24, .* is 28"):
+    with pytest.raises(
+        Exception, match=r"another architecture: its model.thinker.moe_intermediate_size is 24, .* is 28"
+    ):
         changed = {"moe_intermediate_size": 28}
         distributed(2, train, ParallelConfig(tensor=2), folder, saved("TP2"), "other", 2, 3, changed)
 

@@ -91,7 +91,7 @@ def test_the_first_pattern_that_matches_wins_and_random_is_the_seeds_own(distrib
         (
             {"init_from": "plain"},
             {"moe_intermediate_size": 28},
-            "another architecture: its model.moe_intermediate_size is 24, the recipe's is 28",
+            "another architecture: its model.thinker.moe_intermediate_size is 24, the recipe's is 28",
         ),
         (
             {"init_parts": {"embedding.*": "plain"}},

@@ -66,8 +66,8 @@ class Pipelines:
         shared = [
             "model=tiny",
             "model.vocab_size=320",
-            "model.repeats=1",
-            "model.hidden_size=64",
+            "model.thinker.repeats=1",
+            "model.thinker.hidden_size=64",
             "model.vision.num_position_embeddings=16",
             f"data.path={self.omni}",
             "data.row_tokens=256",

@@ -37,8 +37,8 @@ def test_shards_that_are_not_there_on_two_ranks_are_reported_once(trained):
 
 def test_a_checkpoint_of_another_architecture(trained):
     start = trained.folder / "start"
-    line = refusal(trained, "run=other", f"init_from={start}", "model.moe_intermediate_size=96")
-    assert "model.moe_intermediate_size is 64, the recipe's is 96" in line
+    line = refusal(trained, "run=other", f"init_from={start}", "model.thinker.moe_intermediate_size=96")
+    assert "model.thinker.moe_intermediate_size is 64, the recipe's is 96" in line
 
 
 def test_a_run_that_was_made_with_another_seed(trained):

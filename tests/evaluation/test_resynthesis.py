@@ -16,7 +16,7 @@ from omni_train.data.rows.utterances import Utterance
 from omni_train.evaluation.resynthesis import CodecEvaluation, pesq, stoi
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, Recipe, SourceConfig
-from omni_train.recipe.speech import NetworkName, RowKind
+from omni_train.recipe.speech import RowKind
 from omni_train.rollout.scoring import Tally
 from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, TRAINING, voice
 from tests.support.media import sound_file
@@ -50,7 +50,7 @@ def recipe(tmp_path_factory) -> Recipe:
         crop_seconds=4 * FRAME / 24000,
     )
     return Recipe(
-        network=NetworkName.codec,
+        network="codec",
         model=MODEL,
         data=data,
         codec_training=TRAINING,

@@ -172,7 +172,7 @@ def train_from(rank, world_size, imported, run):
 
     recipe, start = small_recipe(), resolve(imported)
     recipe.model = read_model_config(start)
-    recipe.model.max_position_embeddings = 1024
+    recipe.model.thinker.max_position_embeddings = 1024
     platform.parallel.initialize(recipe.parallel, 1)
     chunks = build_chunks(recipe)
     load_model(chunks, start, recipe.model)

@@ -101,7 +101,7 @@ def train(rank, world_size, start, run):
 
     recipe, start = small_recipe(), resolve(start)
     recipe.model = read_model_config(start)
-    recipe.model.max_position_embeddings = 4096
+    recipe.model.thinker.max_position_embeddings = 4096
     platform.parallel.initialize(recipe.parallel, 1)
     chunks = build_chunks(recipe)
     load_model(chunks, start, recipe.model)

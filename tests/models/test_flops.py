@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from omni_train.models.thinker.flops import flops_per_token, step_flops
-from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.schema import ModelConfig, ThinkerConfig
 from tests.support.thinker import random_row, small_recipe
 
 DENSE = {"pattern": "*-", "repeats": 3, "intermediate_size": 52, "num_experts": 0, "num_experts_per_tok": 0}
@@ -43,14 +43,12 @@ def test_attention_counts_the_causal_half_of_each_sequence_without_padding():
     row = random_row([37, 11, 25], 96, seed=1)
     linear = 73 * flops_per_token(model)
     pairs = sum(length * (length + 1) // 2 for length in (37, 11, 25))
-    attention = 3 * 4 * model.num_attention_heads * model.head_dim * pairs
+    attention = 3 * 4 * model.thinker.num_attention_heads * model.thinker.head_dim * pairs
     assert step_flops(model, [row]) == pytest.approx(3 * (linear + attention))
 
 
 def test_a_35b_a3b_token_costs_about_twice_its_active_parameters():
-    model = ModelConfig(
-        name="flash",
-        vocab_size=248320,
+    thinker = ThinkerConfig(
         hidden_size=2048,
         repeats=10,
         num_attention_heads=16,
@@ -62,4 +60,5 @@ def test_a_35b_a3b_token_costs_about_twice_its_active_parameters():
         moe_intermediate_size=512,
         shared_expert_intermediate_size=512,
     )
+    model = ModelConfig(name="flash", vocab_size=248320, thinker=thinker)
     assert 2 * 2.7e9 < flops_per_token(model) < 2 * 3.5e9

@@ -42,8 +42,8 @@ def test_every_key_of_the_recipe_is_decided_on_and_every_decision_is_of_a_key():
         ("data.tokenizer", "elsewhere", Kind.kept),
         ("data.media.video_fps", 1.0, Kind.kept),
         ("data.workers", 7, Kind.free),
-        ("model.hidden_size", 48, Kind.kept),
-        ("model.mtp_loss_weight", 0.3, Kind.learned),
+        ("model.thinker.hidden_size", 48, Kind.kept),
+        ("model.thinker.mtp_loss_weight", 0.3, Kind.learned),
         ("model.audio.train_window_frames", [0], Kind.learned),
         ("optimizer.name", "muon", Kind.kept),
         ("optimizer.lr", 0.5, Kind.learned),
@@ -74,9 +74,10 @@ def test_a_run_that_was_moved_or_that_drops_what_it_started_from_has_not_changed
 
 def test_layers_may_be_written_otherwise(recipe):
     model = recipe.model
-    whole = replace(model, pattern="|".join([model.pattern] * model.repeats), repeats=1)
+    layers = "|".join([model.thinker.pattern] * model.thinker.repeats)
+    whole = replace(model, thinker=replace(model.thinker, pattern=layers, repeats=1))
     assert not list(differences(replace(recipe, model=whole), recipe))
-    fewer = replace(model, pattern=model.pattern[:-2])
+    fewer = replace(model, thinker=replace(model.thinker, pattern=model.thinker.pattern[:-2]))
     assert [one.kind for one in differences(replace(recipe, model=fewer), recipe)] == [Kind.kept]
 
 

@@ -61,7 +61,7 @@ def test_every_published_size_fits_every_large_stage(stage, model):
 
 def test_qwen3_omni_is_as_long_as_it_was_released():
     validate(load_recipe(["stage=s2_general", "model=qwen3_omni_30b_a3b", *RELEASED]), world_size=None)
-    with pytest.raises(UserError, match=r"longer than model\.max_position_embeddings=65536"):
+    with pytest.raises(UserError, match=r"longer than model\.thinker\.max_position_embeddings=65536"):
         validate(load_recipe(["stage=s3_long_context", "model=qwen3_omni_30b_a3b", *RELEASED]), world_size=None)
 
 
@@ -186,7 +186,9 @@ def test_a_mistyped_key_in_a_recipe_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     text = (recipes_dir() / "model" / "tiny.yaml").read_text()
     (tmp_path / "model" / "mistyped.yaml").write_text(text + "num_expert: 4\n")
-    with pytest.raises(UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.num_experts"):
+    with pytest.raises(
+        UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.thinker.num_experts"
+    ):
         load_recipe(["model=mistyped"], config_dir=tmp_path)
 
 

@@ -60,13 +60,13 @@ def test_cfg_job_shows_the_composed_recipe_without_running_it(capsys):
     code, recipes = run("stage=s2_general", "model=flash_35b_a3b", "--cfg", "job")
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (code, recipes) == (0, [])
-    assert shown["model"]["num_experts"] == 256
+    assert shown["model"]["thinker"]["num_experts"] == 256
     assert shown["data"]["row_tokens"] == 32768
     assert "hydra" not in shown
 
 
 def test_cfg_job_refuses_a_recipe_that_cannot_work():
-    with pytest.raises(UserError, match=r"model.num_experts=8: not a multiple of parallel.expert=3"):
+    with pytest.raises(UserError, match=r"model.thinker.num_experts=8: not a multiple of parallel.expert=3"):
         run("--cfg", "job", "parallel.expert=3")
 
 
@@ -129,7 +129,7 @@ def test_with_several_processes_a_sweep_ends_with_the_job_that_fails(monkeypatch
 
 
 def test_a_sweep_is_refused_before_its_first_job_where_its_last_cannot_work():
-    with pytest.raises(UserError, match=r"^model\.num_experts=8: not a multiple of parallel\.expert=3"):
+    with pytest.raises(UserError, match=r"^model\.thinker\.num_experts=8: not a multiple of parallel\.expert=3"):
         run("--multirun", "parallel.expert=1,3")
 
 

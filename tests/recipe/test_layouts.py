@@ -35,10 +35,10 @@ def recipes(model: str, stage: str, layout: str, recompute: str) -> list[Recipe]
     words = [f"model={model}", f"parallel={name}", f"recompute={recompute}"]
     if cut:
         whole = load_recipe([f"model={model}"]).model
-        letters = iter(whole.pattern * whole.repeats)
+        letters = iter(whole.thinker.pattern * whole.thinker.repeats)
         pattern = "|".join("".join(next(letters) for _ in range(int(size))) for size in cut)
         assert not list(letters)
-        words += ["model.repeats=1", f"model.pattern='{pattern}'"]
+        words += ["model.thinker.repeats=1", f"model.thinker.pattern='{pattern}'"]
     return [load_recipe([f"stage={one}", *words]) for one in STAGES[stage]]
 
 

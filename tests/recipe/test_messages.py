@@ -69,7 +69,7 @@ def test_an_unset_variable_of_the_environment_names_the_key(monkeypatch):
 
 def test_keys_of_list_entries_are_keys_of_the_recipe():
     keys = set(recipe_keys())
-    assert {"seed", "model", "model.pattern", "data.sources.weight", "optimizer.groups.match"} <= keys
+    assert {"seed", "model", "model.thinker.pattern", "data.sources.weight", "optimizer.groups.match"} <= keys
 
 
 def test_a_defect_of_ours_is_not_dressed_up_as_the_users_mistake():

@@ -26,62 +26,77 @@ REFUSED = [
     ("schedule.log_every=0", None, "schedule.log_every=0: must be at least 1"),
     ("loss_chunk_tokens=0", None, "loss_chunk_tokens=0: must be at least 1"),
     ("optimizer.lr=0", None, "optimizer.lr=0.0: must be above 0"),
-    ("model.rms_norm_eps=0", None, "model.rms_norm_eps=0.0: must be above 0"),
-    ("model.mtp_num_hidden_layers=2", None, "model.mtp_num_hidden_layers=2: must be at most 1"),
+    ("model.thinker.rms_norm_eps=0", None, "model.thinker.rms_norm_eps=0.0: must be above 0"),
+    ("model.thinker.mtp_num_hidden_layers=2", None, "model.thinker.mtp_num_hidden_layers=2: must be at most 1"),
     ("schedule.warmup_fraction=1.5", None, "schedule.warmup_fraction=1.5: must be at most 1"),
     ("data.max_skip_fraction=2", None, "data.max_skip_fraction=2.0: must be at most 1"),
     ("trainable=[]", None, "trainable=[]: must not be empty"),
     ("data.sources=[]", None, "data.sources=[]: must not be empty"),
     ("run=", None, "run=: must not be empty"),
     # model
-    ("model.pattern=GEME", None, "model.pattern=GEME: 'M' is no layer; use G, *, E, - and | between stages"),
     (
-        "model.pattern=GE|*E",
+        "model.thinker.pattern=GEME",
         None,
-        "model.repeats=2: a pattern with | is the whole model; write the layers out and repeats=1",
+        "model.thinker.pattern=GEME: 'M' is no layer; use G, *, E, - and | between stages",
     ),
     (
-        "model.num_experts=0",
+        "model.thinker.pattern=GE|*E",
         None,
-        "model.num_experts=0: model.pattern=GEGEGE*E has MoE layers (E); give model.num_experts",
-    ),
-    ("model.num_experts_per_tok=9", None, "model.num_experts_per_tok=9: more than model.num_experts=8"),
-    ("model.pattern=G-*-", None, "model.num_experts=8: model.pattern=G-*- has no MoE layer (E); set 0"),
-    (
-        "model.pattern=G-*E",
-        None,
-        "model.intermediate_size=0: model.pattern=G-*E has dense MLPs (-); give their width",
+        "model.thinker.repeats=2: a pattern with | is the whole model; write the layers out and repeats=1",
     ),
     (
-        "model.linear_num_key_heads=0",
+        "model.thinker.num_experts=0",
         None,
-        "model.linear_num_key_heads=0: model.pattern=GEGEGE*E has Gated DeltaNet layers (G); "
-        "give model.linear_num_key_heads",
+        "model.thinker.num_experts=0: model.thinker.pattern=GEGEGE*E has MoE layers (E); give "
+        "model.thinker.num_experts",
     ),
     (
-        "model.num_attention_heads=5",
+        "model.thinker.num_experts_per_tok=9",
         None,
-        "model.num_attention_heads=5: not a multiple of model.num_key_value_heads=2; change one of the two",
+        "model.thinker.num_experts_per_tok=9: more than model.thinker.num_experts=8",
     ),
     (
-        "model.linear_num_value_heads=6",
+        "model.thinker.pattern=G-*-",
         None,
-        "model.linear_num_value_heads=6: not a multiple of model.linear_num_key_heads=4; change one of the two",
+        "model.thinker.num_experts=8: model.thinker.pattern=G-*- has no MoE layer (E); set 0",
     ),
     (
-        "model.mrope_section=[4,2,1]",
+        "model.thinker.pattern=G-*E",
         None,
-        "model.mrope_section=[4, 2, 1]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+        "model.thinker.intermediate_size=0: model.thinker.pattern=G-*E has dense MLPs (-); give their width",
     ),
     (
-        "model.mrope_section=[4,4]",
+        "model.thinker.linear_num_key_heads=0",
         None,
-        "model.mrope_section=[4, 4]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+        "model.thinker.linear_num_key_heads=0: model.thinker.pattern=GEGEGE*E has Gated DeltaNet layers (G); "
+        "give model.thinker.linear_num_key_heads",
     ),
     (
-        "model.head_dim=60",
+        "model.thinker.num_attention_heads=5",
         None,
-        "model.partial_rotary_factor=0.25: rotates 15 of model.head_dim=60; must be even",
+        "model.thinker.num_attention_heads=5: not a multiple of model.thinker.num_key_value_heads=2; "
+        "change one of the two",
+    ),
+    (
+        "model.thinker.linear_num_value_heads=6",
+        None,
+        "model.thinker.linear_num_value_heads=6: not a multiple of "
+        "model.thinker.linear_num_key_heads=4; change one of the two",
+    ),
+    (
+        "model.thinker.mrope_section=[4,2,1]",
+        None,
+        "model.thinker.mrope_section=[4, 2, 1]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+    ),
+    (
+        "model.thinker.mrope_section=[4,4]",
+        None,
+        "model.thinker.mrope_section=[4, 4]: must be 3 numbers (T, H, W) that sum to half the rotary dims, 8",
+    ),
+    (
+        "model.thinker.head_dim=60",
+        None,
+        "model.thinker.partial_rotary_factor=0.25: rotates 15 of model.thinker.head_dim=60; must be even",
     ),
     (
         "data.chat_template=qwen3_5 data.loss_on=all",
@@ -91,53 +106,61 @@ REFUSED = [
     ),
     # layout against the model
     (
-        "model.moe_intermediate_size=62",
+        "model.thinker.moe_intermediate_size=62",
         None,
-        "model.moe_intermediate_size=62: not a multiple of parallel.expert_tensor times what precision=fp32 needs=4; "
+        "model.thinker.moe_intermediate_size=62: not a multiple of parallel.expert_tensor times what "
+        "precision=fp32 needs=4; "
         "change one of the two",
     ),
     (
-        "model.moe_intermediate_size=72 parallel.expert_tensor=2 precision=bf16",
+        "model.thinker.moe_intermediate_size=72 parallel.expert_tensor=2 precision=bf16",
         None,
-        "model.moe_intermediate_size=72: not a multiple of parallel.expert_tensor times what precision=bf16 needs"
+        "model.thinker.moe_intermediate_size=72: not a multiple of parallel.expert_tensor times what "
+        "precision=bf16 needs"
         "=16; change one of the two",
     ),
     (
-        "model.hidden_size=130",
+        "model.thinker.hidden_size=130",
         None,
-        "model.hidden_size=130: not a multiple of what precision=fp32 needs=4; change one of the two",
+        "model.thinker.hidden_size=130: not a multiple of what precision=fp32 needs=4; change one of the two",
     ),
     ("parallel.tensor=3", None, "model.vocab_size=4096: not a multiple of parallel.tensor=3; change one of the two"),
     (
-        "model.num_attention_heads=12 model.num_key_value_heads=12 parallel.tensor=8",
+        "model.thinker.num_attention_heads=12 model.thinker.num_key_value_heads=12 parallel.tensor=8",
         None,
-        "model.num_attention_heads=12: not a multiple of parallel.tensor=8; change one of the two",
+        "model.thinker.num_attention_heads=12: not a multiple of parallel.tensor=8; change one of the two",
     ),
     (
-        "model.num_attention_heads=12 model.num_key_value_heads=3 parallel.tensor=4",
+        "model.thinker.num_attention_heads=12 model.thinker.num_key_value_heads=3 parallel.tensor=4",
         None,
-        "parallel.tensor=4: neither divides nor is a multiple of model.num_key_value_heads=3",
+        "parallel.tensor=4: neither divides nor is a multiple of model.thinker.num_key_value_heads=3",
     ),
     (
-        "model.shared_expert_intermediate_size=31 parallel.tensor=2",
+        "model.thinker.shared_expert_intermediate_size=31 parallel.tensor=2",
         None,
-        "model.shared_expert_intermediate_size=31: not a multiple of parallel.tensor=2; change one of the two",
+        "model.thinker.shared_expert_intermediate_size=31: not a multiple of parallel.tensor=2; change one of the two",
     ),
     (
         f"{FLASH} parallel.tensor=4 parallel.context=8",
         None,
-        "model.linear_num_key_heads=16: not a multiple of parallel.tensor·parallel.context=32; change one of the two",
+        "model.thinker.linear_num_key_heads=16: not a multiple of "
+        "parallel.tensor·parallel.context=32; change one of the two",
     ),
     (
-        "model.linear_num_key_heads=2 parallel.context=4",
+        "model.thinker.linear_num_key_heads=2 parallel.context=4",
         None,
-        "model.linear_num_key_heads=2: not a multiple of parallel.tensor·parallel.context=4; change one of the two",
+        "model.thinker.linear_num_key_heads=2: not a multiple of parallel.tensor·parallel.context=4; "
+        "change one of the two",
     ),
-    ("parallel.expert=3", None, "model.num_experts=8: not a multiple of parallel.expert=3; change one of the two"),
+    (
+        "parallel.expert=3",
+        None,
+        "model.thinker.num_experts=8: not a multiple of parallel.expert=3; change one of the two",
+    ),
     (
         "parallel.expert_tensor=5",
         None,
-        "model.moe_intermediate_size=64: not a multiple of parallel.expert_tensor=5; change one of the two",
+        "model.thinker.moe_intermediate_size=64: not a multiple of parallel.expert_tensor=5; change one of the two",
     ),
     (
         "model=qwen3_5_9b parallel.expert=2",
@@ -157,18 +180,19 @@ REFUSED = [
     (
         "parallel.pipeline=3",
         None,
-        "parallel.pipeline=3: 16 layers (model.pattern×repeats) are not a multiple of pipeline·virtual_pipeline=3; "
-        "choose a divisor or mark the stages with | in model.pattern",
+        "parallel.pipeline=3: 16 layers (model.thinker.pattern×repeats) are not a multiple of "
+        "pipeline·virtual_pipeline=3; "
+        "choose a divisor or mark the stages with | in model.thinker.pattern",
     ),
     (
-        "model.pattern=GE|*E model.repeats=1",
+        "model.thinker.pattern=GE|*E model.thinker.repeats=1",
         None,
-        "model.pattern=GE|*E: marks 2 stages but parallel.pipeline·virtual_pipeline=1",
+        "model.thinker.pattern=GE|*E: marks 2 stages but parallel.pipeline·virtual_pipeline=1",
     ),
     (
-        "model.pattern=GE*E| model.repeats=1 parallel.pipeline=2",
+        "model.thinker.pattern=GE*E| model.thinker.repeats=1 parallel.pipeline=2",
         None,
-        "model.pattern=GE*E|: has a stage without layers; move the |",
+        "model.thinker.pattern=GE*E|: has a stage without layers; move the |",
     ),
     (
         "evaluation.every=5 parallel.pipeline=2",
@@ -201,7 +225,7 @@ REFUSED = [
     (
         "data.row_tokens=524288",
         None,
-        "data.row_tokens=524288: longer than model.max_position_embeddings=262144; shorten the rows",
+        "data.row_tokens=524288: longer than model.thinker.max_position_embeddings=262144; shorten the rows",
     ),
     (
         "data.sources=[{path:a},{path:b,weight:0}]",
@@ -292,12 +316,12 @@ def test_without_a_world_a_layout_of_any_size_is_accepted():
 
 def test_more_tensor_ranks_than_key_value_heads_are_accepted_when_they_share_evenly():
     recipe = load_recipe(["parallel.tensor=4"])
-    assert recipe.model.num_key_value_heads == 2
+    assert recipe.model.thinker.num_key_value_heads == 2
     validate(recipe, world_size=4)
 
 
 def test_stages_marked_in_the_pattern_may_be_uneven():
-    overrides = ["model.pattern=GEGEGE|*EGEGEGE|*E", "model.repeats=1", "parallel.pipeline=3"]
+    overrides = ["model.thinker.pattern=GEGEGE|*EGEGEGE|*E", "model.thinker.repeats=1", "parallel.pipeline=3"]
     validate(load_recipe(overrides), world_size=3)
 
 

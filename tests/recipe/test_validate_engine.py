@@ -11,12 +11,12 @@ AUT = "stage=audio_encoder data=rehearsal_transcripts"
 REFUSED = [
     (
         "engine=deepspeed",
-        "engine=deepspeed: does not split a Thinker's tensors, layers and experts; set engine=megatron",
+        "engine=deepspeed: does not train network=thinker; set engine=megatron",
     ),
     ("optimizer.ema_decay=0.9", "optimizer.ema_decay=0.9: only engine=deepspeed averages weights; set 0"),
     (
         f"{AUT} engine=megatron",
-        "engine=megatron: network=recognizer fits a device and trains on ZeRO; set engine=deepspeed",
+        "engine=megatron: does not train network=recognizer; set engine=deepspeed",
     ),
     *[
         (

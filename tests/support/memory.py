@@ -24,19 +24,23 @@ def gibibytes(recipe: Recipe, gpus: int) -> float:
 
 def _of_stage(recipe: Recipe, gpus: int, stage: int) -> float:
     model, parallel = recipe.model, recipe.parallel
-    layers = split_pattern(model, parallel)[stage]
+    layers = split_pattern(model.thinker, parallel)[stage]
     first, last = stage == 0, stage == parallel.pipeline - 1
     in_flight = parallel.pipeline - stage
 
     dense = sum(_dense_parameters(model, layer) for layer in layers)
     experts = layers.count("E") * _expert_parameters(model)
-    table = model.vocab_size * model.hidden_size
+    table = model.vocab_size * model.thinker.hidden_size
     encoders = 12 * (
         model.audio.num_hidden_layers * model.audio.hidden_size**2 + model.vision.depth * model.vision.hidden_size**2
     )
     dense += table * (first + last)
     if last:  # multi-token prediction, with an embedding of its own where the first stage is another
-        dense += sum(_dense_parameters(model, layer) for layer in "*E") + 2 * model.hidden_size**2 + table * (not first)
+        dense += (
+            sum(_dense_parameters(model, layer) for layer in "*E")
+            + 2 * model.thinker.hidden_size**2
+            + table * (not first)
+        )
         experts += _expert_parameters(model)
     trained = recipe.trainable == ["*"]  # S1 trains an adapter or an encoder, and keeps of the rest the weights alone
     data_ranks = gpus // (parallel.tensor * parallel.pipeline)
@@ -47,10 +51,10 @@ def _of_stage(recipe: Recipe, gpus: int, stage: int) -> float:
 
     row = recipe.data.row_tokens / parallel.context  # an encoder's, whose tokens tensor ranks do not share
     tokens = row / parallel.tensor
-    width = model.hidden_size / 2048
+    width = model.thinker.hidden_size / 2048
     full = recipe.recompute is Recompute.full
     if full:
-        kept = 2 * model.hidden_size * len(layers)
+        kept = 2 * model.thinker.hidden_size * len(layers)
     else:
         kept = width * sum(_ROUTER_KEPT if layer == "E" else _KEPT[layer] for layer in layers)
     moe = width * _KEPT["E"] * _IMBALANCE
@@ -62,18 +66,22 @@ def _of_stage(recipe: Recipe, gpus: int, stage: int) -> float:
 
 
 def _dense_parameters(model: ModelConfig, layer: str) -> int:
-    hidden = model.hidden_size
+    hidden = model.thinker.hidden_size
     if layer == "G":
-        keys = model.linear_num_key_heads * model.linear_key_head_dim
-        values = model.linear_num_value_heads * model.linear_value_head_dim
-        return hidden * (2 * keys + 3 * values + 2 * model.linear_num_value_heads)
+        keys = model.thinker.linear_num_key_heads * model.thinker.linear_key_head_dim
+        values = model.thinker.linear_num_value_heads * model.thinker.linear_value_head_dim
+        return hidden * (2 * keys + 3 * values + 2 * model.thinker.linear_num_value_heads)
     if layer == "*":
-        return hidden * model.head_dim * (3 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    return hidden * (model.num_experts + 3 * model.shared_expert_intermediate_size)
+        return (
+            hidden
+            * model.thinker.head_dim
+            * (3 * model.thinker.num_attention_heads + 2 * model.thinker.num_key_value_heads)
+        )
+    return hidden * (model.thinker.num_experts + 3 * model.thinker.shared_expert_intermediate_size)
 
 
 def _expert_parameters(model: ModelConfig) -> int:
-    return 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts
+    return 3 * model.thinker.hidden_size * model.thinker.moe_intermediate_size * model.thinker.num_experts
 
 
 def _encoders_kept(recipe: Recipe, full: bool) -> float:

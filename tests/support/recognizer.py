@@ -11,7 +11,7 @@ from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import pack
 from omni_train.data.samples.lengths import audio_tokens
 from omni_train.recipe.schema import AudioEncoderConfig, Precision, Recipe
-from omni_train.recipe.speech import NetworkName, RecognizerConfig
+from omni_train.recipe.speech import RecognizerConfig
 from tests.support.encoders import randomized
 from tests.support.thinker import VOCAB, small_recipe
 
@@ -34,9 +34,7 @@ def recognizer_recipe(*, ctc: bool = False, precision: Precision = Precision.fp3
     recognizer = RecognizerConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, ctc=ctc
     )
-    return small_recipe(
-        audio=audio, recognizer=recognizer, network=NetworkName.recognizer, precision=precision, **changes
-    )
+    return small_recipe(audio=audio, recognizer=recognizer, network="recognizer", precision=precision, **changes)
 
 
 def build(recipe: Recipe):

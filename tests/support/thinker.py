@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from omni_train.data.rows.batch import IGNORE, PackedBatch
@@ -16,16 +18,18 @@ from omni_train.recipe.schema import (
     Precision,
     Recipe,
     ScheduleConfig,
+    ThinkerConfig,
     VisionEncoderConfig,
 )
 
 VOCAB = 112
+_THINKER = {entry.name for entry in fields(ThinkerConfig)}
 
 
 def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96, **changes) -> Recipe:
     """A recipe of a Thinker with every kind of layer, small, and divisible by the layouts tested.
 
-    `changes` are fields of the model configuration, or of the recipe.
+    `changes` are fields of the Thinker's configuration, of the model's, or of the recipe.
     """
     model = dict(
         name="small",
@@ -49,13 +53,16 @@ def small_recipe(parallel: ParallelConfig | None = None, *, row_tokens: int = 96
         router_aux_loss_coef=0.02,
         initializer_range=0.08,
     )
-    model |= {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
+    model |= {
+        key: changes.pop(key) for key in list(changes) if key in _THINKER or key in ModelConfig.__dataclass_fields__
+    }
+    thinker = ThinkerConfig(**{key: model.pop(key) for key in list(model) if key in _THINKER})
     optimizer = OptimizerConfig(lr=3e-4, clip_grad=0.7, eps=1e-5)
     options = dict(seed=77, precision=Precision.fp32, loss_chunk_tokens=40, optimizer=optimizer) | changes
     return Recipe(
         stage="test",
         run="test",
-        model=ModelConfig(**model),
+        model=ModelConfig(thinker=thinker, **model),
         parallel=parallel or ParallelConfig(),
         data=DataConfig(name="test", path="", tokenizer="", row_tokens=row_tokens, alignment=8),
         schedule=ScheduleConfig(steps=4, global_batch=2, decay=Decay.constant, warmup_fraction=0.0),

@@ -5,26 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from omni_train.recipe.schema import ModelConfig, ParallelConfig, Precision, Recipe, Recompute
+from omni_train.models.config import params_dtype, recomputation
+from omni_train.recipe.schema import ParallelConfig, Recipe, ThinkerConfig
 
 
-def split_pattern(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+def split_pattern(thinker: ThinkerConfig, parallel: ParallelConfig) -> list[str]:
     """The layers of each pipeline (and virtual pipeline) stage, in the order of the model.
 
     A pattern with its own ``|`` is taken as written; otherwise the layers are cut evenly. Validation has refused what
     does not divide.
     """
-    if "|" in model.pattern:
-        return model.pattern.split("|")
-    layers = model.pattern * model.repeats
+    if "|" in thinker.pattern:
+        return thinker.pattern.split("|")
+    layers = thinker.pattern * thinker.repeats
     stages = parallel.pipeline * parallel.virtual_pipeline
     length = len(layers) // stages
     return [layers[i * length : (i + 1) * length] for i in range(stages)]
-
-
-def params_dtype(precision: Precision) -> torch.dtype:
-    """Type of the parameters and activations."""
-    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
 
 
 def transformer_config(recipe: Recipe):
@@ -35,26 +31,22 @@ def transformer_config(recipe: Recipe):
     """
     from megatron.core.transformer import TransformerConfig
 
-    model, parallel = recipe.model, recipe.parallel
+    thinker, parallel = recipe.model.thinker, recipe.parallel
     dtype = params_dtype(recipe.precision)
     options: dict = {}
-    if model.num_experts:
+    if thinker.num_experts:
         options |= dict(
-            num_moe_experts=model.num_experts,
-            moe_router_topk=model.num_experts_per_tok,
-            moe_ffn_hidden_size=model.moe_intermediate_size,
+            num_moe_experts=thinker.num_experts,
+            moe_router_topk=thinker.num_experts_per_tok,
+            moe_ffn_hidden_size=thinker.moe_intermediate_size,
             moe_router_dtype="fp32",
             moe_router_pre_softmax=False,  # softmax over the chosen = softmax over all, chosen, renormalised
             moe_router_load_balancing_type="none",  # ours is BalancedRouter's
             moe_token_dispatcher_type="alltoall",
-            moe_shared_expert_intermediate_size=model.shared_expert_intermediate_size or None,
-            moe_shared_expert_gate=model.shared_expert_intermediate_size > 0,
+            moe_shared_expert_intermediate_size=thinker.shared_expert_intermediate_size or None,
+            moe_shared_expert_gate=thinker.shared_expert_intermediate_size > 0,
         )
-    if recipe.recompute is Recompute.full:
-        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif recipe.recompute is Recompute.selective:
-        modules = ["core_attn"] + (["moe"] if model.num_experts else [])
-        options |= dict(recompute_granularity="selective", recompute_modules=modules)
+    options |= recomputation(recipe.recompute, ["core_attn"] + (["moe"] if thinker.num_experts else []))
     if parallel.virtual_pipeline > 1:
         # Batched send/receive between the same two ranks in both directions mixes up messages.
         options |= dict(
@@ -63,30 +55,30 @@ def transformer_config(recipe: Recipe):
             batch_p2p_comm=False,
         )
     return TransformerConfig(
-        num_layers=len(model.pattern.replace("|", "")) * model.repeats,
+        num_layers=len(thinker.pattern.replace("|", "")) * thinker.repeats,
         is_hybrid_model=True,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.intermediate_size or model.moe_intermediate_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_key_value_heads,
-        kv_channels=model.head_dim,
-        attention_output_gate=model.attention_output_gate,
+        hidden_size=thinker.hidden_size,
+        ffn_hidden_size=thinker.intermediate_size or thinker.moe_intermediate_size,
+        num_attention_heads=thinker.num_attention_heads,
+        num_query_groups=thinker.num_key_value_heads,
+        kv_channels=thinker.head_dim,
+        attention_output_gate=thinker.attention_output_gate,
         qk_layernorm=True,
-        linear_conv_kernel_dim=model.linear_conv_kernel_dim,
-        linear_key_head_dim=model.linear_key_head_dim,
-        linear_value_head_dim=model.linear_value_head_dim,
-        linear_num_key_heads=model.linear_num_key_heads,
-        linear_num_value_heads=model.linear_num_value_heads,
+        linear_conv_kernel_dim=thinker.linear_conv_kernel_dim,
+        linear_key_head_dim=thinker.linear_key_head_dim,
+        linear_value_head_dim=thinker.linear_value_head_dim,
+        linear_num_key_heads=thinker.linear_num_key_heads,
+        linear_num_value_heads=thinker.linear_num_value_heads,
         normalization="RMSNorm",
-        layernorm_zero_centered_gamma=model.zero_centered_norm,
-        layernorm_epsilon=model.rms_norm_eps,
+        layernorm_zero_centered_gamma=thinker.zero_centered_norm,
+        layernorm_epsilon=thinker.rms_norm_eps,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.initializer_range,
-        mtp_num_layers=model.mtp_num_hidden_layers or None,
+        init_method_std=recipe.model.initializer_range,
+        mtp_num_layers=thinker.mtp_num_hidden_layers or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -15,40 +15,41 @@ from omni_train.recipe.schema import ModelConfig
 
 def flops_per_token(model: ModelConfig) -> float:
     """Forward operations of one token in everything whose cost does not depend on the sequence's length."""
-    hidden = model.hidden_size
-    query, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    key = model.linear_num_key_heads * model.linear_key_head_dim
-    value = model.linear_num_value_heads * model.linear_value_head_dim
-    gates = query if model.attention_output_gate else 0
+    thinker = model.thinker
+    hidden = thinker.hidden_size
+    query, kv = thinker.num_attention_heads * thinker.head_dim, thinker.num_key_value_heads * thinker.head_dim
+    key = thinker.linear_num_key_heads * thinker.linear_key_head_dim
+    value = thinker.linear_num_value_heads * thinker.linear_value_head_dim
+    gates = query if thinker.attention_output_gate else 0
     attention = 2 * hidden * (query + gates + 2 * kv) + 2 * query * hidden
-    projections = 2 * hidden * (2 * key + 2 * value + 2 * model.linear_num_value_heads) + 2 * value * hidden
-    convolution = 2 * model.linear_conv_kernel_dim * (2 * key + value)
+    projections = 2 * hidden * (2 * key + 2 * value + 2 * thinker.linear_num_value_heads) + 2 * value * hidden
+    convolution = 2 * thinker.linear_conv_kernel_dim * (2 * key + value)
     # Per value head: decay the state, read it with k, write the correction, read it with q.
-    recurrence = 7 * model.linear_num_value_heads * model.linear_key_head_dim * model.linear_value_head_dim
+    recurrence = 7 * thinker.linear_num_value_heads * thinker.linear_key_head_dim * thinker.linear_value_head_dim
     moe = (
-        2 * hidden * model.num_experts
-        + model.num_experts_per_tok * 6 * hidden * model.moe_intermediate_size
-        + 6 * hidden * model.shared_expert_intermediate_size
-        + (2 * hidden if model.shared_expert_intermediate_size else 0)
+        2 * hidden * thinker.num_experts
+        + thinker.num_experts_per_tok * 6 * hidden * thinker.moe_intermediate_size
+        + 6 * hidden * thinker.shared_expert_intermediate_size
+        + (2 * hidden if thinker.shared_expert_intermediate_size else 0)
     )
     cost = {
         "*": attention,
         "G": projections + convolution + recurrence,
         "E": moe,
-        "-": 6 * hidden * model.intermediate_size,
+        "-": 6 * hidden * thinker.intermediate_size,
         "|": 0,
     }
-    layers = model.pattern * model.repeats
+    layers = thinker.pattern * thinker.repeats
     head = 2 * hidden * model.vocab_size
-    mtp = model.mtp_num_hidden_layers * (
-        4 * hidden * hidden + attention + cost["E" if model.num_experts else "-"] + head
+    mtp = thinker.mtp_num_hidden_layers * (
+        4 * hidden * hidden + attention + cost["E" if thinker.num_experts else "-"] + head
     )
     return float(sum(cost[layer] for layer in layers) + head + mtp)
 
 
 def audio_flops(model: ModelConfig, clips: list[int]) -> float:
     """Forward operations of the audio encoder and its adapter on clips of mel frames, in the evaluation's windows."""
-    audio, total = model.audio, 0.0
+    thinker, audio, total = model.thinker, model.audio, 0.0
     width, channels = audio.hidden_size, audio.conv_channels
     layer = 8 * width * width + 4 * width * audio.intermediate_size
     last_bins = convolved(audio.num_mel_bins, audio.num_convolutions)
@@ -58,18 +59,18 @@ def audio_flops(model: ModelConfig, clips: list[int]) -> float:
             total += 2 * 9 * (1 if depth == 1 else channels) * channels * places
         tokens = audio_tokens(frames, audio)
         window = min(window_tokens(audio.eval_window_frames, audio) or tokens, tokens)
-        projections = 2 * channels * last_bins * width + 2 * width * width + 2 * width * model.hidden_size
+        projections = 2 * channels * last_bins * width + 2 * width * width + 2 * width * thinker.hidden_size
         total += tokens * (projections + audio.num_hidden_layers * (layer + 4 * width * window))
     return total
 
 
 def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
     """Forward operations of the vision encoder and its mergers on images and videos of (t, h, w) patches."""
-    vision, total = model.vision, 0.0
+    thinker, vision, total = model.thinker, model.vision, 0.0
     width, merged = vision.hidden_size, vision.spatial_merge_size**2
     layer = 8 * width * width + 4 * width * vision.intermediate_size
     patch = 2 * 3 * vision.temporal_patch_size * vision.patch_size**2 * width
-    merger = 2 * merged * width * (merged * width + model.hidden_size) / merged
+    merger = 2 * merged * width * (merged * width + thinker.hidden_size) / merged
     for t, h, w in grids:
         attention = 4 * width * h * w
         each = patch + vision.depth * (layer + attention) + (1 + len(vision.deepstack_visual_indexes)) * merger
@@ -79,9 +80,9 @@ def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
 
 def step_flops(model: ModelConfig, rows: list[PackedBatch]) -> float:
     """Operations of forward and backward over `rows`, padding excluded."""
-    per_token = flops_per_token(model)
-    attention_layers = (model.pattern * model.repeats).count("*") + model.mtp_num_hidden_layers
-    width = model.num_attention_heads * model.head_dim
+    thinker, per_token = model.thinker, flops_per_token(model)
+    attention_layers = (thinker.pattern * thinker.repeats).count("*") + thinker.mtp_num_hidden_layers
+    width = thinker.num_attention_heads * thinker.head_dim
     total = 0.0
     for row in rows:
         real = (~row.padding).cumsum(0).tolist()

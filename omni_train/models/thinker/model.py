@@ -42,11 +42,12 @@ class Thinker(LanguageModule):
     def __init__(self, recipe: Recipe, config, stage: int, virtual_stage: int | None) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
-        segments = split_pattern(recipe.model, recipe.parallel)
+        thinker = recipe.model.thinker
+        segments = split_pattern(thinker, recipe.parallel)
         self.vp_stage = virtual_stage
         self.pre_process, self.post_process = stage == 0, stage == len(segments) - 1
-        self.mtp_process = self.post_process and recipe.model.mtp_num_hidden_layers > 0
-        self.share_embeddings_and_output_weights = recipe.model.tie_word_embeddings
+        self.mtp_process = self.post_process and thinker.mtp_num_hidden_layers > 0
+        self.share_embeddings_and_output_weights = thinker.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
         submodules = stack_submodules(backend())
 
@@ -54,7 +55,7 @@ class Thinker(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config=config,
                 vocab_size=recipe.model.vocab_size,
-                max_sequence_length=recipe.model.max_position_embeddings,
+                max_sequence_length=thinker.max_position_embeddings,
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
@@ -62,7 +63,7 @@ class Thinker(LanguageModule):
         self.senses = self.pre_process and senses  # needs a row's media
         # Multi-token prediction reads the embeddings of the next tokens, media included, which only the first stage can
         # make: they go through the pipeline behind the hidden states.
-        self.carries_embeddings = senses and recipe.model.mtp_num_hidden_layers > 0
+        self.carries_embeddings = senses and thinker.mtp_num_hidden_layers > 0
         self._carried: torch.Tensor | None = None
         if self.pre_process and recipe.model.audio:
             self.audio_encoder = AudioEncoder(recipe.model.audio, config)
@@ -71,9 +72,9 @@ class Thinker(LanguageModule):
             self.vision_encoder = VisionEncoder(recipe.model.vision, config)
             self.vision_adapter = VisionAdapter(recipe.model.vision, config)
         self.rotary = TMRotaryEmbedding(
-            rotary_dim=int(recipe.model.head_dim * recipe.model.partial_rotary_factor),
-            base=recipe.model.rope_theta,
-            sections=recipe.model.mrope_section,
+            rotary_dim=int(thinker.head_dim * thinker.partial_rotary_factor),
+            base=thinker.rope_theta,
+            sections=thinker.mrope_section,
         )
         self.decoder = HybridStack(
             config,

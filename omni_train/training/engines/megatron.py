@@ -54,7 +54,7 @@ class MegatronEngine:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.objective = LanguageModelling(recipe.loss_chunk_tokens, recipe.model.mtp_loss_weight)
+        self.objective = LanguageModelling(recipe.loss_chunk_tokens, recipe.model.thinker.mtp_loss_weight)
         modules = build_chunks(recipe)
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
@@ -154,7 +154,7 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        names = ["loss"] + (["mtp_loss"] if self.recipe.model.mtp_num_hidden_layers else [])
+        names = ["loss"] + (["mtp_loss"] if self.recipe.model.thinker.mtp_num_hidden_layers else [])
         totals = torch.zeros(len(names) + len(MODALITIES), device=platform.device())
         for one in stored:
             totals += torch.cat([*(one[name].float().view(1) for name in names), one["loss_by_modality"]])
@@ -188,7 +188,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        balance.begin_step(self.chunks, self.recipe.model.router_aux_loss_coef, sum(sums.tokens))
+        balance.begin_step(self.chunks, self.recipe.model.thinker.router_aux_loss_coef, sum(sums.tokens))
         metrics = self._schedule(rows, sums, forward_only=False)
         if self._arrivals is not None:
             self._arrivals.check(step)

@@ -72,7 +72,7 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
 
     from omni_train import platform
     from omni_train.checkpoint.distributed_optimizer import adapt
-    from omni_train.models.thinker.config import params_dtype
+    from omni_train.models.config import params_dtype
 
     config = recipe.optimizer
     dtype = params_dtype(recipe.precision)

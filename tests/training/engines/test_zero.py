@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from omni_train.errors import UserError
-from omni_train.models.thinker.config import params_dtype
+from omni_train.models.config import params_dtype
 from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
 from omni_train.recipe.speech import RecognitionConfig

@@ -1,10 +1,10 @@
-"""What of the recognizer and its rows cannot work; a part of the one validation pass."""
+"""What of the recognizer cannot work."""
 
 from __future__ import annotations
 
-from omni_train.recipe.refusals import bounds, divides, refuse
+from omni_train.networks.encoders import check_audio, check_parts
+from omni_train.recipe.refusals import answers_no_questions, bounds, divides, refuse
 from omni_train.recipe.schema import Recipe
-from omni_train.recipe.speech import NetworkName, RowKind
 
 _RECOGNIZER_AT_LEAST = {
     "model.recognizer.hidden_size": 1,
@@ -25,41 +25,25 @@ _AUGMENTATION_AT_MOST = {"data.augmentation.noise_probability": 1, "data.augment
 _SPEEDS = (0.5, 2.0)
 
 
-def check_recognition(recipe: Recipe) -> None:
-    """Refuse a recognizer that cannot be built, rows that are not the network's, and draws without a meaning.
+def check_recognizer(recipe: Recipe) -> None:
+    """Refuse a recognizer that cannot be built, and settings without a meaning.
 
     Raises:
         UserError: the first thing found, in one line.
     """
-    if recipe.model.recognizer is not None:
-        bounds(recipe, at_least=_RECOGNIZER_AT_LEAST)
-        divides(recipe, recipe.model.recognizer.num_attention_heads, "its heads", "model.recognizer.hidden_size")
-        # Sines for one half of the width, cosines for the other.
-        divides(recipe, 2, "the two halves of its positions", "model.recognizer.hidden_size")
-    _rows(recipe)
-    if recipe.network is NetworkName.recognizer:
-        _recognition(recipe)
-    if recipe.data.augmentation is not None:
-        _augmentation(recipe)
-
-
-def _rows(recipe: Recipe) -> None:
-    for network, rows in ((NetworkName.thinker, RowKind.chats), (NetworkName.recognizer, RowKind.transcripts)):
-        if recipe.network is network and recipe.data.rows is not rows:
-            refuse(recipe, "data.rows", f"network={network} learns from data.rows={rows}; choose data that has them")
-    if recipe.data.augmentation is not None and recipe.data.rows is not RowKind.transcripts:
-        refuse(recipe, "data.augmentation", f"of transcripts alone, not of data.rows={recipe.data.rows}; set null")
-
-
-def _recognition(recipe: Recipe) -> None:
-    for part in ("audio", "recognizer"):
-        if getattr(recipe.model, part) is None:
-            refuse(recipe, "network", f"model={recipe.model.name} has no model.{part}; choose a model with it")
-    bounds(recipe, at_least=_RECOGNITION_AT_LEAST)
+    check_parts(recipe)
+    check_audio(recipe)
+    bounds(recipe, at_least=_RECOGNIZER_AT_LEAST | _RECOGNITION_AT_LEAST)
+    divides(recipe, recipe.model.recognizer.num_attention_heads, "its heads", "model.recognizer.hidden_size")
+    # Sines for one half of the width, cosines for the other.
+    divides(recipe, 2, "the two halves of its positions", "model.recognizer.hidden_size")
     if recipe.recognition.ctc_weight > 0 and not recipe.model.recognizer.ctc:
         refuse(recipe, "recognition.ctc_weight", "there is no CTC head; set model.recognizer.ctc=true, or 0")
     if min(recipe.recognition.eval_windows, default=1) < 1:
         refuse(recipe, "recognition.eval_windows", "must be frames above 0; whole clips are always evaluated")
+    answers_no_questions(recipe)
+    if recipe.data.augmentation is not None:
+        _augmentation(recipe)
 
 
 def _augmentation(recipe: Recipe) -> None:

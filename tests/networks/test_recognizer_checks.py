@@ -3,7 +3,7 @@
 import pytest
 
 from omni_train.errors import UserError
-from omni_train.recipe import validate_recognition as module
+from omni_train.networks.recognizer import checks as module
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.refusals import value
 from omni_train.recipe.validate import validate
@@ -27,13 +27,13 @@ REFUSED = [
         "data=rehearsal_transcripts",
         "data.rows=transcripts: network=thinker learns from data.rows=chats; choose data that has them",
     ),
-    ("model.recognizer.num_hidden_layers=0", "model.recognizer.num_hidden_layers=0: must be at least 1"),
+    (f"{AUT} model.recognizer.num_hidden_layers=0", "model.recognizer.num_hidden_layers=0: must be at least 1"),
     (
-        "model.recognizer.num_attention_heads=5",
+        f"{AUT} model.recognizer.num_attention_heads=5",
         "model.recognizer.hidden_size=96: not a multiple of its heads=5; change one of the two",
     ),
     (
-        "model.recognizer.hidden_size=99 model.recognizer.num_attention_heads=3",
+        f"{AUT} model.recognizer.hidden_size=99 model.recognizer.num_attention_heads=3",
         "model.recognizer.hidden_size=99: not a multiple of the two halves of its positions=2; change one of the two",
     ),
     (f"{AUT} recognition.ctc_weight=-0.5", "recognition.ctc_weight=-0.5: must be at least 0"),

@@ -1,14 +1,13 @@
-"""What of the codec, its crops and its training cannot work; a part of the one validation pass."""
+"""What of the codec, its crops and its training cannot work."""
 
 from __future__ import annotations
 
 from math import prod
 
-from omni_train.recipe.refusals import bounds, divides, refuse
+from omni_train.networks.encoders import check_parts
+from omni_train.recipe.refusals import answers_no_questions, bounds, divides, keeps_activations, refuse
 from omni_train.recipe.schema import Recipe
-from omni_train.recipe.speech import NetworkName, RowKind
 
-_NETWORKS = (NetworkName.codec, NetworkName.code2wav)
 _AT_LEAST = {
     "codec_training.mel_weight": 0,
     "codec_training.linear_mel_weight": 0,
@@ -33,30 +32,39 @@ _ABOVE_ZERO = ("codec_training.mel_floor", "evaluation.utterance_seconds", "data
 
 
 def check_codec(recipe: Recipe) -> None:
-    """Refuse a codec whose halves do not fit, rows that are not its own, and losses without a meaning.
+    """Refuse a codec whose halves do not fit, crops that are not its own, and losses without a meaning.
 
     Raises:
         UserError: the first thing found, in one line.
     """
-    if recipe.network not in _NETWORKS:
-        if recipe.data.rows is RowKind.crops:
-            refuse(recipe, "data.rows", f"network={recipe.network} does not learn from crops; choose other data")
-        return
-    if recipe.data.rows is not RowKind.crops:
-        refuse(recipe, "data.rows", f"network={recipe.network} learns from data.rows=crops; choose data that has them")
+    check_parts(recipe)
     _model(recipe)
     bounds(recipe, at_least=_AT_LEAST, above_zero=_ABOVE_ZERO, at_most=_AT_MOST)
     _crops(recipe)
     _losses(recipe)
-    if recipe.network is NetworkName.code2wav:
-        _code2wav(recipe)
+    keeps_activations(recipe)
+    answers_no_questions(recipe)
+
+
+def check_code2wav(recipe: Recipe) -> None:
+    """Refuse the same of Code2Wav alone, and what it has no codebooks for.
+
+    Raises:
+        UserError: the first thing found, in one line.
+    """
+    check_codec(recipe)
+    if recipe.data.codec is None:
+        refuse(
+            recipe,
+            "data.codec",
+            "network=code2wav learns from codes; name the codec's checkpoint that `omni-train data codes` was given",
+        )
+    if recipe.codec_training.teacher is not None:
+        refuse(recipe, "codec_training.teacher", "network=code2wav has no codebook to teach; set null")
 
 
 def _model(recipe: Recipe) -> None:
     model = recipe.model
-    for part in ("codec", "code2wav") if recipe.network is NetworkName.codec else ("code2wav",):
-        if getattr(model, part) is None:
-            refuse(recipe, "network", f"model={model.name} has no model.{part}; choose a model with it")
     wave = "model.code2wav"
     heads = ("num_attention_heads", "num_key_value_heads")
     sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "sliding_window", "decoder_dim", *heads)
@@ -133,14 +141,3 @@ def _losses(recipe: Recipe) -> None:
             "codec_training.discriminators.stft_windows",
             "there is nobody to judge; give windows or periods, or set adversarial_weight and feature_weight to 0",
         )
-
-
-def _code2wav(recipe: Recipe) -> None:
-    if recipe.data.codec is None:
-        refuse(
-            recipe,
-            "data.codec",
-            "network=code2wav learns from codes; name the codec's checkpoint that `omni-train data codes` was given",
-        )
-    if recipe.codec_training.teacher is not None:
-        refuse(recipe, "codec_training.teacher", "network=code2wav has no codebook to teach; set null")

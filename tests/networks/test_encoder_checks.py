@@ -3,7 +3,8 @@
 import pytest
 
 from omni_train.errors import UserError
-from omni_train.recipe import validate_media as module
+from omni_train.networks import encoders
+from omni_train.recipe import validate_media
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.refusals import value
 from omni_train.recipe.validate import validate
@@ -86,7 +87,8 @@ REFUSED = [
         "first pipeline stage; lower parallel.pipeline or virtual_pipeline",
     ),
     (
-        "model.vision.deepstack_visual_indexes=[0,1] parallel.pipeline=2 model.repeats=1 model.pattern=GE|GEGE*E",
+        "model.vision.deepstack_visual_indexes=[0,1] parallel.pipeline=2 model.thinker.repeats=1 "
+        "model.thinker.pattern=GE|GEGE*E",
         "model.vision.deepstack_visual_indexes=[0, 1]: 2 layers of the language model take them, but 1 are on the "
         "first pipeline stage; lower parallel.pipeline or virtual_pipeline",
     ),
@@ -148,7 +150,7 @@ def test_what_cannot_work_is_refused_in_one_line(overrides, message):
 def test_deepstack_fits_where_its_layers_are_on_the_first_stage():
     levels = ["model.vision.depth=4", "model.vision.deepstack_visual_indexes=[0,1,3]"]
     validate(load_recipe([*levels, "parallel.pipeline=2"]), world_size=2)
-    marked = ["model.repeats=1", "model.pattern=GEGE*E|*E", "parallel.pipeline=2"]
+    marked = ["model.thinker.repeats=1", "model.thinker.pattern=GEGE*E|*E", "parallel.pipeline=2"]
     validate(load_recipe([*levels, *marked]), world_size=2)
 
 
@@ -159,5 +161,5 @@ def test_chunks_that_do_not_divide_are_for_positions_that_do_not_need_them():
 
 def test_every_bound_is_of_a_key_of_the_recipe():
     recipe = load_recipe()
-    for key in (*module._AUDIO_AT_LEAST, *module._VISION_AT_LEAST, *module._MEDIA_AT_LEAST):
+    for key in (*encoders._AUDIO_AT_LEAST, *encoders._VISION_AT_LEAST, *validate_media._MEDIA_AT_LEAST):
         value(recipe, key)

@@ -1,0 +1,9 @@
+"""The networks that a run can train: each in a module of its own, and in this table."""
+
+from omni_train.networks.codec import CODE2WAV, CODEC
+from omni_train.networks.recognizer import RECOGNIZER
+from omni_train.networks.thinker import THINKER
+from omni_train.recipe.networks import register
+
+for network in (THINKER, RECOGNIZER, CODEC, CODE2WAV):
+    register(network)

@@ -1,0 +1,105 @@
+"""What of the encoders cannot work, wherever they are a part of a network."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from omni_train.errors import UserError
+from omni_train.recipe.refusals import bounds, divides, refuse
+from omni_train.recipe.schema import Positions, Recipe
+
+_AUDIO_AT_LEAST = {
+    "model.audio.hidden_size": 1,
+    "model.audio.num_hidden_layers": 1,
+    "model.audio.num_attention_heads": 1,
+    "model.audio.intermediate_size": 1,
+    "model.audio.num_mel_bins": 1,
+    "model.audio.conv_channels": 1,
+    "model.audio.num_convolutions": 1,
+    "model.audio.chunk_frames": 1,
+    "model.audio.eval_window_frames": 0,
+}
+_VISION_AT_LEAST = {
+    "model.vision.hidden_size": 1,
+    "model.vision.depth": 1,
+    "model.vision.num_heads": 1,
+    "model.vision.intermediate_size": 1,
+    "model.vision.patch_size": 1,
+    "model.vision.temporal_patch_size": 1,
+    "model.vision.spatial_merge_size": 1,
+    "model.vision.num_position_embeddings": 1,
+}
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Refuse patterns over the parameters of an encoder that the model does not have.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for encoder, sense in (("audio", "hear"), ("vision", "see")):
+        if getattr(recipe.model, encoder) is not None:
+            continue
+        for key in ("trainable", "init_parts"):
+            if pattern := next((name for name in getattr(recipe, key) if name.startswith(f"{encoder}_")), None):
+                raise UserError(
+                    f"{key}: '{pattern}' names a part of what model={recipe.model.name} does not have, it does not "
+                    f"{sense}; choose a model with model.{encoder}"
+                )
+
+
+def check_audio(recipe: Recipe) -> None:
+    """Refuse an audio encoder that cannot be built or split.
+
+    Raises:
+        UserError: the first thing found, in one line.
+    """
+    audio, tensor = recipe.model.audio, recipe.parallel.tensor
+    bounds(recipe, at_least=_AUDIO_AT_LEAST)
+    divides(recipe, audio.num_attention_heads, "model.audio.num_attention_heads", "model.audio.hidden_size")
+    # Sines for one half of the width, cosines for the other.
+    divides(recipe, 2, "the two halves of its positions", "model.audio.hidden_size")
+    split = ("model.audio.num_attention_heads", "model.audio.intermediate_size")
+    divides(recipe, tensor, "parallel.tensor", *split)
+    if not audio.train_window_frames or min(audio.train_window_frames) < 0:
+        refuse(recipe, "model.audio.train_window_frames", "must be frames, or 0 for a whole clip, one at least")
+    frames_per_token = 2**audio.num_convolutions
+    if recipe.data.media.positions is Positions.absolute and audio.chunk_frames % frames_per_token:
+        refuse(
+            recipe,
+            "model.audio.chunk_frames",
+            f"not a multiple of the {frames_per_token} frames of a token, so that tokens are not equally long; change "
+            "it or choose data.media.positions=contiguous or qwen3_omni",
+        )
+
+
+def check_vision(recipe: Recipe) -> None:
+    """Refuse a vision encoder that cannot be built or split.
+
+    Raises:
+        UserError: the first thing found, in one line.
+    """
+    thinker, vision, tensor = recipe.model.thinker, recipe.model.vision, recipe.parallel.tensor
+    bounds(recipe, at_least=_VISION_AT_LEAST)
+    # Half of a head's dimensions turn with the row of a patch, half with its column, in pairs.
+    divides(recipe, 4 * vision.num_heads, "4·model.vision.num_heads", "model.vision.hidden_size")
+    divides(recipe, tensor, "parallel.tensor", "model.vision.num_heads", "model.vision.intermediate_size")
+    if isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
+        refuse(recipe, "model.vision.num_position_embeddings", "not the number of places of a square table")
+    levels = vision.deepstack_visual_indexes
+    if levels != sorted(set(levels)) or not all(0 <= level < vision.depth for level in levels):
+        refuse(
+            recipe,
+            "model.vision.deepstack_visual_indexes",
+            f"must be rising layers from 0 to below model.vision.depth={vision.depth}",
+        )
+    stages = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline
+    whole = thinker.pattern * thinker.repeats
+    first = whole.partition("|")[0] if "|" in whole else whole[: len(whole) // stages]
+    if (layers := first.count("E") + first.count("-")) < len(levels):
+        refuse(
+            recipe,
+            "model.vision.deepstack_visual_indexes",
+            f"{len(levels)} layers of the language model take them, but {layers} are on the first pipeline stage; "
+            "lower parallel.pipeline or virtual_pipeline",
+        )

@@ -1,0 +1,75 @@
+"""What a recipe must know of a network: a table that the networks fill, and that anyone may add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+from omni_train import plugins
+from omni_train.errors import UserError
+from omni_train.recipe.schema import EngineName, ModelConfig, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkKeys:
+    """A network as recipes see it."""
+
+    name: str
+    """The value of ``network=``."""
+    engines: tuple[EngineName, ...]
+    """That train it."""
+    rows: str
+    """The kind of rows that it learns from."""
+    parts: tuple[str, ...]
+    """Of ``model``, that it is made of."""
+    optional_parts: tuple[str, ...] = ()
+    """Of ``model``, that it may have."""
+    settings: tuple[str, ...] = ()
+    """Groups of the recipe's keys that are of this network, and of others that name them."""
+    keys: Mapping[str, type] = field(default_factory=dict)
+    """Groups that it adds to the recipe: ``model.PART`` or ``GROUP`` -> dataclass."""
+    check: Callable[[Recipe], None]
+    """Refuses what cannot work, with a UserError of one line."""
+
+
+_TABLE: dict[str, NetworkKeys] = {}
+
+
+def register(network: NetworkKeys) -> None:
+    """Add a network, its keys among the recipe's.
+
+    Raises:
+        ValueError: there is one of this name, which is not the same.
+    """
+    if _TABLE.setdefault(network.name, network) is not network:
+        raise ValueError(f"a network of the name {network.name} is registered already")
+
+
+def network_of(name: str) -> NetworkKeys:
+    """The network that a recipe's ``network`` means.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    networks = registered()
+    if name not in networks:
+        raise UserError(f"network={name}: no such network; choose one of {', '.join(networks)}")
+    return networks[name]
+
+
+def registered() -> Mapping[str, NetworkKeys]:
+    """All networks by name."""
+    plugins.load()
+    return _TABLE
+
+
+def unused_groups(network: str) -> Iterable[str]:
+    """Groups of keys, dotted, that are of other networks: a run of this one neither prints nor checks them."""
+    mine = network_of(network)
+    parts = {entry.name for entry in fields(ModelConfig) if entry.default is None}
+    parts |= {key.removeprefix("model.") for one in _TABLE.values() for key in one.keys if key.startswith("model.")}
+    settings = {group for one in _TABLE.values() for group in one.settings}
+    yield from sorted(f"model.{part}" for part in parts - {*mine.parts, *mine.optional_parts})
+    yield from sorted(settings - {*mine.settings})
+    if EngineName.deepspeed not in mine.engines:
+        yield "zero"

@@ -1,0 +1,28 @@
+"""Names that recipes and checkpoints once had, read as those of today."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from omni_train.recipe.schema import ThinkerConfig
+
+_THINKER = {entry.name for entry in fields(ThinkerConfig)}
+
+
+def model_of_today(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model as it was written, with the Thinker's keys in ``thinker``: they once stood beside the other parts."""
+    found = dict(model)
+    once = {key: found.pop(key) for key in model if key in _THINKER}
+    if once and "thinker" not in found:
+        found["thinker"] = once
+    return found
+
+
+def recipe_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recipe as it was written, with the keys of today."""
+    found = dict(recipe)
+    if isinstance(found.get("model"), Mapping):
+        found["model"] = model_of_today(found["model"])
+    return found
