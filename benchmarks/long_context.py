@@ -17,8 +17,8 @@ import torch
 
 from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import Recipe

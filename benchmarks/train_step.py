@@ -21,8 +21,8 @@ import torch
 
 from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import aligned, best_fit, pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.recipe.schema import (
     DataConfig,
     ModelConfig,

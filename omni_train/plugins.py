@@ -1,31 +1,32 @@
-"""What adds to omni_train when it starts: its own networks, and the modules that a person names.
+"""What adds networks, kinds of rows, kinds of media and keys: the package's own, and modules that a person names.
 
-``OMNI_TRAIN_PLUGINS=my_package.networks,…`` names them; they are imported in every process of a run.
+``OMNI_TRAIN_PLUGINS=my_rows,my_package.networks`` names them. Whoever looks something up loads them first; processes
+that are started from here inherit the variable, and so have the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import cache
-from importlib import import_module
 
-from omni_train.errors import UserError
+from omni_train.errors import UserError, first_line
 
 VARIABLE = "OMNI_TRAIN_PLUGINS"
-_OUR_OWN = ("omni_train.networks",)
 
 
 @cache
 def load() -> None:
-    """Import them, once.
+    """Import the modules that OMNI_TRAIN_PLUGINS names, once in a process.
 
     Raises:
-        UserError: one that the variable names cannot be imported.
+        UserError: one cannot be imported; naming it and the error.
     """
-    for name in _OUR_OWN:
-        import_module(name)
-    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+    for name in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
         try:
-            import_module(name)
+            importlib.import_module(name)
         except Exception as error:
-            raise UserError(f"{VARIABLE}: {name} cannot be imported: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{VARIABLE}: {name} cannot be imported: {type(error).__name__}: {first_line(error)}; mend it, put its "
+                "folder on PYTHONPATH, or leave it out"
+            ) from error

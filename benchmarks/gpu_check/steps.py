@@ -113,8 +113,8 @@ def _write_text(report: Report, start: Path) -> None:
 
     from omni_train.checkpoint.sharded import load_model
     from omni_train.data.rows.batch import IGNORE
-    from omni_train.data.rows.chats import TokenSequence
     from omni_train.data.rows.packing import pack
+    from omni_train.data.rows.sequences import TokenSequence
     from omni_train.models.row import LocalRow
     from omni_train.models.thinker import build_chunks
     from omni_train.rollout.generate import generate

@@ -11,7 +11,9 @@ from typing import Any
 
 import av
 
-from omni_train.data.rows.chats import TokenSequence, refuse_many, sequences_of
+from omni_train.data.rows.chats import sequences_of
+from omni_train.data.rows.room import refuse_many
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.files import TooLarge, open_regular, read_whole, real_path
 from omni_train.data.samples.media import decoded_seconds
 from omni_train.data.samples.media.container import open_container

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-
-from megatron.core.utils import unwrap_model
+from pathlib import Path
 
 from omni_train import platform
 from omni_train.data.rows.questions import Question
+from omni_train.data.samples.sample import MEDIA
 from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.evaluation.base import Cell, Evaluated, Medium
+from omni_train.models.thinker import Thinker
 from omni_train.recipe.schema import Recipe
 from omni_train.rollout.generate import generate
 from omni_train.rollout.scoring import Tally, score
@@ -21,9 +23,31 @@ class Prediction:
 
     question: Question
     answer: str
+    table = "predictions"
+
+    def line(self) -> str:
+        """See :class:`Exhibit`."""
+        asked, media = self.question, " ".join(f"<{medium.kind}>" for medium, _ in self.question.media)
+        return f"{asked.name}  {media} {asked.text!r} -> {self.answer!r} (expected {asked.answer!r})"
+
+    def cells(self) -> dict[str, Cell]:
+        """The question beside the first of each kind of its media."""
+        asked = self.question
+        media = {
+            medium.kind: Medium(medium.kind, f"questions/{asked.name}/{Path(medium.file).name}", content)
+            for medium, content in reversed(asked.media)
+        }
+        return {
+            "name": asked.name,
+            "task": asked.meta.get("task"),
+            **{kind: media.get(kind) for kind in MEDIA},
+            "question": asked.text,
+            "expected": asked.answer,
+            "answer": self.answer,
+        }
 
 
-class Evaluation:
+class Answers:
     """Answers the recipe's held-out questions, the same ones every time, greedily."""
 
     def __init__(self, recipe: Recipe, questions: list[Question], refused: Counter[str]) -> None:
@@ -31,19 +55,17 @@ class Evaluation:
         self.tokenizer = Tokenizer(recipe.data.tokenizer)
         self.questions, self.refused = questions, refused
 
-    def __call__(self, model) -> tuple[dict[str, float], list[Prediction]]:
-        """Collective.
+    def __call__(self, model: Thinker) -> Evaluated:
+        """Answer and score all. Collective.
+
+        Metrics are named ``eval_…`` after :func:`omni_train.rollout.scoring.score`.
 
         Args:
-            model: the whole Thinker, wrapped or not.
-
-        Returns:
-            figures over the questions of all ranks, named ``eval_…`` after :func:`omni_train.rollout.scoring.score`;
-            this rank's predictions that are to be shown.
+            model: the whole Thinker.
         """
         ends = (self.tokenizer.im_end, self.tokenizer.end_of_text)
         generated = generate(
-            unwrap_model(model),
+            model,
             [question.prompt for question in self.questions],
             max_new_tokens=self.config.max_new_tokens,
             stop_tokens=ends,
@@ -57,5 +79,5 @@ class Evaluation:
         everywhere = Tally()
         for part in platform.parallel.gather_over_data_ranks(tally):
             everywhere += part
-        figures = {f"eval_{name}": value for name, value in everywhere.figures().items()}
-        return figures, predictions[: self.config.print_samples]
+        metrics = {f"eval_{name}": value for name, value in everywhere.metrics().items()}
+        return Evaluated(metrics, predictions[: self.config.print_samples])

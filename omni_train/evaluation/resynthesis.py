@@ -15,8 +15,9 @@ import soxr
 import torch
 
 from omni_train import platform
-from omni_train.data.rows.utterances import Utterance, held_out_utterances
+from omni_train.data.rows.utterances import Utterance
 from omni_train.data.samples.lengths import codec_sampling_rate
+from omni_train.evaluation.base import Cell, Evaluated, Medium
 from omni_train.evaluation.spectrograms import draw_spectrograms
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec, usage_of
@@ -40,49 +41,61 @@ class Resynthesis:
     original: Path  # WAV
     resynthesis: Path  # WAV
     spectrograms: Path  # PNG, the two beside each other
+    table = "resyntheses"
+
+    def line(self) -> str:
+        """See :class:`Exhibit`."""
+        return f"{self.name}  {self.text!r} -> {self.resynthesis}"
+
+    def cells(self) -> dict[str, Cell]:
+        """The original beside its resynthesis, to hear and to see."""
+        files = {"original": "audio", "resynthesis": "audio", "spectrograms": "image"}
+        media = {name: Medium(kind, getattr(self, name).name, getattr(self, name)) for name, kind in files.items()}
+        return {"name": self.name, "text": self.text, **media}
 
 
-class CodecEvaluation:
+class Resyntheses:
     """Says the recipe's held-out utterances again, the same ones every time.
 
     Args:
-        recipe: its ``evaluation`` says how many, and how many of them are kept.
+        recipe: its ``evaluation`` says how many are kept.
+        utterances: this data rank's.
+        refused: how many are left out of them, by reason.
         directory: of the run; the kept ones go to its ``report``.
         transcribe: a recognizer, for word error rates of originals and resyntheses.
     """
 
-    def __init__(self, recipe: Recipe, directory: Path, transcribe: Transcribe | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        utterances: list[Utterance],
+        refused: Counter[str],
+        directory: Path,
+        transcribe: Transcribe | None = None,
+    ) -> None:
         self.rate = codec_sampling_rate(recipe.model)
         self.codebooks = (recipe.model.code2wav.num_quantizers, recipe.model.code2wav.codebook_size)
         training = recipe.codec_training
         self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
         self.normalizer = recipe.evaluation.normalizer
         self.kept, self.directory, self.transcribe = recipe.evaluation.print_samples, directory / "report", transcribe
-        self.refused: Counter[str] = Counter()
-        self.utterances = held_out_utterances(
-            recipe.data,
-            recipe.model,
-            recipe.evaluation,
-            data_rank=platform.parallel.data_rank(),
-            data_world_size=platform.parallel.data_world_size(),
-            refused=self.refused,
-        )
+        self.utterances, self.refused = utterances, refused
 
     @torch.no_grad()
-    def __call__(self, codec: SpeechCodec | Code2Wav) -> tuple[dict[str, float], list[Resynthesis]]:
-        """Collective.
+    def __call__(self, codec: SpeechCodec | Code2Wav) -> Evaluated:
+        """Make all again, and measure. Collective.
 
         Args:
             codec: whole and unwrapped, in evaluation mode; a Code2Wav speaks the codes of the shards.
 
         Returns:
-            figures over the utterances of all ranks: ``eval_mel_distance`` as in training, ``eval_stoi``, ``eval_pesq``
+            metrics over the utterances of all ranks: ``eval_mel_distance`` as in training, ``eval_stoi``, ``eval_pesq``
             (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
             or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
             ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
             ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
             both of all languages together, and ``eval_unknown_language``, how many texts are of none that is known;
-            the first rank's resyntheses that are kept, none elsewhere. Nothing where a signal cut it short.
+            exhibits are the first rank's that are kept, none elsewhere. Nothing where a signal cut it short.
         """
         device = next(codec.parameters()).device
         tally, counts_NK = Tally.of_refused(self.refused), torch.zeros(self.codebooks)
@@ -101,15 +114,15 @@ class CodecEvaluation:
             everywhere += part
             everywhere_NK += part_NK
         if cut_short():
-            return {}, []
-        figures = everywhere.figures() | _usage(everywhere_NK)
+            return Evaluated()
+        metrics = everywhere.metrics() | _usage(everywhere_NK)
         kept: list[Resynthesis] = []
         if platform.rank() == 0:
             try:
                 kept = self._keep(pairs)
             except (OSError, soundfile.LibsndfileError) as error:
                 warn(f"{self.directory}: the resyntheses cannot be written: {error}")
-        return {f"eval_{name}": value for name, value in figures.items()}, kept
+        return Evaluated({f"eval_{name}": value for name, value in metrics.items()}, kept)
 
     def _measure(self, tally: Tally, original: np.ndarray, spoken: np.ndarray) -> None:
         tally.add("utterances", 1)
@@ -129,9 +142,9 @@ class CodecEvaluation:
             for place, text in zip(told, heard, strict=True):
                 utterance = self.utterances[place]
                 score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text, self.normalizer)
-            for figure in errors.weights:
-                tally.add(f"{name}_{figure}", errors.sums[figure], errors.weights[figure])
-                tally.add(f"{name}_{figure.partition('_')[0]}", errors.sums[figure], errors.weights[figure])
+            for metric in errors.weights:
+                tally.add(f"{name}_{metric}", errors.sums[metric], errors.weights[metric])
+                tally.add(f"{name}_{metric.partition('_')[0]}", errors.sums[metric], errors.weights[metric])
         if unknown := errors.sums["unknown_language"]:
             tally.add("unknown_language", unknown)
 
@@ -166,10 +179,10 @@ def _say_again(
 
 
 def _usage(counts_NK: torch.Tensor) -> dict[str, float]:
-    used_N, perplexity_N = (figure.tolist() for figure in usage_of(counts_NK))
-    figures = {f"codebook_used_{number:02d}": value for number, value in enumerate(used_N)}
-    figures |= {f"codebook_perplexity_{number:02d}": value for number, value in enumerate(perplexity_N)}
-    return figures | {"codebook_used_least": min(used_N)}
+    used_N, perplexity_N = (values.tolist() for values in usage_of(counts_NK))
+    metrics = {f"codebook_used_{number:02d}": value for number, value in enumerate(used_N)}
+    metrics |= {f"codebook_perplexity_{number:02d}": value for number, value in enumerate(perplexity_N)}
+    return metrics | {"codebook_used_least": min(used_N)}
 
 
 def stoi(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:

@@ -10,6 +10,7 @@ from omni_train.data.rows.transcripts import split_tag
 from omni_train.data.samples.language import language_of
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.evaluation.answers import Prediction
+from omni_train.evaluation.base import Evaluated
 from omni_train.models.recognizer import SpeechRecognizer
 from omni_train.recipe.schema import Recipe
 from omni_train.rollout.scoring import Tally, score
@@ -18,7 +19,7 @@ from omni_train.rollout.transcribe import transcribe
 WHOLE_CLIPS = 0
 
 
-class RecognitionEvaluation:
+class Transcripts:
     """Transcribes the recipe's held-out clips, the same ones every time, whole and in windows as in streaming."""
 
     def __init__(self, recipe: Recipe, questions: list[Question], refused: Counter[str]) -> None:
@@ -26,26 +27,26 @@ class RecognitionEvaluation:
         self.tokenizer = Tokenizer(recipe.data.tokenizer)
         self.questions, self.refused = questions, refused
 
-    def __call__(self, model: SpeechRecognizer) -> tuple[dict[str, float], list[Prediction]]:
-        """Collective.
+    def __call__(self, model: SpeechRecognizer) -> Evaluated:
+        """Transcribe and score all. Collective.
 
         Args:
             model: a plain one.
 
         Returns:
-            figures over the clips of all ranks: ``eval_wer_LANGUAGE``, ``eval_cer_LANGUAGE`` as
+            metrics over the clips of all ranks: ``eval_wer_LANGUAGE``, ``eval_cer_LANGUAGE`` as
             :func:`omni_train.rollout.scoring.score` says, ``eval_wer`` and ``eval_cer`` over all languages that have
             them, ``eval_language``, how often the language was named rightly, and ``eval_answers_transcribe``, how many
             were asked; again with ``_window_FRAMES`` behind for each of ``recognition.eval_windows``. This rank's
-            predictions that are to be shown, of clips heard whole.
+            exhibits are of clips heard whole.
         """
-        figures, shown = self._in_window(model, WHOLE_CLIPS)
+        whole = self._in_window(model, WHOLE_CLIPS)
         for window in self.recognition.eval_windows:
-            of_window, _ = self._in_window(model, window)
-            figures |= {f"{name}_window_{window}": value for name, value in of_window.items()}
-        return figures, shown
+            of_window = self._in_window(model, window).metrics
+            whole.metrics |= {f"{name}_window_{window}": value for name, value in of_window.items()}
+        return whole
 
-    def _in_window(self, model: SpeechRecognizer, window_frames: int) -> tuple[dict[str, float], list[Prediction]]:
+    def _in_window(self, model: SpeechRecognizer, window_frames: int) -> Evaluated:
         transcripts = transcribe(
             model,
             [question.prompt.mel[0] for question in self.questions],
@@ -68,5 +69,6 @@ class RecognitionEvaluation:
         for part in platform.parallel.gather_over_data_ranks(tally):
             everywhere += part
         pooled = {kind: everywhere.pooled(kind) for kind in ("cer", "wer")}
-        figures = everywhere.figures() | {kind: value for kind, value in pooled.items() if value is not None}
-        return {f"eval_{name}": value for name, value in figures.items()}, predictions[: self.config.print_samples]
+        metrics = everywhere.metrics() | {kind: value for kind, value in pooled.items() if value is not None}
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        return Evaluated(metrics, predictions[: self.config.print_samples])

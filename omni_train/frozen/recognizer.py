@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from omni_train import platform
+from omni_train.checkpoint.integrity import require_intact
 from omni_train.checkpoint.plain import is_plain, read_network
 from omni_train.checkpoint.sharded import read_model_config
+from omni_train.checkpoint.store import resolve
 from omni_train.data.rows.transcripts import split_tag
 from omni_train.data.samples.features.mel import log_mel
 from omni_train.data.samples.lengths import audio_tokens_per_second
@@ -24,7 +26,7 @@ WHOLE_CLIPS = 0
 SHORTEST = 0.2  # seconds; a shorter clip is heard with silence behind it
 
 
-class Listener:
+class FrozenRecognizer:
     """A recognizer of a checkpoint, frozen, in fp32.
 
     As a teacher (:class:`omni_train.objectives.semantic.Teacher`) it gives the audio encoder's outputs; `transcribe`
@@ -52,6 +54,11 @@ class Listener:
         self.tokenizer = Tokenizer(recipe.data.tokenizer)
         self.rate, self.size = audio_tokens_per_second(model.audio), model.audio.hidden_size
 
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What has its weights."""
+        return [self.model]
+
     @torch.no_grad()
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
         """Features (B, T, D) of waveforms (n,) of 16 kHz, zeros after a clip's end."""
@@ -77,3 +84,14 @@ class Listener:
     def _mel(self, waveform: np.ndarray) -> np.ndarray:
         missing = max(0, round(SHORTEST * 16000) - len(waveform))
         return log_mel(np.pad(waveform, (0, missing)), self.audio.num_mel_bins)
+
+
+def open_recognizer(checkpoint: str, recipe: Recipe) -> FrozenRecognizer:
+    """The recognizer of a checkpoint or a run. Collective.
+
+    Raises:
+        UserError: there is none, or it is damaged or of something else.
+    """
+    found = resolve(checkpoint)
+    require_intact(found, recipe.checkpoint.verify, only=("model.pt", "model*.safetensors"))
+    return FrozenRecognizer(found, recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
@@ -48,6 +48,7 @@ class LocalRow:
     modality: torch.Tensor  # (T,) uint8, index into MODALITIES
     media: LocalMedia | None = None  # where encoders are: the first pipeline stage
     next_embedding: torch.Tensor | None = None  # (S, 1, H) of the token after each, media included; from the model
+    prepared: dict[str, torch.Tensor] = field(default_factory=dict)  # what frozen models said of this rank's part
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, *, media: bool = False, audio_window_frames: int = 0) -> LocalRow:
@@ -120,4 +121,5 @@ class LocalRow:
             ),
             modality=whole["modality"][mine],
             media=local_media,
+            prepared=batch.prepared,
         )

@@ -47,7 +47,7 @@ class BalancedRouter(TopKRouter):
         self.register_buffer("load", torch.ones(experts, dtype=torch.float32, device=device))
         self.register_buffer("counts", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("mean_probs", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False)
-        self.coefficient = 0.0
+        self.coefficient = config.moe_aux_loss_coeff
         self.step_tokens = 1.0
 
     def routing(self, logits, padding_mask=None):
@@ -74,17 +74,16 @@ def routers(model: torch.nn.Module) -> list[BalancedRouter]:
     return [module for module in model.modules() if isinstance(module, BalancedRouter)]
 
 
-def begin_step(chunks: Iterable[torch.nn.Module], coefficient: float, step_tokens: float) -> None:
+def begin_step(chunks: Iterable[torch.nn.Module], step_tokens: float) -> None:
     """Prepare the routers for one optimizer step.
 
     Args:
         chunks: this rank's model chunks.
-        coefficient: weight of the auxiliary loss beside the mean loss per token.
         step_tokens: tokens of the global batch that are not padding.
     """
     for chunk in chunks:
         for router in routers(chunk):
-            router.coefficient, router.step_tokens = coefficient, step_tokens
+            router.step_tokens = step_tokens
             router.counts.zero_()
             router.mean_probs.zero_()
 

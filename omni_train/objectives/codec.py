@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,16 +19,16 @@ from omni_train.models.code2wav import Code2Wav, frame_samples
 from omni_train.models.codec import Regularization, SpeechCodec
 from omni_train.models.discriminators import Discriminators
 from omni_train.objectives.adversarial import play
+from omni_train.objectives.base import Forward, GlobalBatch, NetworksObjective, Outcome
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE, Teacher, cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, resampled
-from omni_train.objectives.task import Outcome, Task
 from omni_train.recipe.speech import CodecTrainingConfig
 
 
-class WaveTraining(Task):
+class WaveTraining(NetworksObjective):
     """What the two have in common: a generator of waveforms, and discriminators that learn beside it.
 
-    Figures, means over crops: ``loss`` of the generator without the adversary's part, so that it means the same before
+    Metrics, means over crops: ``loss`` of the generator without the adversary's part, so that it means the same before
     and after ``adversarial_start`` and on held-out crops; ``loss_…`` of each part, unweighted; and
     ``discriminators_right``, which part of the discriminators' logits is right.
 
@@ -58,15 +60,15 @@ class WaveTraining(Task):
         """Frames of codes in which there is speech."""
         return float((-(-row.lengths // self.frame_samples)).sum())
 
-    def run(
-        self, networks: Mapping[str, Callable], row: WaveRow, total_weight: float, step: int, training: bool
-    ) -> Outcome:
-        """See :class:`Task`. Without losses of the discriminators before ``adversarial_start``: they do not step."""
+    def run(self, networks: Mapping[str, Any], row: WaveRow, batch: GlobalBatch) -> Outcome:
+        """See :class:`NetworksObjective`. Before ``adversarial_start`` without losses of the "
+        "discriminators: they rest."""
+        training, total_weight = batch.training, batch.weight
         device = next(self.networks["generator"].parameters()).device
         real_BS, lengths_B = row.waveform.to(device), row.lengths.to(device)
         config, outcome = self.config, Outcome()
         with torch.set_grad_enabled(training):
-            spoken_BS, parts = self.speak(networks["generator"], row, real_BS, lengths_B, training)
+            spoken_BS, parts = self.synthesize(networks["generator"], row, real_BS, lengths_B, training)
             real_BS = real_BS[:, : spoken_BS.shape[1]]
             lengths_B = lengths_B.clamp(max=spoken_BS.shape[1])
             heard_BS = torch.arange(spoken_BS.shape[1], device=device) < lengths_B[:, None]
@@ -81,7 +83,7 @@ class WaveTraining(Task):
             game = dict.fromkeys(("loss_adversarial", "loss_features", "loss_discriminators", "discriminators_right"))
             pulled = loss_B.sum()  # with the gradient of the adversary's part, not its value
             judged = config.adversarial_weight > 0 or config.feature_weight > 0
-            if training and judged and step >= config.adversarial_start:
+            if training and judged and batch.step >= config.adversarial_start:
                 played = play(
                     networks["discriminators"],
                     self.networks["discriminators"],
@@ -97,11 +99,11 @@ class WaveTraining(Task):
             if training:
                 outcome.losses["generator"] = pulled / total_weight
         for name, value_B in (values | game).items():
-            outcome.figures[name] = (0.0, 0.0) if value_B is None else (value_B.detach().sum(), self.weight(row))
+            outcome.metrics[name] = (0.0, 0.0) if value_B is None else (value_B.detach().sum(), self.weight(row))
         return outcome
 
     @abstractmethod
-    def speak(
+    def synthesize(
         self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool
     ) -> tuple[torch.Tensor, dict[str, tuple[float, torch.Tensor]]]:
         """What the generator makes of a row (B, up to S), and its own parts of the loss: name -> (weight, (B,))."""
@@ -130,26 +132,36 @@ class CodecTraining(WaveTraining):
         self.seed, self.teacher = seed, teacher
         self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout)
 
-    def speak(self, generator, row, real_BS, lengths_B, training):
+    def synthesize(self, generator, row, real_BS, lengths_B, training):
         # Of the row's own numbers: the same in every layout.
         drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
         dtype = self.networks["generator"].bridge.weight.dtype
         output = generator(real_BS.to(dtype), drawn, self.harder if training else None)
         parts = {"commitment": (self.config.commitment_weight, output.commitment.mean(1))}
         if self.teacher is not None:
-            parts["semantic"] = (self.config.semantic_weight, self._semantic(output.semantic, real_BS, lengths_B))
+            parts["semantic"] = (self.config.semantic_weight, self._semantic(output.semantic, row, lengths_B))
         return output.waveform, parts
 
-    def _semantic(self, student_BKD: torch.Tensor, real_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        heard = resampled(real_BS, self.sampling_rate, TEACHER_SAMPLING_RATE)
-        lengths = (lengths_B * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
-        features_BTD = self.teacher([clip[:length] for clip, length in zip(heard, lengths, strict=True)])
-        frames = student_BKD.shape[1]
+    def prepare(self, engine: Forward, rows: list[WaveRow]) -> list[WaveRow]:
+        """Rows with the teacher's features (B, T, D) of their speech."""
+        if self.teacher is None:
+            return rows
+        with engine.on_device(*self.teacher.modules):
+            return [replace(row, prepared=row.prepared | {"teacher": self._taught(row)}) for row in rows]
+
+    def _taught(self, row: WaveRow) -> torch.Tensor:
+        device = next(self.networks["generator"].parameters()).device
+        heard = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
+        lengths = (row.lengths * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
+        return self.teacher([clip[:length] for clip, length in zip(heard, lengths, strict=True)])
+
+    def _semantic(self, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor) -> torch.Tensor:
+        features_BTD, frames = row.prepared["teacher"], student_BKD.shape[1]
         teacher_BKD = to_frames(features_BTD, self.teacher.rate, frames, self.sampling_rate / self.frame_samples)
         starts_K = torch.arange(frames, device=lengths_B.device) * self.frame_samples
         return cosine_distance(student_BKD, teacher_BKD, starts_K < lengths_B[:, None])
 
-    def after_step(self, networks: Mapping[str, torch.nn.Module], step: int) -> dict[str, float]:
+    def after_step(self, step: int) -> dict[str, float]:
         """Move the codebooks to what the global batch used. Collective."""
         generator = torch.Generator().manual_seed(_number(f"codebooks {self.seed} {step}".encode()))
         usage = self.networks["generator"].quantizer.update(
@@ -161,7 +173,7 @@ class CodecTraining(WaveTraining):
             "codewords_revived": float(usage.revived.sum()),
         }
 
-    def after_skipped_step(self, networks: Mapping[str, torch.nn.Module]) -> None:
+    def after_skipped_step(self) -> None:
         """Let the codebooks forget the global batch."""
         self.networks["generator"].quantizer.forget()
 
@@ -181,7 +193,7 @@ class Code2WavTraining(WaveTraining):
     ) -> None:
         super().__init__(code2wav, discriminators, config, sampling_rate, frame_samples(code2wav.config))
 
-    def speak(self, generator, row, real_BS, lengths_B, training):
+    def synthesize(self, generator, row, real_BS, lengths_B, training):
         return generator(row.codes.to(real_BS.device), clamp=False), {}
 
 

@@ -4,41 +4,56 @@ from __future__ import annotations
 
 import torch
 
-from omni_train.data.rows.batch import MODALITIES
+from omni_train.data.rows.batch import MODALITIES, PackedBatch
 from omni_train.models.row import LocalRow
 from omni_train.nn.cross_entropy import chunked_cross_entropy
+from omni_train.objectives.base import GlobalBatch, Objective, Outcome
 
 
-class LanguageModelling:
-    """Sum of weighted cross-entropies over the row's positions, divided by the global batch's weight.
+class LanguageModelling(Objective):
+    """Weighted cross-entropy of the next token, mean over the global batch.
 
-    Dividing by the weight of the *whole* batch, known before the step, makes the sum over rows, ranks and micro-batches
-    the mean per token, however they are divided.
+    Metrics: ``loss`` and, of the multi-token-prediction layer, ``mtp_loss``, both per token in nats; with
+    `by_modality` also ``loss_text``, ``loss_audio`` and so on, of the tokens of each modality that there are.
 
     Args:
         chunk_tokens: positions whose logits exist at once.
         mtp_loss_weight: weight of the multi-token-prediction loss.
+        by_modality: whether rows have other modalities than text.
     """
 
-    def __init__(self, chunk_tokens: int, mtp_loss_weight: float) -> None:
-        self.chunk_tokens = chunk_tokens
-        self.mtp_loss_weight = mtp_loss_weight
-        self.batch_weight = 1.0  # sum of the loss weights of the global batch; set before each step
+    def __init__(self, chunk_tokens: int, mtp_loss_weight: float, by_modality: bool) -> None:
+        self.chunk_tokens, self.mtp_loss_weight, self.by_modality = chunk_tokens, mtp_loss_weight, by_modality
 
-    def __call__(self, model, hidden: torch.Tensor, row: LocalRow):
-        """(loss summed over this rank's part of the row, sums to log), as ``models.thinker.model.Objective`` says.
+    def weight(self, row: PackedBatch) -> float:
+        """Sum of the row's loss weights."""
+        return float(row.loss_weights.sum(dtype=torch.float64))
 
-        ``loss_by_modality`` is the sum over the tokens of each modality, not divided by anything.
+    def __call__(self, model, hidden: torch.Tensor, row: LocalRow, batch: GlobalBatch) -> Outcome:
+        """The losses of this rank's part of a row; see :class:`Objective`.
+
+        Args:
+            model: the Thinker's last stage.
+            hidden: (S, 1, H) states after the final norm.
+            row: this rank's part.
+            batch: the global batch.
         """
-        loss, losses = self._cross_entropy(model, hidden, row.labels, row.loss_weights)
-        by_modality = losses.new_zeros(len(MODALITIES)).index_add_(0, row.modality.long(), losses * row.loss_weights)
-        sums = {"loss": loss.detach(), "loss_by_modality": by_modality}
+        loss, losses = self._cross_entropy(model, hidden, row.labels, row.loss_weights / batch.weight)
+        outcome = Outcome(metrics={"loss": (loss.detach(), None)})
         if model.mtp_process:
             predicted = model.mtp(row.next_embedding, hidden, model.rotary(row.position_ids), row)
-            mtp_loss, _ = self._cross_entropy(model, predicted, row.next_labels, row.next_loss_weights)
-            sums["mtp_loss"] = mtp_loss.detach()
+            mtp_loss, _ = self._cross_entropy(model, predicted, row.next_labels, row.next_loss_weights / batch.weight)
+            outcome.metrics["mtp_loss"] = (mtp_loss.detach(), None)
             loss = loss + self.mtp_loss_weight * mtp_loss
-        return loss, sums
+        if self.by_modality:
+            modality = row.modality.long()
+            sums, weights = losses.new_zeros(len(MODALITIES)), losses.new_zeros(len(MODALITIES), dtype=torch.float64)
+            sums.index_add_(0, modality, losses * row.loss_weights)
+            weights.index_add_(0, modality, row.loss_weights.double())
+            pairs = zip(MODALITIES, sums, weights, strict=True)
+            outcome.metrics |= {f"loss_{name}": (total, weight) for name, total, weight in pairs}
+        outcome.losses["model"] = loss
+        return outcome
 
     def _cross_entropy(self, model, hidden, labels, weights) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sum, and the loss of every position in nats."""
@@ -46,7 +61,7 @@ class LanguageModelling:
             hidden[:, 0],
             model.head_weight(),
             labels,
-            weights / self.batch_weight,
+            weights,
             chunk_tokens=self.chunk_tokens,
             tp_group=model.tp_group,
             sequence_parallel=model.config.sequence_parallel,

@@ -7,7 +7,8 @@ on the decoder's: CTC pulls the encoder's outputs into the order of the words be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -15,60 +16,56 @@ from omni_train.data.rows.batch import PackedBatch
 from omni_train.data.rows.transcripts import tag_end
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.models.audio_encoder import drawn_window
-from omni_train.models.recognizer import SpeechRecognizer, Utterances
+from omni_train.models.recognizer import Utterances
 from omni_train.nn.ctc import alignable
-from omni_train.objectives.task import Outcome, Task
+from omni_train.objectives.base import GlobalBatch, Metric, NetworksObjective, Outcome
 from omni_train.recipe.schema import Recipe
 
 
-class Recognition(Task):
+class Recognition(NetworksObjective):
     """AuT pre-training on rows of transcripts.
 
-    Figures: ``loss``, the decoder's cross-entropy per token in nats; ``accuracy`` of held-out rows, how often the right
+    Metrics: ``loss``, the decoder's cross-entropy per token in nats; ``accuracy`` of held-out rows, how often the right
     token was the likeliest; with a CTC head ``ctc_loss`` per token of the clips that it aligns, and ``ctc_unaligned``,
     the fraction of the clips that have too few audio tokens for their transcript and give it nothing.
 
     Args:
         recipe: a validated one with network=recognizer.
-        model: what is trained.
     """
 
-    def __init__(self, recipe: Recipe, model: SpeechRecognizer) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.seed, self.audio = recipe.seed, recipe.model.audio
         self.ctc_weight = recipe.recognition.ctc_weight
         self.aligns = recipe.model.recognizer.ctc
         self.tag_end = tag_end(Tokenizer(recipe.data.tokenizer))
-        self.networks = {"model": model}
 
     def weight(self, row: PackedBatch) -> float:
         """Tokens with a label."""
         return row.num_loss_tokens
 
-    def run(
-        self, networks: Mapping[str, Callable], row: PackedBatch, total_weight: float, step: int, training: bool
-    ) -> Outcome:
-        """See :class:`Task`."""
+    def run(self, networks: Mapping[str, Any], row: PackedBatch, batch: GlobalBatch) -> Outcome:
+        """See :class:`NetworksObjective`."""
         utterances = Utterances.from_batch(row)
         if self.aligns:
-            spoken = [self._spoken(labels) for labels in utterances.labels.cpu().split(utterances.lengths)]
-            utterances.transcripts = spoken
-        recognized = networks["model"](utterances, self.window_frames(step, training))
+            labels = utterances.labels.cpu().split(utterances.lengths)
+            utterances.transcripts = [self._spoken(of_clip) for of_clip in labels]
+        recognized = networks["model"](utterances, self.window_frames(batch))
         count = len(utterances.labels)
-        loss = recognized.loss / total_weight
-        figures = {"loss": (recognized.loss.detach(), count)}
+        loss = recognized.loss / batch.weight
+        metrics: dict[str, Metric] = {"loss": (recognized.loss.detach(), count)}
         if recognized.correct is not None:
-            figures["accuracy"] = (recognized.correct.sum(), count)
+            metrics["accuracy"] = (recognized.correct.sum(), count)
         if self.aligns:
-            loss = loss + self.ctc_weight * recognized.ctc_losses.sum() / total_weight
-            aligned = alignable(recognized.audio_lengths, spoken)
-            tokens = sum(len(words) for words, good in zip(spoken, aligned, strict=True) if good)
-            figures["ctc_loss"] = (recognized.ctc_losses.detach().sum(), tokens)
-            figures["ctc_unaligned"] = (aligned.count(False), len(aligned))
-        return Outcome({"model": loss}, figures)
+            loss = loss + self.ctc_weight * recognized.ctc_losses.sum() / batch.weight
+            aligned = alignable(recognized.audio_lengths, utterances.transcripts)
+            tokens = sum(len(words) for words, good in zip(utterances.transcripts, aligned, strict=True) if good)
+            metrics["ctc_loss"] = (recognized.ctc_losses.detach().sum(), tokens)
+            metrics["ctc_unaligned"] = (aligned.count(False), len(aligned))
+        return Outcome({"model": loss}, metrics)
 
-    def window_frames(self, step: int, training: bool) -> int:
+    def window_frames(self, batch: GlobalBatch) -> int:
         """Frames that attend to each other."""
-        return drawn_window(self.audio, self.seed, step) if training else self.audio.eval_window_frames
+        return drawn_window(self.audio, self.seed, batch.step) if batch.training else self.audio.eval_window_frames
 
     def _spoken(self, labels: Tensor) -> Tensor:
         """The transcript among the labels of a clip: between the language tag and `<|im_end|>`."""

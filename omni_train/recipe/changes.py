@@ -56,6 +56,7 @@ KINDS = {
     "data.path": Kind.free,  # what refers to it says where the data are
     "data.workers": Kind.free,
     "data.max_skip_fraction": Kind.free,
+    "frozen": Kind.free,
     "optimizer": Kind.learned,
     "optimizer.name": Kind.kept,
     "optimizer.groups": Kind.kept,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -31,6 +32,14 @@ class NetworkKeys:
     check: Callable[[Recipe], None]
     """Refuses what cannot work, with a UserError of one line."""
 
+    def validate(self, recipe: Recipe) -> None:
+        """Refuse what cannot work with this network.
+
+        Raises:
+            UserError: the first thing found, in one line.
+        """
+        self.check(recipe)
+
 
 _TABLE: dict[str, NetworkKeys] = {}
 
@@ -58,7 +67,8 @@ def network_of(name: str) -> NetworkKeys:
 
 
 def registered() -> Mapping[str, NetworkKeys]:
-    """All networks by name."""
+    """All networks by name: the package's own, and those that plug-ins add."""
+    importlib.import_module("omni_train.networks")  # of a room above, which looks back here
     plugins.load()
     return _TABLE
 

@@ -19,7 +19,6 @@ from omni_train.recipe.speech import (
     CodecTrainingConfig,
     RecognitionConfig,
     RecognizerConfig,
-    RowKind,
     ZeroConfig,
 )
 
@@ -241,7 +240,7 @@ class DataConfig:
     path: str = MISSING  # base that the sources refer to
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str = MISSING  # folder with tokenizer.json (and tokenizer_config.json)
-    rows: RowKind = RowKind.chats
+    rows: str = "chats"  # what they are made of; the kinds are in omni_train/data/rows/kinds.py
     row_tokens: int = MISSING  # T, tokens of one packed row; frames of the codec where rows are crops
     crop_seconds: float = 12.0  # of speech in a crop, a whole number of the codec's frames
     # Crops come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made them, or its
@@ -350,6 +349,13 @@ class SafetyConfig:
 
 
 @dataclass
+class FrozenConfig:
+    """Models that a network learns with and that do not learn: teachers, references."""
+
+    offload: bool = False  # their weights wait in the host's memory between steps
+
+
+@dataclass
 class Recipe:
     """A whole run."""
 
@@ -372,6 +378,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -8,14 +8,6 @@ from enum import StrEnum
 from omegaconf import MISSING
 
 
-class RowKind(StrEnum):
-    """What the rows of a run are made of."""
-
-    chats = "chats"  # documents and conversations with media: the Thinker's
-    transcripts = "transcripts"  # clips and what is said in them: the recognizer's
-    crops = "crops"  # waveforms of one length: the codec's
-
-
 class AdversarialLoss(StrEnum):
     """What discriminators and generator play for."""
 

@@ -22,7 +22,6 @@ from omni_train.recipe.schema import (
     Recipe,
     WandbMode,
 )
-from omni_train.recipe.speech import RowKind
 from omni_train.recipe.validate_engine import check_engine
 from omni_train.recipe.validate_media import check_media
 
@@ -101,7 +100,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
     if recipe.data.rows != network.rows:
         why = f"network={network.name} learns from data.rows={network.rows}; choose data that has them"
         refuse(recipe, "data.rows", why)
-    network.check(recipe)
+    network.validate(recipe)
     _rows(recipe)
     check_media(recipe)
     _optimization(recipe)
@@ -126,8 +125,6 @@ def _values(recipe: Recipe) -> None:
 def _rows(recipe: Recipe) -> None:
     """The length of a row, its alignment and the blend it is made from."""
     data, parallel = recipe.data, recipe.parallel
-    if data.augmentation is not None and data.rows is not RowKind.transcripts:
-        refuse(recipe, "data.augmentation", f"of transcripts alone, not of data.rows={data.rows}; set null")
     if parallel.context > 1:
         divides(recipe, 2 * parallel.context, "2·parallel.context", "data.alignment")
         pieces = 2 * parallel.context * parallel.tensor

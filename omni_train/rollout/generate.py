@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 
 from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.errors import UserError
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker

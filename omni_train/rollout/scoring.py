@@ -48,7 +48,7 @@ class Tally:
         weight = sum(self.weights[name] for name in names)
         return sum(self.sums[name] for name in names) / weight if weight else None
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means and counts by name, in the order of the names; no mean of nothing."""
         return {
             name: self.sums[name] / self.weights[name] if name in self.weights else float(self.sums[name])

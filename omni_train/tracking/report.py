@@ -61,7 +61,7 @@ def read_stages(pipeline: Path) -> Stages:
 
 
 def _steps(path: Path) -> list[dict]:
-    """The training steps of a file, their figures only.
+    """The training steps of a file, their numbers only.
 
     Raises:
         UserError: it cannot be read.
@@ -70,10 +70,10 @@ def _steps(path: Path) -> list[dict]:
         steps = [step for _, step in read_lines(path) if "loss" in step]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected the file of a run") from error
-    return [{key: value for key, value in step.items() if _is_figure(value)} for step in steps]
+    return [{key: value for key, value in step.items() if _is_metric(value)} for step in steps]
 
 
-def _is_figure(value: object) -> bool:
+def _is_metric(value: object) -> bool:
     """Numbers, but not what is logged as null since it is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -101,8 +101,8 @@ def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a figure of the evaluations each, its name first, as every stage logged it last."""
+def metrics_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a metric of the evaluations each, its name first, as every stage logged it last."""
     last = {name: _last_values(steps) for name, steps in stages.items()}
     keys = sorted({key for values in last.values() for key in values if key.startswith("eval_") and key != "eval_loss"})
     shown = [name for name, values in last.items() if any(key in values for key in keys)]
@@ -114,11 +114,11 @@ def figures_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
 
 
 def summary(rows: list[list[str]]) -> list[list[str]]:
-    """The rows of :func:`figures_cells` that are not of one language or codebook among several."""
+    """The rows of :func:`metrics_cells` that are not of one language or codebook among several."""
     names = {row[0] for row in rows}
 
     def is_part(name: str) -> bool:
-        """Languages are named in two or three characters, codebooks in two; of a language there is also the figure of
+        """Languages are named in two or three characters, codebooks in two; of a language there is also the metric of
         all."""
         words = name.split()
         wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) in (2, 3)]
@@ -150,18 +150,18 @@ def report(directory: Path, console: Console | None = None) -> None:
     folder.mkdir(exist_ok=True)
     draw_losses(stages, folder / "losses.png")
     text = [f"# {directory.name}", "![losses](losses.png)"]
-    tables = {"Stages": stages_cells(stages), "Evaluation": figures_cells(stages)}
+    tables = {"Stages": stages_cells(stages), "Evaluation": metrics_cells(stages)}
     for title, (header, rows) in tables.items():
         if rows:
             console.print(_table(title, header, summary(rows) if title == "Evaluation" else rows))
             lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
             text += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
-    console.print(f"all figures and curves: {folder / 'report.md'}")
+    console.print(f"all metrics and curves: {folder / 'report.md'}")
 
 
 def _last_values(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each figure as it was last logged; a step logs only what it has."""
+    """Each metric as it was last logged; a step logs only what it has."""
     return {key: value for step in steps for key, value in step.items() if value is not None}
 
 

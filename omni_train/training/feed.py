@@ -7,20 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from omni_train import platform
-from omni_train.data.rows.batch import PackedBatch
-from omni_train.data.rows.questions import Question, answer_rows, held_out_questions
-from omni_train.data.samples.chat_template import check_template
+from omni_train.data.rows.base import Row
+from omni_train.data.rows.kinds import kind_of
+from omni_train.data.rows.questions import answer_rows
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn
 from omni_train.recipe.schema import Recipe
-from omni_train.recipe.speech import RowKind
 
 
 class Feed:
@@ -32,7 +32,7 @@ class Feed:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, self.kind = recipe, kind_of(recipe.data.rows)
         self.group = platform.parallel.model_group()
         self.source = _reading_rank()
         self.reads = platform.rank() == self.source
@@ -46,8 +46,8 @@ class Feed:
         size = Tokenizer(data.tokenizer).size
         if size > vocab:
             raise UserError(f"data.tokenizer={data.tokenizer} has {size} tokens, more than model.vocab_size={vocab}")
-        if data.rows is RowKind.chats and (unlike := check_template(data.tokenizer, data.chat_template)):
-            warn(unlike)
+        if told := self.kind.warning(data):
+            warn(told)
         if data.codec is not None:
             from omni_train.frozen.codec import codec_hash
 
@@ -72,18 +72,16 @@ class Feed:
             raise problem or message[0]
         return message[0]
 
-    def _share_rows(self, read: Callable[[], list[PackedBatch]]) -> list[PackedBatch]:
+    def _share_rows(self, read: Callable[[], list[Row]]) -> list[Row]:
         """Rows as `_share`, but their media as tensors, and only to the ranks of the first pipeline stage."""
         if self.group.size() == 1:
             return read()
-        read_rows: list[PackedBatch] = []
+        read_rows: list[Row] = []
 
-        def without_media() -> list[tuple[PackedBatch, dict]]:
+        def without_media() -> list[tuple[Row, dict]]:
             read_rows[:] = read()
-            empty = PackedBatch.no_media()
             return [
-                (replace(row, **empty), {name: _described(getattr(row, name)) for name in PackedBatch.MEDIA})
-                for row in read_rows
+                (row.without_media(), {name: _described(getattr(row, name)) for name in row.MEDIA}) for row in read_rows
             ]
 
         shared = self._share(without_media)
@@ -95,7 +93,7 @@ class Feed:
             rows.append(replace(row, **{name: self._share_tensor(source, name, *media[name]) for name in media}))
         return rows
 
-    def _share_tensor(self, row: PackedBatch | None, name: str, shape: tuple[int, ...], dtype: torch.dtype):
+    def _share_tensor(self, row: Row | None, name: str, shape: tuple[int, ...], dtype: torch.dtype):
         if self.media_group.size() == 1:
             return getattr(row, name)
         tensor = torch.empty(shape, dtype=dtype) if row is None else getattr(row, name)
@@ -112,29 +110,29 @@ class Feed:
 
         self._share(look_ahead)
 
-    def rows(self, count: int) -> list[PackedBatch]:
+    def rows(self, count: int) -> list[Row]:
         """The next `count` rows."""
         start = time.perf_counter()
         rows = self._share_rows(lambda: [next(self._iterator) for _ in range(count)])
         self.wait_seconds = time.perf_counter() - start
         return rows
 
-    def held_out(self, count: int) -> list[PackedBatch]:
+    def held_out(self, count: int) -> list[Row]:
         """This data rank's part of `count` held-out rows, the same ones at every call."""
         return self._share_rows(lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part()))
 
-    def questions(self) -> tuple[list[Question], Counter[str]]:
-        """This data rank's part of the held-out questions, the same ones at every call, and how many are left out of
-        it by reason."""
+    def questions(self) -> tuple[list[Any], Counter[str]]:
+        """This data rank's part of what evaluation asks, as the recipe's kind of row holds it out, the same at every
+        call; and how many are left out of it by reason."""
         data, model, evaluation = self.recipe.data, self.recipe.model, self.recipe.evaluation
 
-        def read() -> tuple[list[Question], Counter[str]]:
+        def read() -> tuple[list[Any], Counter[str]]:
             refused: Counter[str] = Counter()
-            return held_out_questions(data, model, evaluation, refused=refused, **_my_part()), refused
+            return self.kind.held_out(data, model, evaluation, refused=refused, **_my_part()), refused
 
         return self._share(read)
 
-    def answers(self, swapped: bool) -> list[PackedBatch]:
+    def answers(self, swapped: bool) -> list[Row]:
         """This data rank's rows of the held-out chats with media, with their own or with those of others."""
         recipe = self.recipe
         return self._share_rows(

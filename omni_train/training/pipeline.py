@@ -8,6 +8,7 @@ from pathlib import Path
 from omni_train import lines, platform, stopping
 from omni_train.checkpoint.sharded import read_progress
 from omni_train.checkpoint.store import DamagedCheckpoint, newest, resolve, set_aside, step_of
+from omni_train.data.rows.kinds import check_rows
 from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
@@ -32,6 +33,8 @@ def run_pipeline(pipeline: Pipeline) -> int:
         UserError: a stage cannot work, or its directory holds a run of another recipe.
     """
     lines.begin_log()
+    for recipe in pipeline.stages.values():
+        check_rows(recipe)
     directories = (pipeline.directory, *(Path(stage.runs_dir, stage.run) for stage in pipeline.stages.values()))
     with holding(*directories, remedy="give another run=") as lock:
         return _run_stages(pipeline, lock)

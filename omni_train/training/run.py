@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from omni_train import lines, platform, stopping
+from omni_train.data.rows.kinds import check_rows
 from omni_train.errors import UserError, announce
 from omni_train.platform import failures
 from omni_train.platform.logs import say, warn
@@ -39,6 +40,7 @@ def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
         lock: what holds the run's directory, where something does already.
     """
     validate(recipe, platform.world_size())
+    check_rows(recipe)
     directory = Path(recipe.runs_dir, recipe.run)
     watchdog = Watchdog(recipe.safety.hang_seconds)
     platform.init_distributed(timeout_seconds=recipe.safety.hang_seconds)

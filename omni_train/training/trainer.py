@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from omni_train import platform, stopping
 from omni_train.checkpoint.store import step_of
-from omni_train.data.rows.batch import MODALITIES
 from omni_train.data.samples.sample import describe
 from omni_train.errors import RunFailed, UserError
+from omni_train.evaluation.base import Evaluated, Exhibit
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import alive, stop_agreed
 from omni_train.recipe.schema import EngineName, Recipe
-from omni_train.tracking.callbacks import Callback, MetricsFile, build_callbacks
+from omni_train.tracking.base import Callback
+from omni_train.tracking.callbacks import build_callbacks
+from omni_train.tracking.metrics_file import MetricsFile
+from omni_train.training.engines.base import Engine
 from omni_train.training.feed import Feed, prepare
 from omni_train.training.schedule import Schedule
 from omni_train.training.unlogged import UnloggedStep
@@ -28,7 +31,7 @@ TRIES_WHEN_STOPPED = 3
 """How often it is tried where a signal stops the run, at most: a scheduler does not wait for long."""
 
 
-def build_engine(recipe: Recipe):
+def build_engine(recipe: Recipe) -> Engine:
     """The recipe's engine. Process groups must exist."""
     if recipe.engine is EngineName.deepspeed:
         from omni_train.training.engines.zero import ZeroEngine
@@ -66,7 +69,7 @@ class Trainer:
         }
         self.feed: Feed | None = None
         self._held_out = None
-        self._evaluation: Callable | None = None
+        self._evaluation: Callable[[], Evaluated] | None = None
 
         resume_from = self.store.latest()
         if resume_from is not None:
@@ -156,20 +159,19 @@ class Trainer:
             shown = None
             if not (stopped := stop_agreed()):
                 stopping.finish_first(f"leaving the evaluation after step {self.step} for the next start, and saving")
-                figures = self._evaluate() if evaluates else {}
+                found = self._evaluate() if evaluates else {}
                 if answers:
-                    answer_figures, shown = self._answer()
-                    figures |= answer_figures
+                    answered, shown = self._answer()
+                    found |= answered
                 stopped = stop_agreed()
                 alive()
             if stopped:
                 self.unlogged.keep(metrics)
                 return False
-            metrics |= figures
+            metrics |= found
             if shown is not None:
-                speaks = self.recipe.network in ("codec", "code2wav")
                 for callback in callbacks:
-                    (callback.on_resyntheses if speaks else callback.on_predictions)(self.step, shown)
+                    callback.on_exhibits(self.step, shown)
         last = self.schedule.done(self.step, self.progress["tokens"])  # also of a run shorter than log_every
         if self.step % config.log_every == 0 or evaluates or answers or last:
             for callback in callbacks:
@@ -189,11 +191,10 @@ class Trainer:
     def _log_expert_load(self, file: MetricsFile | None) -> None:
         """Write the load of every expert where the recipe wants it. Collective."""
         every = self.recipe.tracking.expert_load_every
-        routed = self.recipe.network == "thinker" and self.recipe.model.thinker.num_experts > 0
-        if not routed or not every or self.step % every:
+        if not every or self.step % every:
             return
         loads = self.engine.expert_loads()
-        if file is not None:
+        if file is not None and loads:
             file.on_metrics({"step": self.step, "load_by_layer": loads})
 
     def _train_step(self, count: int) -> dict[str, float]:
@@ -230,12 +231,10 @@ class Trainer:
             metrics["mfu"] = rate / (peak * platform.world_size())
         return metrics
 
-    def _fractions(self, tokens: list[float]) -> dict[str, float]:
-        """Each modality's share of the tokens since the run began, of an omni-modal model."""
-        if not tokens or not (self.recipe.model.audio or self.recipe.model.vision):
-            return {}
+    def _fractions(self, tokens: dict[str, float]) -> dict[str, float]:
+        """Each modality's share of the tokens since the run began, of rows that tell them apart."""
         counts = self.progress["tokens_by_modality"]
-        for name, number in zip(MODALITIES, tokens, strict=True):
+        for name, number in tokens.items():
             counts[name] = counts.get(name, 0.0) + number
         return {f"fraction_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
 
@@ -269,17 +268,18 @@ class Trainer:
         alive()
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
-    def _answer(self) -> tuple[dict[str, float], list]:
-        """Answer held-out questions and score all; figures, and what is to be shown. Collective."""
+    def _answer(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
+        """Ask held-out questions; metrics, and what is to be shown. Collective."""
         if self._evaluation is None:
-            self._evaluation = self.engine.evaluation(self.feed)
-        figures, shown = self._evaluation()
+            self._evaluation = self.engine.evaluation(*self.feed.questions())
+        evaluated = self._evaluation()
+        metrics = evaluated.metrics
         if self.recipe.evaluation.swap_media and not stop_agreed():
             for name, swapped in (("own", False), ("swapped", True)):
                 losses = self.engine.evaluate(self.feed.answers(swapped))
                 alive()
-                figures |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
-        return figures, shown
+                metrics |= {f"eval_{name}_media_{key}": value for key, value in losses.items() if key != "loss"}
+        return metrics, evaluated.exhibits
 
     def _save_last(self) -> None:
         """Save until it is written: a run that ends well leaves its last step behind.

@@ -1,4 +1,4 @@
-"""A step whose evaluation a signal cut off: its figures are kept, and logged whole by the next start."""
+"""A step whose evaluation a signal cut off: its metrics are kept, and logged whole by the next start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_train.platform.logs import warn
 
 
 class UnloggedStep:
-    """The figures of one step in a file of the run's directory, there until they are logged."""
+    """The metrics of one step in a file of the run's directory, there until they are logged."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "unlogged_step.json"
@@ -21,7 +21,7 @@ class UnloggedStep:
         return self.path.exists()
 
     def keep(self, metrics: dict[str, float]) -> None:
-        """Write the figures of a step; the first rank does it."""
+        """Write the metrics of a step; the first rank does it."""
         if platform.rank() == 0:
             try:
                 self.path.write_text(json.dumps(metrics))
@@ -29,7 +29,7 @@ class UnloggedStep:
                 warn(f"{self.path}: cannot be written: {error.strerror}; step {metrics['step']} will not be logged")
 
     def read(self, step: int) -> dict[str, float] | None:
-        """The figures of the step, if they are what is kept. Collective."""
+        """The metrics of the step, if they are what is kept. Collective."""
         return on_first_rank(lambda: self._read(step))
 
     def _read(self, step: int) -> dict[str, float] | None:

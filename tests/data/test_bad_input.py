@@ -12,7 +12,7 @@ import tarfile
 import pytest
 
 from data_pipelines.shards import index_shards
-from omni_train.data.rows import questions as evaluation
+from omni_train.data.rows import kinds
 from omni_train.data.samples import sources
 from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
 from omni_train.errors import UserError
@@ -165,9 +165,9 @@ def test_an_unexpected_error_costs_its_held_out_sample_alone(source, write, monk
         return call
 
     monkeypatch.setattr(sources, "sample_in", fragile(sources.sample_in, lambda parts: b'"0 ' in parts["json"]))
-    monkeypatch.setattr(evaluation, "prompt", fragile(evaluation.prompt, lambda chat: chat.turns[0].text[0] == "1"))
+    monkeypatch.setattr(kinds, "prompt", fragile(kinds.prompt, lambda chat: chat.turns[0].text[0] == "1"))
     refused = collections.Counter()
-    questions = evaluation.held_out_questions(config, MODEL, EvaluationConfig(), split="train", refused=refused)
+    questions = kinds.held_out(config, MODEL, EvaluationConfig(), split="train", refused=refused)
     assert refused == {"unexpected_ZeroDivisionError": 2}
     assert [question.text[0] for question in questions] == ["2", "3", "4", "5"]
 

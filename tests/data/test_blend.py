@@ -9,11 +9,11 @@ import random
 
 import pytest
 
+from omni_train.data.rows import kinds
 from omni_train.data.rows.batch import PackedBatch
 from omni_train.data.samples import sample
 from omni_train.data.samples.sources import LateReader
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.data.stream import streams
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig
@@ -127,12 +127,12 @@ def test_shuffling_and_restoring_read_only_what_is_packed(blended, monkeypatch):
 
 
 def test_an_unexpected_error_costs_its_sample_and_is_logged_once(blended, monkeypatch, caplog):
-    def fragile(given, *args, original=streams.sequences_of, **kwargs):
+    def fragile(given, *args, original=kinds.sequences_of, **kwargs):
         if given.text.startswith("bb1"):
             raise ZeroDivisionError("nothing to divide by")
         return original(given, *args, **kwargs)
 
-    monkeypatch.setattr(streams, "sequences_of", fragile)
+    monkeypatch.setattr(kinds, "sequences_of", fragile)
     monkeypatch.setattr(sample, "_logged", set())
     with caplog.at_level(logging.WARNING):
         rows = evaluation_rows(blended, MODEL, split="train", rows=10_000)
@@ -147,6 +147,6 @@ def test_a_failed_assertion_is_not_taken_for_a_bad_sample(blended, monkeypatch):
     def wrong(*args, **kwargs):
         raise AssertionError("a mistake of ours")
 
-    monkeypatch.setattr(streams, "sequences_of", wrong)
+    monkeypatch.setattr(kinds, "sequences_of", wrong)
     with pytest.raises(AssertionError, match="a mistake of ours"):
         next(build_loader(blended, MODEL, seed=SEED))

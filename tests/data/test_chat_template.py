@@ -12,7 +12,7 @@ import pytest
 
 from omni_train.data.rows.batch import IGNORE
 from omni_train.data.rows.chats import prompt, render, tokenize
-from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.rows.kinds import held_out
 from omni_train.data.samples.chat_template import answer_text, check_template, written
 from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn, parse_sample
 from omni_train.data.samples.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def test_control_tokens_spelled_in_a_sample_stay_text(tokenizer: Tokenizer):
     assert tokens.count(tokenizer.im_end) == 2
 
 
-def test_the_recipes_template_writes_rows_and_held_out_questions(config, write, folder, tmp_path):
+def test_the_recipes_template_writes_rows_and_held_out(config, write, folder, tmp_path):
     said = [{"role": turn.role, "content": turn.text} for turn in (ASKED, ANSWERS[0], ASKED, ANSWERS[0])]
     said[-1]["reasoning_content"] = "zulan"
     source = SourceConfig(str(write([("a", {"messages": said})], shards=1)))
@@ -220,7 +220,7 @@ def test_the_recipes_template_writes_rows_and_held_out_questions(config, write, 
     text = Tokenizer(folder).decode(row.tokens[~row.padding].tolist())
     assert text.count("<think>\n\n</think>\n\nristo.") == text.count("<think>\nzulan\n</think>\n\nristo.") == 1
     assert row.samples == 1
-    (question,) = held_out_questions(config, MODEL, EvaluationConfig(), split="train")
+    (question,) = held_out(config, MODEL, EvaluationConfig(), split="train")
     assert Tokenizer(folder).decode(question.prompt.tokens.tolist()).endswith("assistant\n<think>\n\n</think>\n\n")
     assert question.answer == "risto."
     with pytest.raises(UserError, match="gives 0 of the 9"):

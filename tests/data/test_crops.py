@@ -22,7 +22,7 @@ from omni_train.data.samples.sample import parse_sample
 from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, SourceConfig
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig, RowKind
+from omni_train.recipe.speech import Code2WavConfig, CodecConfig
 from tests.data.media.test_audio import encoded, noise
 from tests.data.test_loader import take, through_a_file
 from tests.support.ffmpeg import ffmpeg
@@ -81,7 +81,7 @@ def data(folder: Path, tokenizer_folder: Path) -> DataConfig:
         path="unused",
         sources=[SourceConfig(str(folder))],
         tokenizer=str(tokenizer_folder),
-        rows=RowKind.crops,
+        rows="crops",
         row_tokens=3 * CROP + 2,
         crop_seconds=CROP * FRAME / 24000,
         alignment=1,

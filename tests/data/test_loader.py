@@ -163,7 +163,7 @@ def test_a_waiting_sample_that_can_no_longer_be_read_is_named(config, monkeypatc
     def gone(*_, **__):
         raise SampleError("media_missing")
 
-    monkeypatch.setattr("omni_train.data.stream.streams.sequences_of", gone)
+    monkeypatch.setattr("omni_train.data.rows.kinds.sequences_of", gone)
     restored = build_loader(config, MODEL, seed=SEED)
     restored.load_state_dict(state)
     with pytest.raises(UserError, match=r"waited to be packed .* refused \(media_missing\); resume on the same shards"):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import aligned, best_fit, pack
+from omni_train.data.rows.sequences import TokenSequence
 
 
 def sequence(length: int, first: int, begins_sample: bool = True) -> TokenSequence:

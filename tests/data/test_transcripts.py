@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.rows.batch import IGNORE, MODALITIES
-from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.rows.kinds import held_out
 from omni_train.data.rows.transcripts import split_tag, tag_end, transcript_prompt, transcript_sequence
 from omni_train.data.samples.augmentation import Augmentation
 from omni_train.data.samples.features.mel import log_mel
@@ -21,7 +21,7 @@ from omni_train.data.samples.media import read_audio
 from omni_train.data.samples.sample import SampleError, parse_sample
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, MediaConfig, SourceConfig
-from omni_train.recipe.speech import AugmentationConfig, RowKind
+from omni_train.recipe.speech import AugmentationConfig
 from tests.data.conftest import MODEL, documents
 from tests.data.test_loader import assert_same, take, through_a_file
 from tests.support.media import sound_file, tone
@@ -187,7 +187,7 @@ def transcripts(config: DataConfig, speech: Path) -> DataConfig:
     return dataclasses.replace(
         config,
         sources=[SourceConfig(str(speech))],
-        rows=RowKind.transcripts,
+        rows="transcripts",
         row_tokens=64,
         alignment=4,
         streams=2,
@@ -239,7 +239,7 @@ def test_augmented_rows_go_on_the_same_after_a_resume(transcripts, taken):
 
 
 def test_held_out_questions_are_clips_without_augmentation(transcripts, tokenizer):
-    questions = held_out_questions(transcripts, MODEL, EvaluationConfig(every=1, samples=7, print_samples=2))
+    questions = held_out(transcripts, MODEL, EvaluationConfig(every=1, samples=7, print_samples=2))
     assert [question.answer for question in questions] == [f"mo{n}" for n in (0, 2, 6, 8, 10, 12)]
     assert all(question.prompt.tokens[-1] == tokenizer.im_start for question in questions)
     assert [len(question.media) for question in questions] == [1, 1, 0, 0, 0, 0]

@@ -30,7 +30,6 @@ from omni_train.errors import UserError
 from omni_train.frozen.codec import codec_hash, open_codec, write_codes
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.schema import DataConfig, SourceConfig
-from omni_train.recipe.speech import RowKind
 from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, voice
 from tests.support.media import sound_file
 
@@ -166,7 +165,7 @@ def data(folder: Path, codec: str) -> DataConfig:
         path="unused",
         sources=[SourceConfig(str(folder))],
         tokenizer=str(folder / "tokenizer"),
-        rows=RowKind.crops,
+        rows="crops",
         row_tokens=12,
         crop_seconds=4 * FRAME / 24000,
         alignment=1,

@@ -63,13 +63,13 @@ def recipe_for(world: Path, parallel=None, **changes):
 
 
 def test_questions_are_the_chats_of_the_first_samples_shared_among_the_ranks(world):
-    from omni_train.data.rows.questions import held_out_questions
+    from omni_train.data.rows.kinds import held_out
 
     recipe = recipe_for(world)
 
     def names(rank=0, ranks=1, refused=None):
         share = dict(data_rank=rank, data_world_size=ranks, refused=refused)
-        found = held_out_questions(recipe.data, recipe.model, recipe.evaluation, **share)
+        found = held_out(recipe.data, recipe.model, recipe.evaluation, **share)
         return [question.name for question in found], found
 
     alone, together = Counter(), Counter()
@@ -87,19 +87,19 @@ def test_questions_are_the_chats_of_the_first_samples_shared_among_the_ranks(wor
 
 
 def test_a_split_without_chats_is_refused_in_one_line(world):
-    from omni_train.data.rows.questions import held_out_questions
+    from omni_train.data.rows.kinds import held_out
 
     recipe = recipe_for(world)
     recipe.data.sources = recipe.data.sources[2:]
     recipe.evaluation.samples = 3
     with pytest.raises(UserError, match=r"evaluation\.every=1: the first 3 samples of the val split .* no chat"):
-        held_out_questions(recipe.data, recipe.model, recipe.evaluation)
+        held_out(recipe.data, recipe.model, recipe.evaluation)
 
 
 def answer(rank, world_size, world, parallel, checkpoint):
     from omni_train import platform
     from omni_train.checkpoint.sharded import CheckpointStore, load_model
-    from omni_train.evaluation.answers import Evaluation
+    from omni_train.evaluation.answers import Answers
     from omni_train.recipe.schema import CheckpointConfig
     from omni_train.training.engines.megatron import MegatronEngine
     from omni_train.training.feed import Feed
@@ -114,10 +114,11 @@ def answer(rank, world_size, world, parallel, checkpoint):
         store = CheckpointStore(Path(checkpoint), CheckpointConfig(asynchronous=False), recipe.model)
         store.save(0, engine.chunks, engine.optimizer, {}, None)
         store.close()
-    figures, predictions = Evaluation(recipe, *Feed(recipe).questions())(engine.chunks[0])
+    evaluated = Answers(recipe, *Feed(recipe).questions())(engine.network())
     assert all(module.training for chunk in engine.chunks for module in chunk.modules())
     platform.parallel.destroy()
-    return figures, [(prediction.question.name, prediction.answer) for prediction in predictions]
+    shown = [(prediction.question.name, prediction.answer) for prediction in evaluated.exhibits]
+    return evaluated.metrics, shown
 
 
 def test_every_layout_gives_the_same_answers_and_figures(distributed, world, tmp_path):

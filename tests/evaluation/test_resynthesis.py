@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from PIL import Image
 
 from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
 from data_pipelines.shards import index_shards, write_shards
+from omni_train.data.rows.kinds import held_out
 from omni_train.data.rows.utterances import Utterance
-from omni_train.evaluation.resynthesis import CodecEvaluation, pesq, stoi
+from omni_train.evaluation.resynthesis import Resyntheses, pesq, stoi
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, Recipe, SourceConfig
-from omni_train.recipe.speech import RowKind
 from omni_train.rollout.scoring import Tally
 from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, TRAINING, voice
 from tests.support.media import sound_file
@@ -45,7 +46,7 @@ def recipe(tmp_path_factory) -> Recipe:
         path="unused",
         sources=[SourceConfig(str(root / "shards"))],
         tokenizer=str(root / "tokenizer"),
-        rows=RowKind.crops,
+        rows="crops",
         row_tokens=8,
         crop_seconds=4 * FRAME / 24000,
     )
@@ -81,9 +82,12 @@ def evaluated(rank, world_size, recipe: Recipe, directory, parrot: bool):
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     torch.manual_seed(3)
     codec = (Parrot if parrot else SpeechCodec)(CODEC, CODE2WAV).eval()
-    result = CodecEvaluation(recipe, directory, transcribe)(codec)
+    refused = Counter()
+    share = dict(data_rank=platform.parallel.data_rank(), data_world_size=world_size, refused=refused)
+    utterances = held_out(recipe.data, recipe.model, recipe.evaluation, **share)
+    result = Resyntheses(recipe, utterances, refused, directory, transcribe)(codec)
     platform.parallel.destroy()
-    return result
+    return result.metrics, result.exhibits
 
 
 def test_a_codec_that_repeats_what_it_heard_is_perfect(distributed, recipe, tmp_path):
@@ -139,9 +143,9 @@ def test_a_missing_pesq_is_said_and_not_measured(monkeypatch, capsys):
 
 
 def test_utterances_of_unknown_text_are_not_recognized():
-    evaluation = object.__new__(CodecEvaluation)
+    evaluation = object.__new__(Resyntheses)
     evaluation.utterances = [Utterance("a/0", voice(9000, 1).numpy(), None, {})]
     evaluation.rate, evaluation.transcribe = 24000, transcribe
     tally = Tally()
     evaluation._recognize(tally, [(evaluation.utterances[0].waveform,) * 2])
-    assert tally.figures() == {}
+    assert tally.metrics() == {}

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.rehearsal.tokenizer import train
 from data_pipelines.shards import index_shards, write_shards
 from omni_train.recipe.schema import EvaluationConfig, SourceConfig
-from omni_train.recipe.speech import RecognitionConfig, RowKind
+from omni_train.recipe.speech import RecognitionConfig
 from tests.support.media import sound_file, tone
 from tests.support.recognizer import build, recognizer_recipe
 
@@ -35,8 +35,8 @@ def world(tmp_path_factory) -> Path:
 
 def evaluate(rank, world_size, world):
     from omni_train import platform
-    from omni_train.data.rows.questions import held_out_questions
-    from omni_train.evaluation.transcripts import RecognitionEvaluation
+    from omni_train.data.rows.kinds import held_out
+    from omni_train.evaluation.transcripts import Transcripts
 
     recipe = recognizer_recipe(
         vocab_size=384,
@@ -45,17 +45,16 @@ def evaluate(rank, world_size, world):
     )
     sources = [SourceConfig(str(Path(world) / "speech"))]
     recipe.data = dataclasses.replace(
-        recipe.data, rows=RowKind.transcripts, tokenizer=str(Path(world) / "tokenizer"), sources=sources
+        recipe.data, rows="transcripts", tokenizer=str(Path(world) / "tokenizer"), sources=sources
     )
     model = build(recipe).train()
 
-    questions = held_out_questions(
-        recipe.data, recipe.model, recipe.evaluation, data_rank=rank, data_world_size=world_size
-    )
-    figures, predictions = RecognitionEvaluation(recipe, questions, Counter(no_audio=rank + 1))(model)
+    questions = held_out(recipe.data, recipe.model, recipe.evaluation, data_rank=rank, data_world_size=world_size)
+    evaluated = Transcripts(recipe, questions, Counter(no_audio=rank + 1))(model)
     assert model.training
     platform.parallel.destroy()
-    return figures, [(prediction.question.name, prediction.answer) for prediction in predictions]
+    shown = [(prediction.question.name, prediction.answer) for prediction in evaluated.exhibits]
+    return evaluated.metrics, shown
 
 
 def test_figures_are_the_same_on_any_number_of_ranks_and_tell_the_windows_apart(distributed, world):

@@ -20,7 +20,7 @@ def listen(rank, world_size, folder, no_recognizer=False):
     from omni_train import platform
     from omni_train.checkpoint.sharded import described
     from omni_train.data.samples.features.mel import log_mel
-    from omni_train.frozen.recognizer import Listener
+    from omni_train.frozen.recognizer import FrozenRecognizer
 
     recipe = recognizer_recipe(vocab_size=384)
     recipe.data = dataclasses.replace(recipe.data, tokenizer=str(Path(folder) / "tokenizer"))
@@ -29,7 +29,7 @@ def listen(rank, world_size, folder, no_recognizer=False):
     written = write_recognizer(recipe, checkpoint)
     if no_recognizer:
         torch.save(described(dataclasses.replace(recipe.model, recognizer=None)), checkpoint / "model.pt")
-    listener = Listener(checkpoint, recipe)
+    listener = FrozenRecognizer(checkpoint, recipe)
     assert all(torch.equal(tensor, written[key]) for key, tensor in listener.model.named_parameters())
     clips = [tone(seconds, hertz=300 * seconds).astype(np.float32).reshape(-1) for seconds in (0.9, 0.05, 0.4)]
     features = listener(list(map(torch.from_numpy, clips)))

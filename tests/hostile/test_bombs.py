@@ -16,7 +16,7 @@ import pytest
 
 from data_pipelines.pack import pack
 from omni_train.data.rows import chats as chat
-from omni_train.data.rows.questions import held_out_questions
+from omni_train.data.rows.kinds import held_out
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
@@ -172,7 +172,7 @@ def test_bombs_cost_their_questions_in_an_evaluation(tokenizer, tmp_path):
     folders = [SourceConfig(str(bombs.shards(tmp_path / reason, files, good))) for reason, files in bad.items()]
     data = DataConfig(sources=folders, tokenizer=tokenizer, row_tokens=1024)
     refused = Counter()
-    questions = held_out_questions(data, MODEL, EvaluationConfig(), split="train", refused=refused)
+    questions = held_out(data, MODEL, EvaluationConfig(), split="train", refused=refused)
     assert (len(questions), refused) == (6, dict.fromkeys(bad, 1))
 
 

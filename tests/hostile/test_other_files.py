@@ -174,10 +174,10 @@ def wavlm(tmp_path_factory) -> Path:
 def test_a_teacher_is_read_from_a_pickle_of_tensors_alone(wavlm, call, refused):
     import megatron.core  # noqa: F401  which registers arrays with torch.load
 
-    from omni_train.objectives.semantic import WavLMTeacher
+    from omni_train.frozen.wavlm import WavLM
 
     def read():
-        return WavLMTeacher(str(wavlm), torch.device("cpu"))
+        return WavLM(str(wavlm), torch.device("cpu"))
 
     weights = wavlm / "pytorch_model.bin"
     weights.write_bytes((wavlm / "genuine.bin").read_bytes())
@@ -191,7 +191,7 @@ def test_a_teacher_is_read_from_a_pickle_of_tensors_alone(wavlm, call, refused):
 def test_the_configuration_of_a_teacher_names_no_code(wavlm, tmp_path, monkeypatch):
     from transformers import modeling_utils
 
-    from omni_train.objectives.semantic import WavLMTeacher
+    from omni_train.frozen.wavlm import WavLM
 
     def run(*_, **__):
         raise AssertionError("a kernel is fetched and run")
@@ -203,7 +203,7 @@ def test_the_configuration_of_a_teacher_names_no_code(wavlm, tmp_path, monkeypat
     try:
         more = {"attn_implementation": "somebody/kernel", "quantization_config": {"a": 1}}
         file.write_text(json.dumps(genuine | more))
-        config = WavLMTeacher(str(wavlm), torch.device("cpu")).model.config
+        config = WavLM(str(wavlm), torch.device("cpu")).model.config
     finally:
         file.write_text(json.dumps(genuine))
     assert config._attn_implementation != "somebody/kernel" and not hasattr(config, "quantization_config")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -30,19 +32,19 @@ def packed_and_alone(rank, world_size, changes):
     from omni_train.models.row import LocalRow
     from omni_train.models.thinker import build_chunks
     from omni_train.nn import balance
+    from omni_train.objectives.base import GlobalBatch
     from omni_train.objectives.language_modelling import LanguageModelling
 
-    recipe = small_recipe(**changes)
+    recipe = small_recipe(router_aux_loss_coef=0.05, **changes)
     platform.parallel.initialize(recipe.parallel, 19)
     model = build_chunks(recipe)[0]
     row = random_row(LENGTHS, 96, seed=4)
-    objective = LanguageModelling(40, 0.3)
-    objective.batch_weight = row.num_loss_tokens
+    objective = partial(LanguageModelling(40, 0.3, by_modality=False), batch=GlobalBatch(row.num_loss_tokens, 0, True))
 
     def run(batch):
-        balance.begin_step([model], 0.05, float((~row.padding).sum()))
+        balance.begin_step([model], float((~row.padding).sum()))
         local = LocalRow.from_batch(batch)
-        loss, _ = model(local, objective)
+        loss = model(local, objective).losses["model"]
         loss.backward()
         with torch.no_grad():
             return float(loss), model.logits(model(local))
@@ -78,6 +80,7 @@ def inputs_of_both(rank, world_size):
     from omni_train import platform
     from omni_train.models.row import LocalRow
     from omni_train.models.thinker import build_chunks
+    from omni_train.objectives.base import GlobalBatch
     from omni_train.objectives.language_modelling import LanguageModelling
 
     recipe = small_recipe(**encoders(), mtp_num_hidden_layers=1)
@@ -86,8 +89,8 @@ def inputs_of_both(rank, world_size):
     model.decoder.register_forward_pre_hook(lambda _, __, given: seen.append(given["hidden_states"]), with_kwargs=True)
     model.mtp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     batch = add_media(random_row(LENGTHS, 96, seed=4), [130, 49], [(1, 4, 6), (3, 2, 4)], seed=5)
-    loss, _ = model(LocalRow.from_batch(batch, media=True), LanguageModelling(40, 1.0))
-    loss.backward()
+    objective = partial(LanguageModelling(40, 1.0, by_modality=True), batch=GlobalBatch(1.0, 0, True))
+    model(LocalRow.from_batch(batch, media=True), objective).losses["model"].backward()
     platform.parallel.destroy()
     return [one.detach()[:, 0] for one in seen], batch.audio_slots, batch.vision_slots
 

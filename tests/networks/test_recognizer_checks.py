@@ -67,13 +67,6 @@ def test_what_cannot_work_is_refused_in_one_line(overrides, message):
     assert str(error.value) == message
 
 
-def test_augmentation_is_of_transcripts():
-    recipe = load_recipe()
-    recipe.data.augmentation = load_recipe(["data=aut_shards"]).data.augmentation
-    with pytest.raises(UserError, match=r"^data\.augmentation=.*: of transcripts alone, not of data\.rows=chats; set"):
-        validate(recipe, world_size=None)
-
-
 def test_the_large_model_pre_trains_its_encoder():
     recipe = load_recipe([AUT, "model=flash_35b_a3b"])
     validate(recipe, world_size=None)

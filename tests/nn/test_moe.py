@@ -173,10 +173,11 @@ def balanced_router_gradients(rank, world_size, parallel, micro_batches):
     layer, pg = moe.build_layer(parallel)
     moe.fill(layer.mlp, moe.whole_weights(), pg)
     layer.train()
+    layer.mlp.router.coefficient = 0.7
     metrics = []
     for step in range(2):
         layer.zero_grad()
-        balance.begin_step([layer], coefficient=0.7, step_tokens=float((~padding()).sum()))
+        balance.begin_step([layer], step_tokens=float((~padding()).sum()))
         rows = [mine(pg, whole) for whole in hidden_states(seed=step).chunk(micro_batches)]
         masks = [mine(pg, whole) for whole in padding().chunk(micro_batches)]
         for row, mask in zip(rows, masks, strict=True):

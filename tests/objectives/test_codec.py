@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,21 +15,35 @@ import torch
 from omni_train.data.rows.batch import WaveRow
 from omni_train.data.samples.features.mel import mel_filters
 from omni_train.errors import UserError
+from omni_train.frozen.wavlm import WavLM
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
 from omni_train.models.discriminators import Discriminators
 from omni_train.objectives.adversarial import mean_over_heard
+from omni_train.objectives.base import GlobalBatch
 from omni_train.objectives.codec import Code2WavTraining, CodecTraining
-from omni_train.objectives.semantic import WavLMTeacher, cosine_distance, to_frames
+from omni_train.objectives.semantic import cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, mel_magnitudes, resampled
 from omni_train.recipe.speech import AdversarialLoss, CodecTrainingConfig
 from tests.support.codec import CODE2WAV, CODEC, FRAME, TRAINING, voice, wave_row
 
 
+class AllHere:
+    """What an engine does for an objective, where all is on the device."""
+
+    def on_device(self, *modules):
+        return nullcontext()
+
+
+def gone_over(objective, networks, row, weight: float, step: int, training: bool):
+    (row,) = objective.prepare(AllHere(), [row])
+    return objective.run(networks, row, GlobalBatch(weight, step, training))
+
+
 class Listener:
     """A teacher that hears how loud each 20 ms are, and how often the sign changes."""
 
-    rate, size = 50.0, 2
+    rate, size, modules = 50.0, 2, ()
 
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
         features = torch.zeros(len(waveforms), max(-(-len(each) // 320) for each in waveforms), 2)
@@ -51,8 +66,8 @@ def codec_training(config: CodecTrainingConfig = TRAINING, teacher: Listener | N
 def with_codebooks(task: CodecTraining) -> CodecTraining:
     """After its first step, in which k-means finds the codebooks."""
     for seed in range(4):
-        task.run(task.networks, wave_row(seed=seed), 1.0, 0, training=True)
-    task.after_step(task.networks, 0)
+        gone_over(task, task.networks, wave_row(seed=seed), 1.0, 0, True)
+    task.after_step(0)
     return task
 
 
@@ -64,7 +79,7 @@ def test_every_part_has_a_gradient_of_its_own_loss_and_none_of_the_others():
     # Not the hinge: while it bends nowhere, what real and what made speech do to a last bias cancels exactly.
     config = dataclasses.replace(TRAINING, adversarial=AdversarialLoss.least_squares)
     task = with_codebooks(codec_training(config, teacher=Listener()))
-    losses = task.run(task.networks, wave_row(), 3.0, 1, training=True).losses
+    losses = gone_over(task, task.networks, wave_row(), 3.0, 1, True).losses
     assert set(losses) == {"generator", "discriminators"}
 
     losses["generator"].backward()
@@ -85,8 +100,8 @@ def test_code2wav_learns_alone_on_given_codes():
     task = Code2WavTraining(Code2Wav(CODE2WAV), Discriminators(TRAINING.discriminators), TRAINING, 24000)
     row = wave_row()
     row.codes = torch.randint(CODE2WAV.codebook_size, (3, CODE2WAV.num_quantizers, 9))
-    outcome = task.run(task.networks, row, 3.0, 0, training=True)
-    assert "loss_commitment" not in outcome.figures
+    outcome = gone_over(task, task.networks, row, 3.0, 0, True)
+    assert "loss_commitment" not in outcome.metrics
     outcome.losses["generator"].backward()
     assert [
         name for name, grad in gradients(task.networks["generator"]).items() if grad is None or not grad.any()
@@ -102,7 +117,7 @@ def test_the_adversarys_gradient_is_that_of_its_weighted_losses(kind):
     )
     task = with_codebooks(codec_training(config))
     row = wave_row(lengths=[9 * FRAME] * 3)
-    task.run(task.networks, row, 3.0, 1, training=True).losses["generator"].backward()
+    gone_over(task, task.networks, row, 3.0, 1, True).losses["generator"].backward()
     found = {name: grad.clone() for name, grad in gradients(task.networks["generator"]).items() if grad is not None}
 
     task.networks["generator"].zero_grad()
@@ -132,30 +147,30 @@ def test_rows_may_divide_the_crops_as_they_like():
     parts = copy.deepcopy(whole)
     row = wave_row(crops=5, seed=9)
     assert sum(map(parts.weight, split(row))) == whole.weight(row) == 5
-    outcomes = {whole: [whole.run(whole.networks, row, 5.0, 1, training=True)]}
-    outcomes[parts] = [parts.run(parts.networks, piece, 5.0, 1, training=True) for piece in split(row)]
+    outcomes = {whole: [gone_over(whole, whole.networks, row, 5.0, 1, True)]}
+    outcomes[parts] = [gone_over(parts, parts.networks, piece, 5.0, 1, True) for piece in split(row)]
     for its in outcomes.values():
         for outcome in its:
             for loss in outcome.losses.values():
                 loss.backward()
-    for name, (total, weight) in outcomes[whole][0].figures.items():
-        pieces = [outcome.figures[name] for outcome in outcomes[parts]]
+    for name, (total, weight) in outcomes[whole][0].metrics.items():
+        pieces = [outcome.metrics[name] for outcome in outcomes[parts]]
         torch.testing.assert_close(sum(total for total, _ in pieces), total, rtol=1e-4, atol=1e-5)
         assert sum(weight for _, weight in pieces) == weight
     for network in whole.networks:
         found = gradients(parts.networks[network])
         torch.testing.assert_close(found, gradients(whole.networks[network]), rtol=1e-3, atol=1e-6)
-    assert whole.after_step(whole.networks, 1) == parts.after_step(parts.networks, 1)
+    assert whole.after_step(1) == parts.after_step(1)
 
 
 def test_the_adversary_waits_for_its_step_and_the_figures_keep_their_names():
     task = with_codebooks(codec_training(dataclasses.replace(TRAINING, adversarial_start=7)))
-    before, after = (task.run(task.networks, wave_row(), 3.0, step, training=True) for step in (6, 7))
+    before, after = (gone_over(task, task.networks, wave_row(), 3.0, step, True) for step in (6, 7))
     assert set(before.losses) == {"generator"} and set(after.losses) == {"generator", "discriminators"}
-    assert set(before.figures) == set(after.figures)
-    assert before.figures["loss_adversarial"] == (0.0, 0.0)
-    assert after.figures["loss_adversarial"][1] == 3.0
-    torch.testing.assert_close(before.figures["loss"], after.figures["loss"])
+    assert set(before.metrics) == set(after.metrics)
+    assert before.metrics["loss_adversarial"] == (0.0, 0.0)
+    assert after.metrics["loss_adversarial"][1] == 3.0
+    torch.testing.assert_close(before.metrics["loss"], after.metrics["loss"])
 
 
 def test_held_out_rows_change_nothing_and_draw_nothing():
@@ -163,11 +178,11 @@ def test_held_out_rows_change_nothing_and_draw_nothing():
     state = copy.deepcopy(task.networks["generator"].state_dict())
     first, second = wave_row(seed=2), wave_row(seed=2)
     second.draws = second.draws + 1000
-    outcomes = [task.run(task.networks, row, 3.0, 9, training=False) for row in (first, second)]
+    outcomes = [gone_over(task, task.networks, row, 3.0, 9, False) for row in (first, second)]
     assert not outcomes[0].losses
-    assert outcomes[0].figures["loss"] == outcomes[1].figures["loss"]
-    assert not outcomes[0].figures["loss"][0].requires_grad
-    task.after_step(task.networks, 9)
+    assert outcomes[0].metrics["loss"] == outcomes[1].metrics["loss"]
+    assert not outcomes[0].metrics["loss"][0].requires_grad
+    task.after_step(9)
     usage = [task.networks["generator"].state_dict()[name] for name in state if name.endswith("cluster_usage")]
     assert all(counted.sum() < state_sum for counted, state_sum in zip(usage, _usage_before(state), strict=True))
 
@@ -186,7 +201,7 @@ def test_what_is_drawn_follows_the_row_and_nothing_else():
         losses = []
         for one, step in ((row, 1), (other, 1), (row, 50)):
             torch.manual_seed(step)
-            losses.append(task.speak(task.networks["generator"], one, one.waveform, one.lengths, True)[0])
+            losses.append(task.synthesize(task.networks["generator"], one, one.waveform, one.lengths, True)[0])
     assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
 
 
@@ -200,10 +215,10 @@ def test_what_is_said_after_the_end_of_the_speech_does_not_count():
     figures = []
     for added in (0.0, 0.9):
         networks = task.networks | {"generator": lambda codes, clamp, added=added: spoken + added * after}
-        figures.append(task.run(networks, row, 3.0, 0, training=False).figures)
+        figures.append(gone_over(task, networks, row, 3.0, 0, False).metrics)
     assert figures[0] == figures[1]
     networks = task.networks | {"generator": lambda codes, clamp: spoken + 0.9 * ~after}
-    assert task.run(networks, row, 3.0, 0, training=False).figures["loss"] != figures[0]["loss"]
+    assert gone_over(task, networks, row, 3.0, 0, False).metrics["loss"] != figures[0]["loss"]
 
 
 def test_tokens_are_the_frames_in_which_there_is_speech():
@@ -214,7 +229,7 @@ def test_tokens_are_the_frames_in_which_there_is_speech():
 def test_the_teacher_teaches_the_first_codebook_alone():
     config = dataclasses.replace(TRAINING, mel_weight=0.0, commitment_weight=0.0, adversarial_start=9)
     task = with_codebooks(codec_training(config, Listener()))
-    task.run(task.networks, wave_row(), 3.0, 1, training=True).losses["generator"].backward()
+    gone_over(task, task.networks, wave_row(), 3.0, 1, True).losses["generator"].backward()
     taught = {
         name.split(".")[0]
         for name, grad in gradients(task.networks["generator"]).items()
@@ -233,12 +248,12 @@ def test_the_losses_fall(teacher):
     optimizer = torch.optim.Adam(task.networks["generator"].parameters(), lr=5e-3)
     losses = []
     for step in range(40):
-        outcome = task.run(task.networks, wave_row(seed=1), 3.0, step, training=True)
+        outcome = gone_over(task, task.networks, wave_row(seed=1), 3.0, step, True)
         optimizer.zero_grad()
         outcome.losses["generator"].backward()
         optimizer.step()
-        task.after_step(task.networks, step)
-        losses.append({name: float(total) / 3 for name, (total, weight) in outcome.figures.items() if weight})
+        task.after_step(step)
+        losses.append({name: float(total) / 3 for name, (total, weight) in outcome.metrics.items() if weight})
     assert losses[-1]["loss_mel"] < 0.6 * losses[0]["loss_mel"]
     if teacher:
         assert losses[-1]["loss_semantic"] < 0.6 * losses[0]["loss_semantic"]
@@ -322,7 +337,7 @@ def wavlm(tmp_path_factory):
 def test_a_wavlm_folder_is_a_teacher(wavlm):
     from transformers import Wav2Vec2FeatureExtractor, WavLMModel
 
-    teacher = WavLMTeacher(str(wavlm), torch.device("cpu"))
+    teacher = WavLM(str(wavlm), torch.device("cpu"))
     assert (teacher.rate, teacher.size) == (200.0, 16)
     clips = [voice(1700, 1), voice(900, 2)]
     alone = [Wav2Vec2FeatureExtractor()(clip.numpy(), sampling_rate=16000).input_values[0] for clip in clips]
@@ -331,7 +346,7 @@ def test_a_wavlm_folder_is_a_teacher(wavlm):
         expected = WavLMModel.from_pretrained(wavlm).eval()(padded).last_hidden_state
     torch.testing.assert_close(teacher(clips), expected, atol=1e-4, rtol=1e-3)
     task = codec_training(teacher=teacher)
-    figure, _ = task.run(task.networks, wave_row(), 3.0, 0, training=True).figures["loss_semantic"]
+    figure, _ = gone_over(task, task.networks, wave_row(), 3.0, 0, True).metrics["loss_semantic"]
     assert math.isfinite(figure) and figure > 0
 
 
@@ -340,7 +355,7 @@ def test_a_folder_without_a_wavlm_is_refused_in_one_line(tmp_path):
         if contents:
             (tmp_path / "config.json").write_text(json.dumps(contents))
         with pytest.raises(UserError, match=message) as refused:
-            WavLMTeacher(str(tmp_path), torch.device("cpu"))
+            WavLM(str(tmp_path), torch.device("cpu"))
         assert "\n" not in str(refused.value)
 
 
@@ -350,8 +365,8 @@ def test_codebooks_of_a_frozen_quantiser_stay_as_they_are():
     quantizer = task.networks["generator"].quantizer
     quantizer.acoustic.requires_grad_(False)
     before = {name: value.clone() for name, value in quantizer.named_buffers()}
-    task.run(task.networks, wave_row(seed=9), 1.0, 1, training=True)
-    assert task.after_step(task.networks, 1)["codebook_used"] > 0.0
+    gone_over(task, task.networks, wave_row(seed=9), 1.0, 1, True)
+    assert task.after_step(1)["codebook_used"] > 0.0
     moved = {name for name, value in quantizer.named_buffers() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith("semantic.") for name in moved)
 
@@ -359,6 +374,6 @@ def test_codebooks_of_a_frozen_quantiser_stay_as_they_are():
 def test_a_frozen_quantiser_without_codebooks_is_refused():
     task = codec_training()
     task.networks["generator"].quantizer.requires_grad_(False)
-    task.run(task.networks, wave_row(), 1.0, 0, training=True)
+    gone_over(task, task.networks, wave_row(), 1.0, 0, True)
     with pytest.raises(UserError, match=r"generator\.quantizer is frozen"):
-        task.after_step(task.networks, 0)
+        task.after_step(0)

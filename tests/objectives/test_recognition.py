@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from omni_train.objectives.base import GlobalBatch
 from omni_train.recipe.schema import ParallelConfig
 from omni_train.recipe.speech import RecognitionConfig
 from tests.support.recognizer import CLIPS, TAG_END, recognizer_recipe, row_of, utterances
@@ -21,15 +22,15 @@ def task_of(recipe):
 
     platform.parallel.initialize(ParallelConfig(), recipe.seed)
     with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):
-        return recognition.Recognition(recipe, SpeechRecognizer(recipe))
+        return recognition.Recognition(recipe), SpeechRecognizer(recipe)
 
 
 def outcomes(rank, world_size, recipe, training):
     """Of a whole row, and of its clips by themselves, with the gradients of both."""
     from omni_train import platform
 
-    task = task_of(recipe)
-    model = task.networks["model"].train(training)
+    task, model = task_of(recipe)
+    model.train(training)
     found = []
     for groups in ([utterances(recipe, ALIGNED)], [[one] for one in utterances(recipe, ALIGNED)]):
         rows = [row_of(group) for group in groups]
@@ -37,10 +38,10 @@ def outcomes(rank, world_size, recipe, training):
         model.zero_grad()
         figures, loss = {}, 0.0
         for row in rows:
-            out = task.run(task.networks, row, total, 5, training)
+            out = task.run({"model": model}, row, GlobalBatch(total, 5, training))
             out.losses["model"].backward()
             loss += float(out.losses["model"].detach())
-            for name, pair in out.figures.items():
+            for name, pair in out.metrics.items():
                 figures[name] = [a + float(b) for a, b in zip(figures.get(name, (0, 0)), pair, strict=True)]
         found.append((loss, figures, total, {name: p.grad.clone() for name, p in model.named_parameters()}))
     platform.parallel.destroy()
@@ -72,9 +73,9 @@ def test_held_out_rows_tell_how_often_the_right_token_is_the_likeliest(distribut
 def windows(rank, world_size, recipe):
     from omni_train import platform
 
-    task = task_of(recipe)
-    drawn = [task.window_frames(step, True) for step in range(40)]
-    fixed = {task.window_frames(step, False) for step in range(40)}
+    task, _ = task_of(recipe)
+    drawn = [task.window_frames(GlobalBatch(1.0, step, True)) for step in range(40)]
+    fixed = {task.window_frames(GlobalBatch(1.0, step, False)) for step in range(40)}
     platform.parallel.destroy()
     return drawn, fixed
 
@@ -90,13 +91,12 @@ def overfit(rank, world_size, recipe):
     from omni_train import platform
     from omni_train.rollout.transcribe import transcribe
 
-    task = task_of(recipe)
-    model = task.networks["model"]
+    task, model = task_of(recipe)
     sequences = utterances(recipe, CLIPS[:3])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(60):
         optimizer.zero_grad()
-        task.run(task.networks, row_of(sequences), 30.0, step, True).losses["model"].backward()
+        task.run({"model": model}, row_of(sequences), GlobalBatch(30.0, step, True)).losses["model"].backward()
         optimizer.step()
     written = transcribe(
         model, [one.mel[0] for one in sequences], window_frames=48, start_token=2, stop_token=3, max_new_tokens=20

@@ -23,7 +23,7 @@ LAYOUTS = {
 
 
 def text_prompts(lengths, seed):
-    from omni_train.data.rows.chats import TokenSequence
+    from omni_train.data.rows.sequences import TokenSequence
 
     draw = np.random.default_rng(seed)
     return [TokenSequence(draw.integers(VOCAB, size=n, dtype=np.int32), np.full(n, IGNORE, np.int32)) for n in lengths]
@@ -31,7 +31,7 @@ def text_prompts(lengths, seed):
 
 def media_prompts(seed):
     """By modality: sound, an image, a silent video, a video with sound between its frames, and all of it with text."""
-    from omni_train.data.rows.chats import TokenSequence
+    from omni_train.data.rows.sequences import TokenSequence
     from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 
     model, draw = encoders(), np.random.default_rng(seed)

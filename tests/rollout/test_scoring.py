@@ -17,7 +17,7 @@ def tallied(*answers, normalizer=Normalizer.basic) -> Tally:
 
 
 def figures(*answers, **options):
-    return tallied(*answers, **options).figures()
+    return tallied(*answers, **options).metrics()
 
 
 def test_word_errors_are_per_word_of_all_references_of_a_language():
@@ -47,7 +47,7 @@ def test_they_have_no_word_errors_by_any_of_their_tags_and_none_in_the_pool(lang
     tally = tallied(
         ("transcribe", language, "今天天气很好我们去公园", "今天天气很好我们去公司"), ("transcribe", "en", "a b", "a")
     )
-    found = tally.figures()
+    found = tally.metrics()
     assert [name for name in found if name.startswith("wer_")] == ["wer_en"]
     (cer,) = (value for name, value in found.items() if name.startswith("cer_") and name != "cer_en")
     assert cer == pytest.approx(1 / 11)
@@ -118,8 +118,8 @@ def test_tallies_of_ranks_add_up():
         for task, language, reference, answer in part:
             score(tally, {"task": task, "language": language}, reference, answer)
         together += tally
-    assert together.figures() == figures(*answers)
-    assert together.figures()["exact_color"] == pytest.approx(2 / 3)
+    assert together.metrics() == figures(*answers)
+    assert together.metrics()["exact_color"] == pytest.approx(2 / 3)
 
 
 def test_an_empty_reference_is_no_division_by_zero():

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
 from omni_train.data.rows.packing import pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.lengths import audio_tokens
 from omni_train.recipe.schema import AudioEncoderConfig, Precision, Recipe
 from omni_train.recipe.speech import RecognizerConfig

@@ -68,9 +68,9 @@ def recipe_of(folder: Path, engine: str = "megatron", **changes):
     if engine == "megatron":
         recipe = small_recipe(**TINY)
     else:
-        from tests.training import test_zero_engine
+        from tests.training.engines import test_zero
 
-        recipe = test_zero_engine.recipe_of(ZeroConfig(stage=2, whole_below=10), Precision.fp32)
+        recipe = test_zero.recipe_of(ZeroConfig(stage=2, whole_below=10), Precision.fp32)
     recipe.runs_dir, recipe.run = str(folder.parent), folder.name
     recipe.schedule.steps, recipe.checkpoint.save_every, recipe.checkpoint.keep = 6, 2, 0
     recipe.tracking.expert_load_every, recipe.data.workers = 0, 0
@@ -85,19 +85,12 @@ def recipe_of(folder: Path, engine: str = "megatron", **changes):
 
 @contextlib.contextmanager
 def prepared(engine: str):
-    """The trainer with rows from memory, and a small task for the ZeRO engine."""
+    """The trainer with rows from memory."""
     from omni_train.training import trainer
-    from tests.training.engines.test_zero import Duel
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(trainer, "Feed", RowsFromMemory))
         stack.enter_context(patch.object(trainer, "SECONDS_BETWEEN_SAVES", 0.0))
-        if engine == "deepspeed":
-            from omni_train.training.engines import zero as zero_engine
-
-            stack.enter_context(patch.object(zero_engine, "build_task", Duel))
-            networks = lambda recipe, teacher: Duel(recipe).networks  # noqa: E731
-            stack.enter_context(patch.object(zero_engine, "build_networks", networks))
         yield
 
 

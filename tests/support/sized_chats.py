@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni_train.data.rows.chats import TokenSequence, tokenize
+from omni_train.data.rows.chats import tokenize
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples import clips
 from omni_train.data.samples.media import Video
 from omni_train.data.samples.sample import Chat, Medium, Turn

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from omni_train.errors import RunFailed, UserError
-from omni_train.tracking.callbacks import Callback, MetricsFile, Spared
+from omni_train.tracking.base import Callback, Spared
+from omni_train.tracking.metrics_file import MetricsFile
 
 
 def steps(path):
@@ -118,12 +119,11 @@ def test_a_callback_whose_files_cannot_be_written_is_said_once_and_spared(capsys
         def on_metrics(self, metrics):
             raise OSError(28, "No space left on device", "table.json")
 
-        on_predictions = close = lambda self, *_: self.on_metrics({})
+        on_exhibits = close = lambda self, *_: self.on_metrics({})
 
     spared = Spared(Full())
     spared.on_metrics({"step": 1})
-    spared.on_predictions(1, [])
-    spared.on_resyntheses(1, [])
+    spared.on_exhibits(1, [])
     spared.close()
     said = capsys.readouterr().err
     assert said == "WARNING: Full: not everything can be written: [Errno 28] No space left on device: 'table.json'\n"

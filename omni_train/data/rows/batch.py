@@ -1,13 +1,15 @@
-"""The packed batch: the one type in which data code and model code meet.
+"""The rows of the package: the types in which data code and model code meet.
 
 Axis letters: T tokens of the row, N sequences, F mel frames, M mel bins, P patches, D values of a patch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
+
+from omni_train.data.rows.base import Row
 
 IGNORE = -100
 """Label of a position that carries no loss."""
@@ -17,7 +19,7 @@ MODALITIES = ("text", "audio", "image", "video", "video_audio")
 
 
 @dataclass
-class PackedBatch:
+class PackedBatch(Row):
     """One row of T tokens holding N whole sequences, one after the other.
 
     Each sequence is padded at its end to a multiple of the recipe's ``data.alignment``; what is left of the row is one
@@ -31,8 +33,6 @@ class PackedBatch:
     position_ids: torch.Tensor  # (3, T) int64, or float32 (qwen3_omni): T, H, W rotary ids, from 0 in each sequence
     cu_seqlens: torch.Tensor  # (N+1,) int32, from 0 to T
     padding: torch.Tensor  # (T,) bool, True where the token is padding
-    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
-    samples: int = 0  # samples that begin in this row
     modality: torch.Tensor | None = None  # (T,) uint8: index into MODALITIES of each token's sample; None: all text
     # All sound of the row, clip after clip, and the token positions that the audio encoder's outputs fill, in order.
     mel: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 128))  # (F, M) float32
@@ -43,18 +43,13 @@ class PackedBatch:
     patches: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))  # (P, D) uint8
     grid_thw: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))  # patches each way
     vision_slots: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-
+    MODALITIES = MODALITIES
     TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding", "modality")
     MEDIA = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
 
     def __post_init__(self) -> None:
         if self.modality is None:
             self.modality = torch.zeros_like(self.tokens, dtype=torch.uint8)
-
-    @classmethod
-    def no_media(cls) -> dict[str, torch.Tensor]:
-        """The media fields of a row without any."""
-        return {spec.name: spec.default_factory() for spec in fields(cls) if spec.name in cls.MEDIA}
 
     @property
     def max_seqlen(self) -> int:
@@ -66,17 +61,17 @@ class PackedBatch:
         """Sum of the loss weights."""
         return float(self.loss_weights.sum())
 
+    def tokens_by_modality(self) -> torch.Tensor:
+        """See :class:`Row`."""
+        tokens = torch.zeros(len(MODALITIES), dtype=torch.float64)
+        return tokens.index_add_(0, self.modality.long(), (~self.padding).double())
+
 
 @dataclass
-class WaveRow:
+class WaveRow(Row):
     """One row of B crops of speech, each of S samples: zeros follow where the speech is shorter."""
 
     waveform: torch.Tensor  # (B, S) float32, of the codec's sampling rate
     lengths: torch.Tensor  # (B,) int64: samples of speech in each, from 1 to S
     draws: torch.Tensor  # (B,) int64: a number drawn for each crop, whatever is random about it in training
     codes: torch.Tensor | None = None  # (B, N, frames) int64: what a codec made of it; zeros after its end
-    skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
-    samples: int = 0
-
-
-Row = PackedBatch | WaveRow

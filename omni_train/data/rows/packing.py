@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from omni_train.data.rows.batch import IGNORE, PackedBatch
-from omni_train.data.rows.chats import TokenSequence
+from omni_train.data.rows.sequences import TokenSequence
 
 
 def aligned(length: int, alignment: int) -> int:

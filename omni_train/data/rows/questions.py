@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,15 +10,14 @@ from pathlib import PurePath
 from typing import Any
 
 from omni_train.data.rows.batch import PackedBatch
-from omni_train.data.rows.chats import TokenSequence, prompt, sequences_of
+from omni_train.data.rows.chats import sequences_of
 from omni_train.data.rows.packing import aligned, best_fit, pack
-from omni_train.data.rows.transcripts import transcript_prompt
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.sample import Chat, Medium, SampleError, one_sample
 from omni_train.data.samples.sources import ShardFolder, first_samples, open_sources
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, LossOn, ModelConfig, Positions
-from omni_train.recipe.speech import RowKind
 
 
 @dataclass
@@ -35,6 +33,7 @@ class Question:
 
 
 def held_out_questions(
+    ask: Callable[..., tuple[TokenSequence, str]],
     data: DataConfig,
     model: ModelConfig,
     evaluation: EvaluationConfig,
@@ -47,18 +46,16 @@ def held_out_questions(
     """This rank's share of the chats among the first ``evaluation.samples`` samples of each source.
 
     The first of each source come first, so that a few show every source. The same at every call, and all ranks' shares
-    together are the same for any number of ranks; what cannot be read is left out. With ``data.rows=transcripts`` they
-    are clips, and the answer is what is said in them.
+    together are the same for any number of ranks; what cannot be read is left out.
 
     Args:
+        ask: what is given to a model of a chat, and what it should answer; called as ``prompt`` is.
         refused: counts what is left out, by its reason; over all ranks each sample once.
 
     Raises:
         UserError: no source has a chat with an answer there, or the split is missing.
     """
     tokenizer, refused = Tokenizer(data.tokenizer), Counter() if refused is None else refused
-    transcripts = data.rows is RowKind.transcripts
-    ask = transcript_prompt if transcripts else functools.partial(prompt, template=data.chat_template)
     sources = open_sources(data, split, training=False)
     unread = refused if data_rank == 0 else Counter()  # which every rank finds
     chats = [list(_chats(source, evaluation.samples, unread)) for source in sources]

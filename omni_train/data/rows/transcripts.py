@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from omni_train.data.rows.batch import IGNORE, MODALITIES
-from omni_train.data.rows.chats import PADS, TokenSequence
+from omni_train.data.rows.chats import PADS
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.augmentation import Augmentation
 from omni_train.data.samples.features.mel import log_mel
 from omni_train.data.samples.language import UNKNOWN, language_of

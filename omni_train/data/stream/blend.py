@@ -10,8 +10,7 @@ from megatron.energon import SavableDataset
 from megatron.energon.flavors.base_dataset import add_sample_restore_key
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
-from omni_train.data.rows.chats import TokenSequence
-from omni_train.data.rows.crops import Crop
+from omni_train.data.rows.base import Piece
 from omni_train.data.samples.sample import describe
 from omni_train.errors import UserError
 from omni_train.recipe.schema import SourceConfig
@@ -24,7 +23,7 @@ class Tokenized:
     """A sequence on its way to packing, or the reason why a sample has none."""
 
     __restore_key__: tuple
-    sequence: TokenSequence | Crop | None = None
+    sequence: Piece | None = None
     refused: str | None = None
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from omni_train.data.rows.batch import Row
+from omni_train.data.rows.base import Row
 from omni_train.data.rows.codes import check_codes
 from omni_train.data.samples.sample import describe
 from omni_train.data.samples.sources import open_sources

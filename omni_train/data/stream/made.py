@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omni_train.data import transfer
-from omni_train.data.rows.batch import Row
+from omni_train.data.rows.base import Row
 from omni_train.data.samples.sources import ShardFolder, open_sources
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.streams import StreamReader, StreamState, open_stream

@@ -9,10 +9,8 @@ of a run do not depend on how many data ranks and loader workers there are.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.energon import SavableDataset
@@ -22,20 +20,16 @@ from megatron.energon.wrappers import MapDataset, RepeatDataset, ShuffleBufferDa
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from omni_train.data.rows.batch import Row
-from omni_train.data.rows.chats import TokenSequence, sequences_of
-from omni_train.data.rows.crops import Crop, pack_crops, read_crop
-from omni_train.data.rows.packing import aligned, best_fit, pack
-from omni_train.data.rows.transcripts import transcript_sequence
-from omni_train.data.samples.augmentation import Augmentation
+from omni_train.data.rows.base import Piece, Reading, Row
+from omni_train.data.rows.kinds import kind_of
+from omni_train.data.rows.packing import aligned, best_fit
 from omni_train.data.samples.sample import SampleError, one_sample, sample_in
 from omni_train.data.samples.sources import ShardFolder, StreamConfig
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.blend import TokenBlend, Tokenized
 from omni_train.data.stream.snapshots import read_snapshot, write_snapshot
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, ModelConfig, Positions
-from omni_train.recipe.speech import RowKind
+from omni_train.recipe.schema import DataConfig, ModelConfig
 
 # A snapshot of a stream's state takes milliseconds, and a restored stream makes the rows since the last one again: long
 # rows have a snapshot each.
@@ -105,7 +99,7 @@ class Packer(BaseWrapperDataset):
             and sum(sizes) < BUFFER_BYTES
         )
 
-    def _aligned(self, sequence: TokenSequence | Crop) -> int:
+    def _aligned(self, sequence: Piece) -> int:
         return aligned(len(sequence), self.data.alignment)
 
     def len_worker(self, worker_idx: int | None = None) -> int:
@@ -156,20 +150,7 @@ def open_stream(
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
         samples_before += len(source)
     blend = TokenBlend(shares, config.sources, worker_config=worker)
-    return Packer(blend, config, row_maker(tokenizer, config))
-
-
-def row_maker(tokenizer: Tokenizer, config: DataConfig) -> Callable[[list], Row]:
-    """The function that makes a row of the sequences chosen for it."""
-    if config.rows is RowKind.crops:
-        return pack_crops
-    return partial(
-        pack,
-        row_tokens=config.row_tokens,
-        alignment=config.alignment,
-        padding_token=tokenizer.end_of_text,
-        float_positions=config.media.positions == Positions.qwen3_omni,
-    )
+    return Packer(blend, config, kind_of(config.rows).row_maker(tokenizer, config))
 
 
 def sequence_reader(
@@ -177,39 +158,21 @@ def sequence_reader(
 ) -> Callable[[dict], Iterator[Tokenized]]:
     """The function that makes a sample's sequences of what a source gives.
 
-    With a ``seed`` clips are augmented as the recipe says. It decides together with the sample's restore key what is
-    drawn: every epoch hears something else, and a restored stream the same again.
+    With a ``seed`` samples are augmented as the recipe says. It decides together with the sample's restore key what is
+    drawn: every epoch reads something else, and a restored stream the same again.
 
     Whatever one sample makes fail refuses that sample, as ``one_sample`` says.
     """
+    kind, reading = kind_of(config.rows), Reading(tokenizer, config, model, seed)
 
-    augmented = seed is not None and config.augmentation is not None
-
-    def sequences(raw: dict) -> list[TokenSequence] | list[Crop]:
+    def pieces(raw: dict) -> Sequence[Piece]:
         parts = raw["open"]()
-        if parts is None:
-            return []
-        sample = sample_in(parts)
-        if config.rows is RowKind.crops:
-            return [read_crop(sample, parts, config, model, draw=number_drawn(seed, raw))]
-        if config.rows is RowKind.transcripts:
-            return [
-                transcript_sequence(
-                    sample,
-                    tokenizer,
-                    row_tokens=config.row_tokens,
-                    media=config.media,
-                    model=model,
-                    parts=parts,
-                    augmentation=Augmentation(config.augmentation, seed, raw["__restore_key__"]) if augmented else None,
-                )
-            ]
-        return sequences_of(sample, tokenizer, config, model, parts)
+        return [] if parts is None else kind.read(sample_in(parts), parts, replace(reading, key=raw["__restore_key__"]))
 
     def read(raw: dict) -> Iterator[Tokenized]:
         try:
             with one_sample():
-                found = sequences(raw)
+                found = pieces(raw)
         except SampleError as error:
             yield Tokenized(raw["__restore_key__"], refused=error.reason)
             return
@@ -217,11 +180,6 @@ def sequence_reader(
             yield Tokenized(raw["__restore_key__"], sequence)
 
     return read
-
-
-def number_drawn(seed: int | None, raw: dict) -> int:
-    """A number for one reading of a sample: another one in every epoch, the same one in a stream that was restored."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, raw["__restore_key__"])).encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass

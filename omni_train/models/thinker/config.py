@@ -42,6 +42,7 @@ def transformer_config(recipe: Recipe):
             moe_router_dtype="fp32",
             moe_router_pre_softmax=False,  # softmax over the chosen = softmax over all, chosen, renormalised
             moe_router_load_balancing_type="none",  # ours is BalancedRouter's
+            moe_aux_loss_coeff=thinker.router_aux_loss_coef,  # per token of the global batch
             moe_token_dispatcher_type="alltoall",
             moe_shared_expert_intermediate_size=thinker.shared_expert_intermediate_size or None,
             moe_shared_expert_gate=thinker.shared_expert_intermediate_size > 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,8 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 
 from omni_train import platform
-from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder
+from omni_train.data.rows.batch import PackedBatch
+from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder, drawn_window
 from omni_train.models.row import LocalRow
+from omni_train.models.stage import PipelineStage, Read
 from omni_train.models.thinker import media
 from omni_train.models.thinker.config import split_pattern, transformer_config
 from omni_train.models.thinker.mtp import MultiTokenPrediction
@@ -25,11 +27,8 @@ from omni_train.nn.layers import stack_submodules
 from omni_train.nn.rotary import TMRotaryEmbedding
 from omni_train.recipe.schema import Recipe
 
-Objective = Callable[["Thinker", torch.Tensor, LocalRow], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(model, hidden states (S, 1, H) after the final norm, row) -> (summed loss, sums to log)."""
 
-
-class Thinker(LanguageModule):
+class Thinker(PipelineStage, LanguageModule):
     """One pipeline stage's part of the Thinker.
 
     Args:
@@ -49,6 +48,7 @@ class Thinker(LanguageModule):
         self.mtp_process = self.post_process and thinker.mtp_num_hidden_layers > 0
         self.share_embeddings_and_output_weights = thinker.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
+        self._audio, self._seed = recipe.model.audio, recipe.seed
         submodules = stack_submodules(backend())
 
         if self.pre_process or self.mtp_process:
@@ -108,6 +108,17 @@ class Thinker(LanguageModule):
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
 
+    def local_row(self, row: PackedBatch, step: int, training: bool) -> LocalRow:
+        """See :class:`PipelineStage`; the window in which the audio encoder attends is drawn for each step."""
+        window = 0
+        if self._audio is not None:
+            window = drawn_window(self._audio, self._seed, step) if training else self._audio.eval_window_frames
+        return LocalRow.from_batch(row, media=self.senses, audio_window_frames=window)
+
+    def pipeline_tokens(self, row_tokens: int) -> int:
+        """See :class:`PipelineStage`."""
+        return row_tokens * (2 if self.carries_embeddings else 1)
+
     def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """`named_parameters`, by the names that they have where one rank holds the whole model."""
         for name, parameter in self.named_parameters():
@@ -135,7 +146,7 @@ class Thinker(LanguageModule):
         """(T,) token ids -> (S, 1, H)."""
         return self.embedding(input_ids=tokens[None], position_ids=None)
 
-    def forward(self, row: LocalRow, objective: Objective | None = None):
+    def forward(self, row: LocalRow, objective: Read | None = None):
         """Run this stage.
 
         Returns:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from omni_train.data.rows.batch import WaveRow
-from omni_train.objectives.task import Outcome, Task
+from omni_train.objectives.base import NetworksObjective, Outcome
 from omni_train.recipe.schema import EngineName, ParallelConfig, Recompute, ZeroConfig
+from tests.support.networks import lone_engine_network
 from tests.support.pool import RankFailed
 from tests.support.thinker import encoders, random_row, small_recipe
 
@@ -60,16 +61,23 @@ def test_parameters_without_a_gradient_stop_the_run_by_their_names(distributed):
         distributed(2, with_reentrant_checkpoint, ParallelConfig(pipeline=2), changes)
 
 
-class Pair(Task):
-    """Two networks, of which the second has a loss from the second step on, and one part that no loss depends on."""
+def pair(idle: str) -> str:
+    """The name of two networks, the one of that name with a part that no loss depends on."""
 
-    def __init__(self, idle: str) -> None:
-        self.networks = {
+    def build(recipe):
+        networks = {
             name: torch.nn.ModuleDict({key: torch.nn.Linear(4, 4) for key in ("used", *(["idle"] if own else []))})
             for name, own in (("first", idle == "first"), ("second", idle == "second"))
         }
-        for network in self.networks.values():
+        for network in networks.values():
             network.forward = network["used"].forward
+        return networks
+
+    return lone_engine_network("pair", lambda networks: Pair(), build)
+
+
+class Pair(NetworksObjective):
+    """The second network has a loss from the second step on."""
 
     def weight(self, row: WaveRow) -> float:
         return 1.0
@@ -77,9 +85,9 @@ class Pair(Task):
     def tokens(self, row: WaveRow) -> float:
         return 1.0
 
-    def run(self, networks, row, total_weight, step, training) -> Outcome:
-        names = ("first", "second") if step else ("first",)
-        losses = {name: networks[name](row.waveform).square().sum() / total_weight for name in names}
+    def run(self, networks, row, batch) -> Outcome:
+        names = ("first", "second") if batch.step else ("first",)
+        losses = {name: networks[name](row.waveform).square().sum() / batch.weight for name in names}
         return Outcome(losses, {"loss": (losses["first"].detach(), 1.0)})
 
 
@@ -89,9 +97,9 @@ def steps_of_a_pair(rank, world_size, stage, idle):
     from omni_train.errors import UserError
     from omni_train.training.engines import zero as zero_engine
 
-    recipe = small_recipe(engine=EngineName.deepspeed, zero=ZeroConfig(stage=stage, whole_below=10))
+    zero = ZeroConfig(stage=stage, whole_below=10)
+    recipe = small_recipe(engine=EngineName.deepspeed, zero=zero, network=pair(idle))
     platform.parallel.initialize(recipe.parallel, recipe.seed)
-    zero_engine.build_task = lambda recipe: Pair(idle)
     engine = zero_engine.ZeroEngine(recipe)
     engine.start()
     taken, message = 0, ""
@@ -118,8 +126,7 @@ def test_the_zero_engine_asks_each_network_when_it_first_has_a_loss(distributed,
 def train_one_of_a_pair(rank, world_size):
     from omni_train.training.engines import zero as zero_engine
 
-    zero_engine.build_task = lambda recipe: Pair("none")
-    zero_engine.ZeroEngine(small_recipe(engine=EngineName.deepspeed, trainable=["first.*"]))
+    zero_engine.ZeroEngine(small_recipe(engine=EngineName.deepspeed, trainable=["first.*"], network=pair("none")))
 
 
 def test_a_network_of_which_nothing_trains_is_refused_by_name(distributed):

@@ -12,6 +12,7 @@ from omni_train.models.discriminators import Discriminators
 from omni_train.objectives.codec import CodecTraining
 from omni_train.recipe.schema import EngineName, ParallelConfig, ZeroConfig
 from tests.support.codec import CODE2WAV, CODEC, TRAINING, wave_row
+from tests.support.networks import lone_engine_network
 from tests.support.thinker import encoders, media_batches, small_recipe
 
 
@@ -89,12 +90,13 @@ def skip_in_zero(rank, world_size, zero):
     from omni_train.training.engines import zero as zero_engine
     from omni_train.training.engines.zero import shard
 
-    recipe = small_recipe(engine=EngineName.deepspeed, zero=zero)
+    network = lone_engine_network("codec of a test", lambda _: objective, lambda _: objective.networks)
+    recipe = small_recipe(engine=EngineName.deepspeed, zero=zero, network=network)
     recipe.optimizer.ema_decay = 0.9
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     torch.manual_seed(3)
     codec, judges = SpeechCodec(CODEC, CODE2WAV), Discriminators(TRAINING.discriminators)
-    zero_engine.build_task = lambda recipe: CodecTraining(codec, judges, TRAINING, seed=5)
+    objective = CodecTraining(codec, judges, TRAINING, seed=5)
     engine = zero_engine.ZeroEngine(recipe)
     engine.start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,22 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from omni_train.data.rows.base import Row
 from omni_train.errors import UserError
 from omni_train.models.config import params_dtype
-from omni_train.objectives.task import Outcome, Task
+from omni_train.objectives.base import NetworksObjective, Outcome
 from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
 from omni_train.recipe.speech import RecognitionConfig
+from tests.support.networks import lone_engine_network
 from tests.support.pool import RankFailed
 from tests.support.recognizer import TAG_END, recognizer_recipe, row_of, utterances
 from tests.support.thinker import small_recipe
 
 
 @dataclass
-class Points:
+class Points(Row):
     inputs: torch.Tensor  # (B, 13)
     wanted: torch.Tensor  # (B, 5)
-    samples: int = 1
-    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class Maker(torch.nn.Module):
@@ -49,12 +49,16 @@ class Judge(torch.nn.Module):
         return self.layers(x)
 
 
-class Duel(Task):
+def makers_and_judges(recipe) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(recipe.seed + torch.distributed.get_rank())  # the engine must make the ranks equal
+    return {"maker": Maker(), "judge": Judge()}
+
+
+class Duel(NetworksObjective):
     """A maker is drawn to what is wanted and to what a judge takes for it; the judge learns to tell them apart."""
 
-    def __init__(self, recipe) -> None:
-        torch.manual_seed(recipe.seed + torch.distributed.get_rank())  # the engine must make the ranks equal
-        self.networks = {"maker": Maker(), "judge": Judge()}
+    def __init__(self, networks) -> None:
+        self.networks = networks
 
     def weight(self, row: Points) -> float:
         return float(len(row.inputs))
@@ -62,7 +66,8 @@ class Duel(Task):
     def tokens(self, row: Points) -> float:
         return float(len(row.inputs))
 
-    def run(self, networks, row, total_weight, step, training) -> Outcome:
+    def run(self, networks, row, batch) -> Outcome:
+        total_weight, training = batch.weight, batch.training
         made = networks["maker"](row.inputs)
         far = (made - row.wanted).square().mean(1).sum() / total_weight
         judged = networks["judge"](torch.cat([made.detach(), row.wanted]))
@@ -74,16 +79,21 @@ class Duel(Task):
             (pull,) = torch.autograd.grad((1 - networks["judge"].module(looked)).square().sum() / total_weight, looked)
             loss = far + 0.1 * (made * pull).sum()
         count = float(len(row.inputs))
-        figures = {"loss": (far.detach() * total_weight, count), "told": (told.detach() * total_weight, count)}
-        return Outcome({"maker": loss, "judge": told}, figures)
+        metrics = {"loss": (far.detach() * total_weight, count), "told": (told.detach() * total_weight, count)}
+        return Outcome({"maker": loss, "judge": told}, metrics)
 
-    def after_step(self, networks, step):
-        networks["maker"].seen += 1
+    def after_step(self, step):
+        self.networks["maker"].seen += 1
         return {}
 
 
+def duel() -> str:
+    """The network's name, in this process too."""
+    return lone_engine_network("duel", Duel, makers_and_judges)
+
+
 def recipe_of(zero: ZeroConfig, precision: Precision):
-    recipe = small_recipe(engine=EngineName.deepspeed, precision=precision)
+    recipe = small_recipe(engine=EngineName.deepspeed, precision=precision, network=duel())
     recipe.zero = zero
     recipe.trainable = ["maker.layers.*", "judge.*"]
     recipe.optimizer.groups = [ParamGroupConfig(match="judge.*", lr_factor=0.5)]
@@ -110,8 +120,6 @@ def train(rank, world_size, zero, folder, steps, save_at, poison=None, precision
     recipe = recipe_of(zero, precision)
     dtype = params_dtype(precision)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
-    zero_engine.build_task = Duel
-    zero_engine.build_networks = lambda recipe, teacher: Duel(recipe).networks
     engine = zero_engine.ZeroEngine(recipe)
     store = engine.open_store(Path(folder))
     store.config = CheckpointConfig(keep=0)
@@ -185,7 +193,6 @@ def change_settings(rank, world_size, stage, folder):
 
     recipe = recipe_of(zero_of(stage), Precision.fp32)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
-    zero_engine.build_task = Duel
     later = replace(recipe.optimizer, betas=[0.8, 0.7], eps=1e-2, weight_decay=0.3, clip_grad=0.2)
 
     def steps(engine, first, last):
@@ -240,11 +247,8 @@ def test_a_step_that_is_not_finite_changes_nothing(distributed, tmp_path):
             assert all(torch.equal(before[key], after[key]) for key in before), name
 
 
-class Total(Task):
+class Total(NetworksObjective):
     """The gradient of the weights is the sum of all inputs over the sum of the weights."""
-
-    def __init__(self, recipe) -> None:
-        self.networks = {"model": torch.nn.Linear(8, 1, bias=False).to(params_dtype(recipe.precision))}
 
     def weight(self, row: Points) -> float:
         return 1.0
@@ -252,9 +256,9 @@ class Total(Task):
     def tokens(self, row: Points) -> float:
         return 1.0
 
-    def run(self, networks, row, total_weight, step, training) -> Outcome:
+    def run(self, networks, row, batch) -> Outcome:
         out = networks["model"](row.inputs).float().sum()
-        return Outcome({"model": out / total_weight}, {"loss": (out.detach(), 1.0)})
+        return Outcome({"model": out / batch.weight}, {"loss": (out.detach(), 1.0)})
 
 
 def add_up(rank, world_size, stage):
@@ -262,10 +266,14 @@ def add_up(rank, world_size, stage):
     from omni_train import platform
     from omni_train.training.engines import zero as zero_engine
 
-    recipe = small_recipe(engine=EngineName.deepspeed, zero=ZeroConfig(stage=stage), precision=Precision.bf16)
+    def build(recipe):
+        return {"model": torch.nn.Linear(8, 1, bias=False).to(params_dtype(recipe.precision))}
+
+    network = lone_engine_network("total", lambda networks: Total(), build)
+    options = dict(zero=ZeroConfig(stage=stage), precision=Precision.bf16)
+    recipe = small_recipe(engine=EngineName.deepspeed, network=network, **options)
     recipe.optimizer.clip_grad = 0.0
     platform.parallel.initialize(recipe.parallel, recipe.seed)
-    zero_engine.build_task = Total
     engine = zero_engine.ZeroEngine(recipe)
     engine.start()
     rows = [Points(torch.full((1, 8), value, dtype=torch.bfloat16), torch.zeros(1)) for value in [256.0] + [0.5] * 63]
@@ -294,10 +302,8 @@ def recognize(rank, world_size, stage, folder, steps, options):
     """Train a recognizer, whose layers are Megatron's, from where `folder` stands; its tensors before and after."""
     from omni_train import platform
     from omni_train.objectives import recognition
-    from omni_train.training import tasks
     from omni_train.training.engines import zero as zero_engine
 
-    zero_engine.build_task, zero_engine.build_networks = tasks.build_task, tasks.build_networks
     recipe = recognizer_recipe(engine=EngineName.deepspeed, zero=zero_of(stage), **options)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
     with patch.object(recognition, "Tokenizer"), patch.object(recognition, "tag_end", return_value=TAG_END):
@@ -370,7 +376,6 @@ def start_as_on_a_gpu(rank, world_size, stage):
 
     recipe = recipe_of(zero_of(stage), Precision.fp32)
     platform.parallel.initialize(recipe.parallel, recipe.seed)
-    zero_engine.build_task = Duel
     engine = zero_engine.ZeroEngine(recipe)
     os.environ["DS_ACCELERATOR"] = "cpu"
     with patch.object(platform, "has_cuda", return_value=True):

@@ -1,0 +1,140 @@
+"""The table of the kinds of rows: what ``data.rows`` may be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omni_train import plugins
+from omni_train.data.rows.base import Reading, RowKind
+from omni_train.data.rows.batch import PackedBatch, WaveRow
+from omni_train.data.rows.chats import prompt, sequences_of
+from omni_train.data.rows.crops import Crop, pack_crops, read_crop
+from omni_train.data.rows.packing import pack
+from omni_train.data.rows.questions import Question, held_out_questions
+from omni_train.data.rows.sequences import TokenSequence
+from omni_train.data.rows.transcripts import transcript_prompt, transcript_sequence
+from omni_train.data.rows.utterances import Utterance, held_out_utterances
+from omni_train.data.samples.augmentation import Augmentation
+from omni_train.data.samples.chat_template import check_template
+from omni_train.data.samples.sample import Sample
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.errors import UserError
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Positions, Recipe
+
+
+class Sequences(RowKind):
+    """Rows of token sequences."""
+
+    row = PackedBatch
+
+    def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list[TokenSequence]], PackedBatch]:
+        return functools.partial(
+            pack,
+            row_tokens=data.row_tokens,
+            alignment=data.alignment,
+            padding_token=tokenizer.end_of_text,
+            float_positions=data.media.positions is Positions.qwen3_omni,
+        )
+
+
+class Chats(Sequences):
+    """Documents and conversations with media: the Thinker's."""
+
+    name = "chats"
+
+    def read(self, sample: Sample, parts: Mapping[str, bytes], reading: Reading) -> list[TokenSequence]:
+        return sequences_of(sample, reading.tokenizer, reading.data, reading.model, parts)
+
+    def held_out(
+        self, data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any
+    ) -> list[Question]:
+        ask = functools.partial(prompt, template=data.chat_template)
+        return held_out_questions(ask, data, model, evaluation, **share)
+
+    def warning(self, data: DataConfig) -> str | None:
+        return check_template(data.tokenizer, data.chat_template)
+
+
+class Transcripts(Sequences):
+    """Clips and what is said in them: the recognizer's."""
+
+    name, augmented = "transcripts", True
+
+    def read(self, sample: Sample, parts: Mapping[str, bytes], reading: Reading) -> list[TokenSequence]:
+        data, augmentation = reading.data, None
+        if reading.seed is not None and data.augmentation is not None:
+            augmentation = Augmentation(data.augmentation, reading.seed, reading.key)
+        sequence = transcript_sequence(
+            sample,
+            reading.tokenizer,
+            row_tokens=data.row_tokens,
+            media=data.media,
+            model=reading.model,
+            parts=parts,
+            augmentation=augmentation,
+        )
+        return [sequence]
+
+    def held_out(
+        self, data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any
+    ) -> list[Question]:
+        return held_out_questions(transcript_prompt, data, model, evaluation, **share)
+
+
+class Crops(RowKind):
+    """Waveforms of one length: the codec's."""
+
+    name, row = "crops", WaveRow
+
+    def read(self, sample: Sample, parts: Mapping[str, bytes], reading: Reading) -> list[Crop]:
+        return [read_crop(sample, parts, reading.data, reading.model, draw=reading.draw)]
+
+    def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list[Crop]], WaveRow]:
+        return pack_crops
+
+    def held_out(
+        self, data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any
+    ) -> list[Utterance]:
+        return held_out_utterances(data, model, evaluation, **share)
+
+
+_KINDS: dict[str, RowKind] = {kind.name: kind for kind in (Chats(), Transcripts(), Crops())}
+
+
+def register(kind: RowKind) -> None:
+    """Add a kind of row. The module that does so has to be named in OMNI_TRAIN_PLUGINS, for other processes read too.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if kind.name in _KINDS:
+        raise ValueError(f"data.rows={kind.name} is registered already")
+    _KINDS[kind.name] = kind
+
+
+def kind_of(name: str) -> RowKind:
+    """The kind of row that ``data.rows`` names.
+
+    Raises:
+        UserError: there is none of that name, or a module of OMNI_TRAIN_PLUGINS cannot be imported.
+    """
+    plugins.load()
+    if name not in _KINDS:
+        raise UserError(f"data.rows={name}: no such kind of row; choose one of {', '.join(_KINDS)}")
+    return _KINDS[name]
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Refuse a recipe whose kind of row does not exist, or refuses it.
+
+    Raises:
+        UserError: as ``kind_of`` and ``RowKind.check``.
+    """
+    kind_of(recipe.data.rows).check(recipe)
+
+
+def held_out(data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any) -> list:
+    """What the kind of row of these data holds out: see ``RowKind.held_out``."""
+    return kind_of(data.rows).held_out(data, model, evaluation, **share)

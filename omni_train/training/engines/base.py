@@ -1,0 +1,171 @@
+"""What an engine does for the training loop, whichever of the two it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_train import platform
+from omni_train.checkpoint.store import Store
+from omni_train.evaluation.base import Evaluated
+from omni_train.frozen.offload import Resting
+from omni_train.networks.base import NetworkSpec, spec_of
+from omni_train.objectives.base import NetworksObjective
+from omni_train.recipe.schema import Recipe
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did, equal on every rank."""
+
+    metrics: dict[str, float] = field(default_factory=dict)  # loss, grad_norm, and what objective and router add
+    tokens: float = 0.0  # of the global batch, padding excluded
+    samples: int = 0  # that begin in the global batch
+    skipped: int = 0  # refused by the loaders while they made it
+    updated: bool = True  # False where a non-finite loss or gradient made the step be skipped
+    tokens_by_modality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class GlobalSums:
+    """What is known of a global batch before the step."""
+
+    weight: float
+    tokens: float
+    samples: int
+    skipped: int
+    tokens_by_modality: dict[str, float]
+
+
+class Engine(ABC):
+    """A network with its optimizer on this rank. Process groups must exist.
+
+    Args:
+        recipe: a validated recipe.
+    """
+
+    spec: NetworkSpec
+    objective: NetworksObjective
+    parameters: int
+    """Parameters of the whole network."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.spec = spec_of(recipe.network)
+        self.frozen = self.spec.frozen(recipe)
+        self._resting = Resting()
+        if recipe.frozen.offload:
+            for model in self.frozen.values():
+                self._resting.lay_down(model.modules)
+
+    @abstractmethod
+    def open_store(self, directory: Path) -> Store:
+        """The run's checkpoints."""
+
+    @abstractmethod
+    def initialize(self, store: Any) -> None:
+        """Start as the recipe's `init_from` and `init_parts` say, or fresh. Collective."""
+
+    @abstractmethod
+    def resume(self, store: Any, checkpoint: Path) -> dict:
+        """Go on from a checkpoint of this run; what the trainer had to remember. Collective."""
+
+    @abstractmethod
+    def save(self, store: Any, step: int, progress: dict, loader_state: Any) -> None:
+        """Write a checkpoint, or start to. Collective.
+
+        Args:
+            store: from :meth:`open_store`.
+            step: optimizer steps done.
+            progress: what the trainer must remember; equal on all ranks.
+            loader_state: this data rank's loader, None on ranks that do not load.
+        """
+
+    @abstractmethod
+    def train_step(self, rows: list, learning_rate: float, step: int = 0) -> StepResult:
+        """One optimizer step over a global batch.
+
+        Args:
+            rows: this data rank's rows of it; equal on the ranks of one model group, and as many on every rank.
+            learning_rate: of this step.
+            step: number of steps done, which with the recipe's seed decides what is drawn at random.
+        """
+
+    @abstractmethod
+    def evaluate(self, rows: list) -> dict[str, float]:
+        """Metrics of held-out rows over all data ranks, named as in training. Collective."""
+
+    @abstractmethod
+    def network(self) -> Any:
+        """What an evaluation asks: the model whole, without wrappers, averaged where averages are kept. Collective."""
+
+    @abstractmethod
+    def forward(
+        self, frozen: Sequence[torch.nn.Module], rows: Sequence[Any], read: Callable[..., dict[str, torch.Tensor]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """See :class:`omni_train.objectives.base.Forward`."""
+
+    def evaluation(self, held_out: list, refused: Counter[str]) -> Callable[[], Evaluated]:
+        """What asks the network held-out questions.
+
+        Args:
+            held_out: this data rank's, of the network's kind of rows.
+            refused: how many are left out of them, by reason.
+        """
+        assert self.spec.evaluation is not None, "validation refuses evaluation.every of this network"
+        ask = self.spec.evaluation(self.recipe, held_out, refused, self.frozen)
+
+        def run() -> Evaluated:
+            with self.on_device(*(module for model in self.frozen.values() for module in model.modules)):
+                return ask(self.network())
+
+        return run
+
+    def flops(self, rows: list) -> float:
+        """Operations of a training step over this data rank's rows."""
+        return self.spec.flops(self.recipe, rows, sum(map(self.objective.tokens, rows)), self.parameters)
+
+    def expert_loads(self) -> dict[int, list[float]]:
+        """Load of every expert in the last global batch, 1 being an even share, by layer; {} without experts.
+
+        Collective.
+        """
+        return {}
+
+    @contextmanager
+    def on_device(self, *modules: torch.nn.Module) -> Iterator[None]:
+        """See :class:`omni_train.objectives.base.Forward`."""
+        with self._resting.awake(modules):
+            yield
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is held beside the model."""
+
+
+def global_sums(objective: NetworksObjective, rows: Sequence[Any], group: Any = None) -> GlobalSums:
+    """What the rows of all data ranks add up to. Collective.
+
+    Args:
+        objective: weighs them.
+        rows: this data rank's.
+        group: the data ranks; None for all ranks.
+    """
+    names = rows[0].MODALITIES
+    # In fp64: 64 rows of 262,144 tokens are as many as fp32 can count.
+    sums = torch.zeros(4 + len(names), dtype=torch.float64)
+    for row in rows:
+        sums[:2] += torch.tensor([objective.weight(row), objective.tokens(row)], dtype=torch.float64)
+        sums[2:4] += torch.tensor([row.samples, sum(row.skipped.values())])
+        sums[4:] += row.tokens_by_modality()
+    sums = sums.to(platform.device())
+    torch.distributed.all_reduce(sums, group=group)
+    weight, tokens, samples, skipped, *by_modality = sums.tolist()
+    return GlobalSums(weight, tokens, int(samples), int(skipped), dict(zip(names, by_modality, strict=True)))

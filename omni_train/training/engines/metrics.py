@@ -1,0 +1,72 @@
+"""Metrics of a global batch from those of its rows, over all ranks; the engines know no names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from omni_train import platform
+from omni_train.objectives.base import Metric
+
+
+class Totals:
+    """Adds up metrics over rows and ranks.
+
+    Args:
+        precision: of the sums while a rank adds them up, row after row.
+        ranks: the ranks that have different rows, or parts of them.
+        pipeline: the pipeline ranks, of which the last has metrics and tells the others; None where each has.
+    """
+
+    def __init__(self, precision: torch.dtype, ranks: Any = None, pipeline: Any = None) -> None:
+        self.precision, self.ranks = precision, ranks
+        self.pipeline = pipeline if pipeline is not None and pipeline.size() > 1 else None
+        self._names: dict[bool, list[tuple[str, bool]]] = {}  # by `training`: (name, whether it has a weight)
+
+    def over(self, rows: Sequence[Mapping[str, Metric]], training: bool) -> dict[str, float]:
+        """Each metric over the global batch, without those of nothing. Collective.
+
+        Args:
+            rows: metrics of this rank's rows; none on pipeline ranks before the last.
+            training: whether they are of a training step: each kind has its names.
+
+        Raises:
+            RuntimeError: the rows of a batch name different metrics.
+        """
+        last = self.pipeline is None or self.pipeline.rank() == self.pipeline.size() - 1
+        names = self._agreed(rows if last else (), training)
+        sums = torch.zeros(len(names), dtype=self.precision, device=platform.device())
+        weights = torch.zeros(len(names), dtype=torch.float64, device=platform.device())
+        for row in rows if last else ():
+            pairs = [row[name] for name, _ in names]
+            sums += torch.stack([torch.as_tensor(total).to(sums) for total, _ in pairs])
+            weights += torch.stack(
+                [torch.as_tensor(0.0 if weight is None else weight).to(weights) for _, weight in pairs]
+            )
+        totals = torch.cat([sums.double(), weights])
+        torch.distributed.all_reduce(totals, group=self.ranks)
+        if self.pipeline is not None:
+            source = torch.distributed.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+            torch.distributed.broadcast(totals, src=source, group=self.pipeline)
+        reduced, weighed = totals[: len(names)].to(self.precision).tolist(), totals[len(names) :].tolist()
+        return {
+            name: total / weight if has_weight else total
+            for (name, has_weight), total, weight in zip(names, reduced, weighed, strict=True)
+            if weight or not has_weight
+        }
+
+    def _agreed(self, rows: Sequence[Mapping[str, Metric]], training: bool) -> list[tuple[str, bool]]:
+        """What the rows name, which pipeline ranks before the last learn once."""
+        kinds = [[(name, weight is not None) for name, (_, weight) in row.items()] for row in rows]
+        if training not in self._names:
+            told: list = [kinds[0] if kinds else []]
+            if self.pipeline is not None:
+                source = torch.distributed.get_global_rank(self.pipeline, self.pipeline.size() - 1)
+                torch.distributed.broadcast_object_list(told, src=source, group=self.pipeline)
+            self._names[training] = told[0]
+        names = self._names[training]
+        if other := next((kind for kind in kinds if kind != names), None):
+            raise RuntimeError(f"rows name different metrics: {dict(names)} and {dict(other)}")
+        return names
