@@ -29,7 +29,8 @@ class NormedConv2d(torch.nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = self.gain / self.weight.flatten(1).norm(dim=1)
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], self.bias)
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _Layers(torch.nn.Module):

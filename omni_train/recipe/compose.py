@@ -10,7 +10,6 @@ from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -158,7 +157,7 @@ def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
         raise UserError(f"--config-dir {config_dir}: no such folder; give one laid out like {main}")
     with initialize_config_dir(config_dir=str(main), version_base="1.3"):
         if config_dir is not None:
-            path = create_config_search_path(str(main))
+            path = GlobalHydra.instance().config_loader().get_search_path()
             own = f"file://{Path(config_dir).absolute()}"
             path.prepend("--config-dir", own, anchor=SearchPathQuery(provider="schema"))
             GlobalHydra.instance().clear()
