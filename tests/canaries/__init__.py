@@ -1,0 +1,1 @@
+"""Canaries: tests that die first when a package changes a private part that omni_train relies on."""
