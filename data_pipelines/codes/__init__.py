@@ -20,7 +20,8 @@ from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
 from omni_train.data.rows.crops import read_speech
 from omni_train.data.samples.files import open_regular
 from omni_train.data.samples.members import members, read_files
-from omni_train.data.samples.sample import SampleError, describe, one_sample, sample_in
+from omni_train.data.samples.parsing import sample_in
+from omni_train.data.samples.sample import SampleError, describe, one_sample
 from omni_train.data.samples.tokenizer import copy_tokenizer
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, MediaConfig

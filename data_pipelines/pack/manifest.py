@@ -17,7 +17,8 @@ from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.files import TooLarge, open_regular, read_whole, real_path
 from omni_train.data.samples.media import decoded_seconds
 from omni_train.data.samples.media.container import open_container
-from omni_train.data.samples.sample import Chat, SampleError, named_files, one_sample, read_json, sample_of
+from omni_train.data.samples.parsing import named_files, read_json, sample_of
+from omni_train.data.samples.sample import Chat, SampleError, one_sample
 from omni_train.data.samples.tokenizer import Tokenizer
 
 

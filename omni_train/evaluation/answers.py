@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omni_train import platform
 from omni_train.data.rows.questions import Question
-from omni_train.data.samples.sample import MEDIA
+from omni_train.data.samples.kinds import medium_kinds
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.evaluation.base import Cell, Evaluated, Medium
 from omni_train.models.thinker import Thinker
@@ -40,7 +40,7 @@ class Prediction:
         return {
             "name": asked.name,
             "task": asked.meta.get("task"),
-            **{kind: media.get(kind) for kind in MEDIA},
+            **{kind: media.get(kind) for kind in medium_kinds()},
             "question": asked.text,
             "expected": asked.answer,
             "answer": self.answer,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from omni_train.data.samples.kinds import medium_kinds
 from omni_train.errors import UserError, cannot_write, first_line
 from omni_train.evaluation.base import Cell, Exhibit, Medium
 from omni_train.recipe.schema import Recipe
@@ -67,8 +68,9 @@ class Wandb(Callback):
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cell.content)
-        kind = {"audio": self._wandb.Audio, "image": self._wandb.Image, "video": self._wandb.Video}[cell.kind]
-        return kind(str(path)) if cell.kind != "video" or path.suffix in (".mp4", ".webm") else None
+        kind = medium_kinds()[cell.kind]
+        shows = kind.wandb is not None and (kind.shown is None or path.suffix in kind.shown)
+        return getattr(self._wandb, kind.wandb)(str(path)) if shows else None
 
     def close(self) -> None:
         self._run.finish()

@@ -14,7 +14,8 @@ from omni_train.data.rows.batch import IGNORE
 from omni_train.data.rows.chats import prompt, render, tokenize
 from omni_train.data.rows.kinds import held_out
 from omni_train.data.samples.chat_template import answer_text, check_template, written
-from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn, parse_sample
+from omni_train.data.samples.parsing import parse_sample
+from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.loader import evaluation_rows
 from omni_train.errors import UserError

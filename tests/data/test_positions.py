@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from enum import IntEnum
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from omni_train.data.rows.batch import MODALITIES
 from omni_train.data.rows.packing import pack
 from omni_train.data.samples.lengths import audio_tokens
-from omni_train.data.samples.positions import Block, Frame, Kind, Text, rotary_ids
+from omni_train.data.samples.positions import IMAGE_PAD, Block, Frame, Text, rotary_ids
 from omni_train.data.samples.sample import Chat, Medium, Turn
 from omni_train.recipe.schema import MediaConfig, Positions
 from tests.support.sized_chats import Conversation, conversation, model_with_encoders
@@ -103,8 +104,8 @@ def test_ids_are_rounded_where_transformers_rounds_them(tokenizer):
     for length in range(200, 270):
         tokens = [start, *[frame] * 4, end, *[word] * length, start, pixel, end, word]
         clip = Block(4, 1, 1, made.seconds_per_grid("0.v"), 0)
-        runs = [Text(1), clip, Text(1), Text(length), Text(1), Frame(Kind.image, 1, 1), Text(1), Text(1)]
-        ids, _ = rotary_ids(runs, Positions.qwen3_omni)
+        runs = [Text(1), clip, Text(1), Text(length), Text(1), Frame(IMAGE_PAD, 1, 1), Text(1), Text(1)]
+        ids, *_ = rotary_ids(runs, Positions.qwen3_omni)
         assert torch.equal(torch.from_numpy(ids), qwen3_omni_ids(made, np.array(tokens), tokenizer)), length
 
 
@@ -188,6 +189,15 @@ def test_sound_stands_among_the_patches_as_the_processor_of_qwen3_omni_puts_it(m
 def absolute(monkeypatch, tokenizer, made: Conversation, **changes):
     media = MediaConfig(**dict(positions=Positions.absolute, audio_timestamp_seconds=[1.0, 3.0]) | changes)
     return made.tokenize(monkeypatch, tokenizer, model_with_encoders(), media)
+
+
+class Kind(IntEnum):
+    """What stands at a token's place."""
+
+    text = 0
+    audio = 1
+    image = 2
+    video = 3
 
 
 def kinds_of(sequence, tokenizer) -> np.ndarray:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from omni_train.data.samples.sample import Chat, Document, Medium, SampleError, Turn, describe, parse_sample
+from omni_train.data.samples.parsing import parse_sample
+from omni_train.data.samples.sample import Chat, Document, Medium, SampleError, Turn, describe
 
 
 def test_a_document_keeps_its_text_and_meta():

@@ -18,7 +18,8 @@ from omni_train.data.samples.augmentation import Augmentation
 from omni_train.data.samples.features.mel import log_mel
 from omni_train.data.samples.lengths import audio_tokens
 from omni_train.data.samples.media import read_audio
-from omni_train.data.samples.sample import SampleError, parse_sample
+from omni_train.data.samples.parsing import parse_sample
+from omni_train.data.samples.sample import SampleError
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, MediaConfig, SourceConfig
 from omni_train.recipe.speech import AugmentationConfig

@@ -24,7 +24,8 @@ from data_pipelines.rehearsal.kinds import KINDS
 from data_pipelines.rehearsal.pictures import COLORS
 from data_pipelines.rehearsal.speech import RATE
 from data_pipelines.rehearsal.world import World
-from omni_train.data.samples.sample import Chat, Document, parse_sample
+from omni_train.data.samples.parsing import parse_sample
+from omni_train.data.samples.sample import Chat, Document
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.errors import UserError
 

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.data.samples.lengths import audio_tokens
-from omni_train.data.samples.positions import Audio, Block, Frame, Kind, Run, Text, rotary_ids
+from omni_train.data.samples.positions import IMAGE_PAD, VIDEO_PAD, Block, Frame, Run, Stretch, Text, rotary_ids
 from omni_train.recipe.schema import AudioEncoderConfig, Positions
 
 WORDS = 100  # ids from here on are marks and pads
@@ -145,11 +145,11 @@ class Conversation:
         return self
 
     def sound(self, frames: int) -> Conversation:
-        return self._marked([AUDIO_START], Audio(self._clip(frames)), [AUDIO_END])
+        return self._marked([AUDIO_START], Stretch(self._clip(frames)), [AUDIO_END])
 
     def image(self, height: int, width: int) -> Conversation:
         self._grid((1, height, width), image=True)
-        return self._marked([VISION_START], Frame(Kind.image, height // 2, width // 2), [VISION_END])
+        return self._marked([VISION_START], Frame(IMAGE_PAD, height // 2, width // 2), [VISION_END])
 
     def video(self, grid: tuple[int, int, int], seconds: float, frames: int = 0) -> Conversation:
         """As Qwen3-Omni has it, with sound of that many mel frames."""
@@ -164,7 +164,7 @@ class Conversation:
         """As Qwen3.5 has it, with text before each temporal patch."""
         self._grid(grid)
         for _ in range(grid[0]):
-            self.text(5)._marked([VISION_START], Frame(Kind.video, grid[1] // 2, grid[2] // 2), [VISION_END])
+            self.text(5)._marked([VISION_START], Frame(VIDEO_PAD, grid[1] // 2, grid[2] // 2), [VISION_END])
         return self
 
     def _marked(self, before: list[int], run: Run, after: list[int]) -> Conversation:
@@ -187,8 +187,9 @@ class Conversation:
 
     def tokens_and_ids(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(n,) tokens and (3, n) rotary ids."""
-        ids, kinds = rotary_ids(self.runs, self.style)
-        pads = torch.tensor([-1, AUDIO, IMAGE, VIDEO])[torch.from_numpy(kinds).long()]
+        ids, kinds, found = rotary_ids(self.runs, self.style)
+        numbers = {"<|audio_pad|>": AUDIO, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO}
+        pads = torch.tensor([-1, *(numbers[pad.token] for pad in found)])[torch.from_numpy(kinds).long()]
         words = torch.randint(WORDS, pads.shape, generator=torch.Generator().manual_seed(len(pads)))
         for place, mark in self.marks.items():
             words[place] = mark

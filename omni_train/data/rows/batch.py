@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from omni_train.data.rows.base import Row
+from omni_train.data.samples.kinds import MODALITIES
 
 IGNORE = -100
 """Label of a position that carries no loss."""
-
-MODALITIES = ("text", "audio", "image", "video", "video_audio")
-"""What a sample counts as: the first of video with sound, video, image, audio that it has, else text."""
 
 
 @dataclass

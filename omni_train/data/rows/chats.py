@@ -12,13 +12,12 @@ from omni_train.data.rows.room import read_clips, refuse_long, refuse_many
 from omni_train.data.rows.sequences import TokenSequence, shifted
 from omni_train.data.samples.chat_template import answer_text, generation_prompt, rounds, written
 from omni_train.data.samples.clips import Clip, read_clip
-from omni_train.data.samples.positions import Kind, rotary_ids
+from omni_train.data.samples.positions import rotary_ids
 from omni_train.data.samples.rendering import Rendering
 from omni_train.data.samples.sample import Chat, Document, Medium, Sample, SampleError, Turn
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, MediaConfig, ModelConfig
 
-PADS = {Kind.audio: "<|audio_pad|>", Kind.image: "<|image_pad|>", Kind.video: "<|video_pad|>"}
 MOST_ROWS = 64  # of the rounds of one chat together: each of n repeats the ones before it
 
 
@@ -164,24 +163,29 @@ def _sequence(
     if not shown:
         tokens = np.array(rendering.tokens, dtype=np.int32)
         return TokenSequence(tokens, shifted(tokens, np.array(rendering.learned, dtype=bool)))
-    positions, kinds = rotary_ids(rendering.runs, media.positions)
-    text = kinds == Kind.text
+    positions, kinds, pads = rotary_ids(rendering.runs, media.positions)
+    text = kinds == 0
     tokens = np.empty(len(kinds), dtype=np.int32)
     learned = np.zeros(len(kinds), dtype=bool)
     tokens[text] = rendering.tokens
     learned[text] = rendering.learned
-    slots = {kind: np.flatnonzero(kinds == kind) for kind in PADS}
-    for kind, own in slots.items():
-        if len(own):
-            tokens[own] = tokenizer.token_id(PADS[kind])
+    slots: dict[str, list[np.ndarray]] = {"audio": [], "vision": []}
+    for kind, pad in enumerate(pads, 1):
+        if len(own := np.flatnonzero(kinds == kind)):
+            tokens[own] = tokenizer.token_id(pad.token)
+            slots[pad.encoder].append(own)
     return TokenSequence(
         tokens,
         shifted(tokens, learned),
         positions=positions,
         modality=max(MODALITIES.index(clip.modality) for clip in shown),
         mel=[clip.mel for clip in shown if clip.mel is not None],
-        audio_slots=slots[Kind.audio],
+        audio_slots=_in_order(slots["audio"]),
         patches=[clip.patches for clip in shown if clip.patches is not None],
         grids=[clip.grid for clip in shown if clip.grid is not None],
-        vision_slots=np.sort(np.concatenate([slots[Kind.image], slots[Kind.video]])),
+        vision_slots=_in_order(slots["vision"]),
     )
+
+
+def _in_order(slots: list[np.ndarray]) -> np.ndarray:
+    return np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *slots]))

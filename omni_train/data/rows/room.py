@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from omni_train.data.samples.clips import Clip
+from omni_train.data.samples.kinds import medium_kinds
 from omni_train.data.samples.rendering import rendered_length
 from omni_train.data.samples.sample import Medium, SampleError, Turn
 from omni_train.data.samples.tokenizer import Tokenizer
@@ -44,13 +45,17 @@ def read_clips(
     read: Callable[..., Clip],
 ) -> dict[Medium, Clip]:
     """Read all media of ``turns``, whose text is ``length`` long; videos last, in equal shares of the tokens left."""
+
+    def shrinks(medium: Medium) -> bool:
+        return medium_kinds()[medium.kind].shrinks
+
     clips: dict[Medium, Clip] = {}
     left = max_tokens - length
-    waiting = sorted((medium for turn in turns for medium in turn.media), key=lambda medium: medium.kind == "video")
+    waiting = sorted((medium for turn in turns for medium in turn.media), key=shrinks)
     for index, medium in enumerate(waiting):
         if left < 0:
             break
-        if medium not in clips and medium.kind == "video":
+        if medium not in clips and shrinks(medium):
             share = left // (len(waiting) - index)
             clips[medium], length = _read_video(functools.partial(read, medium, sound_tokens=share), share, tokenizer)
         else:

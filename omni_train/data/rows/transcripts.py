@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from omni_train.data.rows.batch import IGNORE, MODALITIES
-from omni_train.data.rows.chats import PADS
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.augmentation import Augmentation
 from omni_train.data.samples.features.mel import log_mel
 from omni_train.data.samples.language import UNKNOWN, language_of
 from omni_train.data.samples.lengths import audio_tokens, most_seconds
 from omni_train.data.samples.media import read_audio
-from omni_train.data.samples.positions import Kind
+from omni_train.data.samples.positions import AUDIO_PAD
 from omni_train.data.samples.sample import Chat, Medium, Sample, SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.recipe.schema import MediaConfig, ModelConfig
@@ -128,7 +127,7 @@ def _sequence(
     heard = audio_tokens(len(mel_FM), model.audio)
     if heard > room:
         raise SampleError("too_long")
-    tokens = [tokenizer.token_id(PADS[Kind.audio])] * heard + [tokenizer.im_start, *written]
+    tokens = [tokenizer.token_id(AUDIO_PAD.token)] * heard + [tokenizer.im_start, *written]
     labels = np.full(len(tokens), IGNORE, dtype=np.int32)
     labels[heard : heard + len(written)] = written
     return TokenSequence(

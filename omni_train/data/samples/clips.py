@@ -8,35 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.kinds import medium_kinds
+from omni_train.data.samples.layout import Item, lay_out_audio, lay_out_block, lay_out_image, lay_out_video
 from omni_train.data.samples.lengths import audio_tokens, audio_tokens_per_second, most_seconds, vision_tokens
 from omni_train.data.samples.media import read_audio, read_image, read_video
-from omni_train.data.samples.positions import Audio, Block, Frame, Kind
+from omni_train.data.samples.positions import Block
 from omni_train.data.samples.sample import Medium, SampleError
-from omni_train.data.samples.timestamps import inside_sound, timestamp
+from omni_train.data.samples.timestamps import inside_sound
 from omni_train.recipe.schema import AudioEncoderConfig, MediaConfig, ModelConfig, Positions
 
-AUDIO_START, AUDIO_END = "<|audio_start|>", "<|audio_end|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 TOKENS_PER_SECOND = 6.25  # the grid of time for a model that sees and does not hear
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Control tokens around a medium, or one that has begun before them."""
-
-    names: tuple[str, ...]
-    continues: bool = False
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """A timestamp: text like that beside it."""
-
-    text: str
-    continues: bool = False
-
-
-Item = Marks | Stamp | Audio | Frame | Block
 
 
 @dataclass
@@ -61,30 +42,50 @@ def read_clip(
     max_tokens: int | None = None,
     sound_tokens: int | None = None,
 ) -> Clip:
-    """Read one medium; a video of at most ``max_tokens`` vision tokens, beside those of its sound and timestamps.
+    """Read one medium as its kind does: see ``MediumKind.read``.
 
-    Sound that becomes more than ``sound_tokens`` is decoded no further. Raises SampleError: ``no_vision_encoder``,
-    ``no_audio_encoder``, ``media_missing`` (the sample names a file that it lacks), ``too_long`` for such sound, and
-    the reasons of ``omni_train.data.samples.media``.
+    Raises SampleError: ``no_vision_encoder``, ``no_audio_encoder``, ``media_missing`` (the sample names a file that it
+    lacks), ``too_long`` for sound of more than ``sound_tokens``, and the reasons of ``omni_train.data.samples.media``.
     """
-    if medium.kind != "audio" and model.vision is None:
-        raise SampleError("no_vision_encoder")
-    if (medium.kind == "audio" or medium.sound) and model.audio is None:
-        raise SampleError("no_audio_encoder")
+    kind = medium_kinds()[medium.kind]
+    for encoder in kind.encoders(medium):
+        if getattr(model, encoder) is None:
+            raise SampleError(f"no_{encoder}_encoder")
     data = parts.get(medium.file)
     if data is None:
         raise SampleError("media_missing")
-    most = None if sound_tokens is None or model.audio is None else most_seconds(sound_tokens, model.audio)
-    if medium.kind == "audio":
-        mel_FM, tokens = _features(read_audio(data, media, medium.start, medium.end, most=most), model.audio)
-        bounds = media.audio_timestamp_seconds if media.positions != Positions.qwen3_omni else ()
-        items = lay_out_audio(tokens, inside_sound(tokens, model.audio, bounds, medium, data))
-        return Clip("audio", items, audio_tokens=tokens, mel=mel_FM)
+    return kind.read(medium, data, model, media, max_tokens=max_tokens, sound_tokens=sound_tokens)
+
+
+def read_sound(
+    medium: Medium, data: bytes, model: ModelConfig, media: MediaConfig, sound_tokens: int | None = None
+) -> Clip:
+    """A sound, or the part of it that the sample names."""
+    waveform = read_audio(data, media, medium.start, medium.end, most=_most(sound_tokens, model))
+    mel_FM, tokens = _features(waveform, model.audio)
+    bounds = media.audio_timestamp_seconds if media.positions != Positions.qwen3_omni else ()
+    items = lay_out_audio(tokens, inside_sound(tokens, model.audio, bounds, medium, data))
+    return Clip("audio", items, audio_tokens=tokens, mel=mel_FM)
+
+
+def read_picture(data: bytes, model: ModelConfig, media: MediaConfig) -> Clip:
+    """An image."""
     merge = model.vision.spatial_merge_size
-    if medium.kind == "image":
-        patches_PD, grid = read_image(data, media, model.vision)
-        items = lay_out_image(grid[1] // merge, grid[2] // merge)
-        return Clip("image", items, vision_tokens=vision_tokens(grid, model.vision), patches=patches_PD, grid=grid)
+    patches_PD, grid = read_image(data, media, model.vision)
+    items = lay_out_image(grid[1] // merge, grid[2] // merge)
+    return Clip("image", items, vision_tokens=vision_tokens(grid, model.vision), patches=patches_PD, grid=grid)
+
+
+def read_film(
+    medium: Medium,
+    data: bytes,
+    model: ModelConfig,
+    media: MediaConfig,
+    max_tokens: int | None = None,
+    sound_tokens: int | None = None,
+) -> Clip:
+    """A video of at most ``max_tokens`` vision tokens, beside those of its sound and timestamps."""
+    merge = model.vision.spatial_merge_size
     video = read_video(
         data,
         media,
@@ -93,7 +94,7 @@ def read_clip(
         start=medium.start,
         end=medium.end,
         max_tokens=max_tokens,
-        most_sound=most,
+        most_sound=_most(sound_tokens, model),
     )
     mel_FM, tokens = _features(video.waveform, model.audio) if video.waveform is not None else (None, 0)
     t, height, width = video.grid[0], video.grid[1] // merge, video.grid[2] // merge
@@ -115,62 +116,12 @@ def read_clip(
     )
 
 
+def _most(sound_tokens: int | None, model: ModelConfig) -> float | None:
+    """Seconds of sound beyond which none is decoded."""
+    return None if sound_tokens is None or model.audio is None else most_seconds(sound_tokens, model.audio)
+
+
 def _features(waveform: np.ndarray, audio: AudioEncoderConfig) -> tuple[np.ndarray, int]:
     """Log-mel frames (F, M) and the number of tokens that they become."""
     mel_FM = log_mel(waveform, audio.num_mel_bins)
     return mel_FM, audio_tokens(len(mel_FM), audio)
-
-
-def lay_out_audio(tokens: int, stamps: list[tuple[int, str]]) -> list[Item]:
-    """A sound of ``tokens``, with text before the tokens of the given indices."""
-    items: list[Item] = [Marks((AUDIO_START,))]
-    begin = 0
-    for index, text in stamps:
-        items += [Audio(index - begin, begin, continues=begin > 0), Stamp(text, continues=True)]
-        begin = index
-    return [*items, Audio(tokens - begin, begin, continues=begin > 0), Marks((AUDIO_END,), continues=True)]
-
-
-def lay_out_image(height: int, width: int) -> list[Item]:
-    """An image of ``height`` x ``width`` tokens."""
-    return [Marks((VISION_START,)), Frame(Kind.image, height, width), Marks((VISION_END,))]
-
-
-def lay_out_video(
-    height: int, width: int, seconds: np.ndarray, sound: int, *, tokens_per_second: float, timestamps: bool
-) -> list[Item]:
-    """A video of temporal patches of ``height`` x ``width`` tokens at ``seconds`` (t,), with ``sound`` audio tokens.
-
-    Everything stands in order of time on the grid of the audio tokens, a patch before the audio token of the same time,
-    each patch and each stretch of sound between its own marks, and a timestamp before each patch.
-    """
-    items: list[Item] = []
-    heard = 0
-
-    def hear(until: int) -> None:
-        nonlocal heard
-        if until > heard:
-            begun = bool(items)
-            items.extend([Marks((AUDIO_START,), begun), Audio(until - heard, heard, begun), Marks((AUDIO_END,), True)])
-            heard = until
-
-    for second in seconds:
-        step = int(second * tokens_per_second + 0.5)
-        hear(min(step, sound))
-        begun = bool(items)
-        if timestamps:
-            items.append(Stamp(timestamp(second), begun))
-        items += [
-            Marks((VISION_START,), begun),
-            Frame(Kind.video, height, width, step, begun),
-            Marks((VISION_END,), True),
-        ]
-    hear(sound)
-    return items
-
-
-def lay_out_block(block: Block) -> list[Item]:
-    """A video of the released Qwen3-Omni: one span, its sound within."""
-    if block.audio == 0:
-        return [Marks((VISION_START,)), block, Marks((VISION_END,))]
-    return [Marks((VISION_START, AUDIO_START)), block, Marks((AUDIO_END,)), Marks((VISION_END,))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
@@ -17,13 +16,17 @@ from omni_train.recipe.schema import Positions
 QWEN3_OMNI_IDS_PER_SECOND = 13  # `position_id_per_seconds` of the released Qwen3-Omni
 
 
-class Kind(IntEnum):
-    """What stands at a token's place."""
+@dataclass(frozen=True)
+class Pad:
+    """The control token that stands where an encoder's outputs are put; ``encoder`` is ``audio`` or ``vision``."""
 
-    text = 0
-    audio = 1
-    image = 2
-    video = 3
+    token: str
+    encoder: str
+
+
+AUDIO_PAD = Pad("<|audio_pad|>", "audio")
+IMAGE_PAD = Pad("<|image_pad|>", "vision")
+VIDEO_PAD = Pad("<|video_pad|>", "vision")
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,21 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Audio:
-    """Audio tokens. ``time`` of the first, in ids since its medium began, counts in ``absolute`` alone."""
+class Stretch:
+    """Tokens of a medium that follow each other in time, as those of sound do. ``time`` of the first, in ids since its
+    medium began, counts in ``absolute`` alone."""
 
     length: int
     time: int = 0
     continues: bool = False
+    pad: Pad = AUDIO_PAD
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An image, or one temporal patch of a video: ``height`` x ``width`` tokens. ``time`` is that of Audio."""
+    """An image, or one temporal patch of a video: ``height`` x ``width`` tokens. ``time`` is that of Stretch."""
 
-    kind: Kind
+    pad: Pad
     height: int
     width: int
     time: int = 0
@@ -73,18 +78,26 @@ class Block:
         return self.frames * self.height * self.width + self.audio
 
 
-Run = Text | Audio | Frame | Block
+Run = Text | Stretch | Frame | Block
 
 
-def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (3, n), int64 or for ``qwen3_omni`` float32, and the Kind (n,) uint8 of each token.
+def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.ndarray, list[Pad]]:
+    """Ids (3, n), int64 or for ``qwen3_omni`` float32; what stands at each of the n places, uint8, 0 for text and k for
+    the k-th of the pads; and those pads.
 
     The arithmetic of ``get_rope_index`` of Qwen3.5 (``contiguous``) and Qwen3-Omni in transformers, to the last bit of
     the latter's float32. ``absolute`` keeps a video's patches from coming before their time.
     """
     dtype, number = (np.float32, np.float32) if style == Positions.qwen3_omni else (np.int64, int)
     length = sum(run.length for run in runs)
-    ids, kinds = np.empty((3, length), dtype), np.empty(length, np.uint8)
+    ids, kinds = np.empty((3, length), dtype), np.zeros(length, np.uint8)
+    pads: list[Pad] = []
+
+    def kind(pad: Pad) -> int:
+        if pad not in pads:
+            pads.append(pad)
+        return 1 + pads.index(pad)
+
     free = number(0)  # 1 + the largest id so far
     free_time = number(0)  # 1 + the T id of the last token
     zero_time = number(0)  # T id at which the medium began
@@ -92,7 +105,7 @@ def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.nd
     for run in runs:
         begin, end = end, end + run.length
         if isinstance(run, Block):
-            ids[:, begin:end], kinds[begin:end], free = _block(run, free)
+            ids[:, begin:end], kinds[begin:end], free = _block(run, free, kind(VIDEO_PAD), kind(AUDIO_PAD))
             continue
         start = free
         if style == Positions.absolute and run.continues:
@@ -107,25 +120,25 @@ def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.nd
             grid[0] = start
             grid[1] = start + np.arange(run.height, dtype=dtype)[:, None]
             grid[2] = start + np.arange(run.width, dtype=dtype)
-            kinds[begin:end] = run.kind
             times, longest = 1, max(run.height, run.width)
         else:
             ids[:, begin:end] = start + np.arange(run.length, dtype=dtype)
-            kinds[begin:end] = Kind.text if isinstance(run, Text) else Kind.audio
             times = longest = run.length
+        if not isinstance(run, Text):
+            kinds[begin:end] = kind(run.pad)
         # Adding in another order would round other ids where floats are not whole.
         free = max(free, start + longest if isinstance(run, Text) else start + number(longest - 1) + 1)
         free_time = start + number(times - 1) + 1
-    return ids, kinds
+    return ids, kinds, pads
 
 
-def _block(run: Block, start: np.float32) -> tuple[np.ndarray, np.ndarray, np.float32]:
+def _block(run: Block, start: np.float32, seen: int, heard: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Ids and kinds of a video whose patches and sound are merged by T, patches first on ties; and the id after it."""
     video = np.indices((run.frames, run.height, run.width), dtype=np.float32).reshape(3, -1)
     video[0] = video[0] * np.float32(run.seconds_per_frame) * np.float32(QWEN3_OMNI_IDS_PER_SECOND)
     audio = np.broadcast_to(np.arange(run.audio, dtype=np.float32), (3, run.audio))
     ids = np.concatenate([video, audio], axis=1) + start
-    kinds = np.repeat(np.array([Kind.video, Kind.audio], np.uint8), [video.shape[1], run.audio])
+    kinds = np.repeat(np.array([seen, heard], np.uint8), [video.shape[1], run.audio])
     order = np.argsort(ids[0], kind="stable")
     ids, kinds = ids[:, order], kinds[order]
     # The released rule goes on from the last stretch of one kind, even where an earlier patch had larger H or W ids.

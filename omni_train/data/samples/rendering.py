@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from omni_train.data.samples.clips import Clip, Marks, Stamp
+from omni_train.data.samples.clips import Clip
+from omni_train.data.samples.layout import Marks, Stamp
 from omni_train.data.samples.positions import Run, Text
 from omni_train.data.samples.tokenizer import Tokenizer
 

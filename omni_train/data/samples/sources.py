@@ -23,7 +23,8 @@ from megatron.energon.flavors.webdataset.structs import FilteredSample
 
 from omni_train.data.samples.files import open_regular
 from omni_train.data.samples.members import read_sample
-from omni_train.data.samples.sample import Sample, SampleError, one_sample, sample_in
+from omni_train.data.samples.parsing import sample_in
+from omni_train.data.samples.sample import Sample, SampleError, one_sample
 from omni_train.data.workers import note
 from omni_train.errors import UserError, first_line
 from omni_train.recipe.schema import DataConfig, SourceConfig

@@ -23,7 +23,8 @@ from megatron.energon.wrappers.buffer import SavableSampleBuffer
 from omni_train.data.rows.base import Piece, Reading, Row
 from omni_train.data.rows.kinds import kind_of
 from omni_train.data.rows.packing import aligned, best_fit
-from omni_train.data.samples.sample import SampleError, one_sample, sample_in
+from omni_train.data.samples.parsing import sample_in
+from omni_train.data.samples.sample import SampleError, one_sample
 from omni_train.data.samples.sources import ShardFolder, StreamConfig
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.blend import TokenBlend, Tokenized
