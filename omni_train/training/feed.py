@@ -16,7 +16,8 @@ from omni_train.data.rows.base import Row
 from omni_train.data.rows.kinds import kind_of
 from omni_train.data.rows.questions import answer_rows
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
+from omni_train.data.stream.loader import build_loader, evaluation_rows
+from omni_train.data.stream.states import redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn

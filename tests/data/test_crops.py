@@ -19,7 +19,8 @@ from omni_train.data.rows.crops import read_crop
 from omni_train.data.rows.utterances import held_out_utterances
 from omni_train.data.samples.media import audio, read_audio
 from omni_train.data.samples.parsing import parse_sample
-from omni_train.data.stream.loader import build_loader, evaluation_rows, redistribute
+from omni_train.data.stream.loader import build_loader, evaluation_rows
+from omni_train.data.stream.states import redistribute
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, SourceConfig
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig

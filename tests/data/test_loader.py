@@ -19,8 +19,9 @@ import torch
 from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.data.stream.loader import Loader, build_loader, evaluation_rows, redistribute
+from omni_train.data.stream.loader import Loader, build_loader, evaluation_rows
 from omni_train.data.stream.made import Rows
+from omni_train.data.stream.states import redistribute
 from omni_train.data.workers import SIGNALS
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, SourceConfig

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from megatron.energon.state import FlexState
 
-from omni_train.data.stream.loader import build_loader, redistribute
+from omni_train.data.stream.loader import build_loader
 from omni_train.data.stream.made import Rows
 from omni_train.data.stream.snapshots import read_snapshot, write_snapshot
+from omni_train.data.stream.states import redistribute
 from omni_train.data.stream.streams import StreamState
 from omni_train.errors import UserError
 from tests.data.conftest import MODEL
