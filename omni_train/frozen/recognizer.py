@@ -65,8 +65,8 @@ class FrozenRecognizer:
         mels = [self._mel(waveform.cpu().numpy()) for waveform in waveforms]
         boundaries = torch.tensor([0, *np.cumsum([len(mel) for mel in mels])], dtype=torch.int32)
         mel_FM = torch.from_numpy(np.concatenate(mels)).to(platform.device())
-        heard_AH, lengths = self.model.hear(mel_FM, boundaries, WHOLE_CLIPS)
-        return torch.nn.utils.rnn.pad_sequence(heard_AH.split(lengths), batch_first=True)
+        hidden_AH, lengths = self.model.encode_audio(mel_FM, boundaries, WHOLE_CLIPS)
+        return torch.nn.utils.rnn.pad_sequence(hidden_AH.split(lengths), batch_first=True)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
         """What is said in waveforms (n,) of 16 kHz, each heard whole."""

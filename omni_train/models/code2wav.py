@@ -14,17 +14,17 @@ from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
 from omni_train.nn.waveform import (
-    RESIDUAL,
+    RESIDUAL_GAIN,
     CausalConv1d,
     CausalTransposedConv1d,
     SnakeBeta,
-    Stream,
-    keep_size,
+    StreamingState,
+    variance_preserving_init,
 )
 from omni_train.recipe.speech import Code2WavConfig
 
 DILATIONS = (1, 3, 9)
-SOFTER = 0.01
+OUTPUT_GAIN = 0.01
 """What the last convolution begins with: speech is far from full scale, and too loud costs more than too soft."""
 
 
@@ -41,25 +41,25 @@ class Code2Wav(torch.nn.Module):
         self.embedding = CodeEmbedding(config)
         self.decoder = WaveDecoder(config)
 
-    def forward(self, codes: Tensor, stream: Stream | None = None, clamp: bool = True) -> Tensor:
+    def forward(self, codes: Tensor, state: StreamingState | None = None, clamp: bool = True) -> Tensor:
         """Decode.
 
         Args:
             codes: (B, n, T) integers, of the first n of the N codebooks; n = N where it was trained on all.
-            stream: of codes in pieces, of any lengths.
+            state: of codes in pieces, of any lengths.
             clamp: False for training: what is cut off has no gradient.
 
         Returns:
             (B, S) samples at 24 kHz, S = :func:`wave_samples` of T, from −1 to 1 where they are clamped.
         """
-        waveform = self.decoder(self.embedding(codes), stream)
+        waveform = self.decoder(self.embedding(codes), state)
         return waveform.clamp(-1, 1) if clamp else waveform
 
     def chunked_decode(self, codes: Tensor, chunk_size: int = 300, left_context_size: int = 25) -> Tensor:
         """Decode in independent pieces, each with some frames before it for context, as transformers does.
 
         Every piece is as much shorter than its frames as :func:`wave_samples` says. To decode in pieces what decoding
-        the whole gives, use `stream`.
+        the whole gives, use `state`.
 
         Args:
             codes: (B, N, T).
@@ -131,22 +131,22 @@ class WaveDecoder(torch.nn.Module):
             channels //= 2
         self.last_activation = SnakeBeta(channels)
         self.last = CausalConv1d(channels, 1, 7)
-        keep_size(self)
+        variance_preserving_init(self)
         with torch.no_grad():
-            self.last.weight.mul_(SOFTER)
+            self.last.weight.mul_(OUTPUT_GAIN)
             for stage in self.stages:
                 for unit in stage.units:
-                    unit.point.weight.mul_(RESIDUAL)
+                    unit.point.weight.mul_(RESIDUAL_GAIN)
 
-    def forward(self, hidden: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, T, H) -> (B, S), not clamped."""
-        x = self.transformer(hidden, stream).transpose(1, 2)
+        x = self.transformer(hidden, state).transpose(1, 2)
         for stage in self.upsample:
-            x = stage(x, stream)
-        x = self.first(x, stream)
+            x = stage(x, state)
+        x = self.first(x, state)
         for stage in self.stages:
-            x = stage(x, stream)
-        return self.last(self.last_activation(x), stream).squeeze(1)
+            x = stage(x, state)
+        return self.last(self.last_activation(x), state).squeeze(1)
 
 
 class ConvNeXtStage(torch.nn.Module):
@@ -162,9 +162,9 @@ class ConvNeXtStage(torch.nn.Module):
         self.up = CausalTransposedConv1d(channels, channels, factor, factor)
         self.block = ConvNeXtBlock(channels)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, H, T) -> (B, H, factor·T)."""
-        return self.block(self.up(x), stream)
+        return self.block(self.up(x), state)
 
 
 class ConvNeXtBlock(torch.nn.Module):
@@ -182,9 +182,9 @@ class ConvNeXtBlock(torch.nn.Module):
         self.down = torch.nn.Linear(4 * channels, channels)
         self.gamma = torch.nn.Parameter(torch.full((channels,), 1e-6))
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, H, T) -> (B, H, T)."""
-        y = self.norm(self.depthwise(x, stream).transpose(1, 2))
+        y = self.norm(self.depthwise(x, state).transpose(1, 2))
         y = self.gamma * self.down(F.gelu(self.up(y)))
         return x + y.transpose(1, 2)
 
@@ -203,11 +203,11 @@ class UpStage(torch.nn.Module):
         self.up = CausalTransposedConv1d(channels, channels // 2, 2 * rate, rate)
         self.units = torch.nn.ModuleList(SnakeUnit(channels // 2, dilation) for dilation in DILATIONS)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, C, T) -> (B, C/2, rate·(T − 1))."""
-        x = self.up(self.activation(x), stream)
+        x = self.up(self.activation(x), state)
         for unit in self.units:
-            x = unit(x, stream)
+            x = unit(x, state)
         return x
 
 
@@ -226,10 +226,10 @@ class SnakeUnit(torch.nn.Module):
         self.point_activation = SnakeBeta(channels)
         self.point = CausalConv1d(channels, channels, 1)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
-        y = self.wide(self.wide_activation(x), stream)
-        return x + self.point(self.point_activation(y), stream)
+        y = self.wide(self.wide_activation(x), state)
+        return x + self.point(self.point_activation(y), state)
 
 
 def frame_samples(config: Code2WavConfig) -> int:

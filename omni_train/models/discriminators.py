@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from omni_train.recipe.speech import DiscriminatorConfig
 
-Judgement = tuple[torch.Tensor, list[torch.Tensor]]
+DiscriminatorOutput = tuple[torch.Tensor, list[torch.Tensor]]
 """Logits (B, 1, T, F or P), high for real speech, and the feature maps (B, C, T, F or P) of the layers before."""
 
 
@@ -42,7 +42,7 @@ class _Layers(torch.nn.Module):
         self.head = head
         self.slope = slope
 
-    def forward(self, x: torch.Tensor) -> Judgement:
+    def forward(self, x: torch.Tensor) -> DiscriminatorOutput:
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), self.slope)
@@ -64,7 +64,7 @@ class STFTDiscriminator(torch.nn.Module):
         layers.append(NormedConv2d(channels, channels, (3, 3), padding=1))
         self.net = _Layers(layers, NormedConv2d(channels, 1, (3, 3), padding=1), slope=0.2)
 
-    def forward(self, waveform_BS: torch.Tensor) -> Judgement:
+    def forward(self, waveform_BS: torch.Tensor) -> DiscriminatorOutput:
         spectrum_BFT = torch.stft(
             waveform_BS.float(),  # there is no Fourier transform of bfloat16
             self.window,
@@ -90,7 +90,7 @@ class PeriodDiscriminator(torch.nn.Module):
         layers.append(NormedConv2d(channels[-1], channels[-1], (5, 1), padding=(2, 0)))
         self.net = _Layers(layers, NormedConv2d(channels[-1], 1, (3, 1), padding=(1, 0)), slope=0.1)
 
-    def forward(self, waveform_BS: torch.Tensor) -> Judgement:
+    def forward(self, waveform_BS: torch.Tensor) -> DiscriminatorOutput:
         rest = -waveform_BS.shape[1] % self.period
         padded_BS = F.pad(waveform_BS[:, None], (0, rest), "reflect") if rest else waveform_BS[:, None]
         x_B1TP = padded_BS.unflatten(2, (-1, self.period))
@@ -108,6 +108,6 @@ class Discriminators(torch.nn.ModuleList):
             ]
         )
 
-    def forward(self, waveform_BS: torch.Tensor) -> list[Judgement]:
+    def forward(self, waveform_BS: torch.Tensor) -> list[DiscriminatorOutput]:
         """The judgement of each on crops (B, S) of speech."""
         return [judge(waveform_BS) for judge in self]

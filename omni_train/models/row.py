@@ -1,4 +1,4 @@
-"""What one rank sees of a packed row: its context-parallel part, on its device."""
+"""A context-parallel rank's part of a packed row, on its device."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from omni_train.nn.context_parallel import context_slice_indices
 
 @dataclass
 class LocalMedia:
-    """All sound and vision of a row, and where their tokens stand in this rank's part of it."""
+    """All audio and vision of a row, and which of their tokens this rank's tokens are."""
 
-    mel: torch.Tensor  # (F, M)
-    mel_cu_seqlens: torch.Tensor  # (clips+1,)
-    audio_places: torch.Tensor  # (S,) int64: which audio token stands at each of this rank's tokens, −1: none
+    mel: torch.Tensor  # (F, M) log-mel frames of all clips
+    mel_cu_seqlens: torch.Tensor  # (clips+1,) boundaries of the clips in `mel`
+    audio_indices: torch.Tensor  # (S,) int64: index of the row's audio token that each token is, −1: none
     patches: torch.Tensor  # (P, D) uint8
-    grid_thw: torch.Tensor  # (images, 3)
-    vision_places: torch.Tensor  # (S,) int64
-    next_audio_places: torch.Tensor  # (S,) int64: which stands at the token after each
-    next_vision_places: torch.Tensor  # (S,) int64
-    audio_window_frames: int  # that attend to each other, 0 for a whole clip
+    grid_thw: torch.Tensor  # (images, 3) patches in time, height and width
+    vision_indices: torch.Tensor  # (S,) int64: the same of vision tokens
+    next_audio_indices: torch.Tensor  # (S,) int64: the same of the token after each
+    next_vision_indices: torch.Tensor  # (S,) int64
+    audio_window_frames: int  # mel frames that attend to each other, 0 for a whole clip
 
 
 @dataclass
@@ -41,8 +41,8 @@ class LocalRow:
     loss_weights: torch.Tensor  # (T,) float32
     position_ids: torch.Tensor  # (3, T)
     padding: torch.Tensor  # (S,) bool
-    next_tokens: torch.Tensor  # (T,) int64: the token after each, what a multi-token-prediction layer embeds
-    next_labels: torch.Tensor  # (T,) int64: the label after each, what that layer predicts
+    next_tokens: torch.Tensor  # (T,) int64: the token after each, input of a multi-token-prediction layer
+    next_labels: torch.Tensor  # (T,) int64: the label after each, target of that layer
     next_loss_weights: torch.Tensor  # (T,) float32
     packed: PackedSeqParams  # boundaries in the whole row
     modality: torch.Tensor  # (T,) uint8, index into MODALITIES
@@ -56,8 +56,8 @@ class LocalRow:
 
         Args:
             batch: the row.
-            media: with what the encoders need.
-            audio_window_frames: frames that attend to each other in the audio encoder, 0 for a whole clip.
+            media: whether to include what the encoders need.
+            audio_window_frames: mel frames that attend to each other in the audio encoder, 0 for a whole clip.
         """
         device = platform.device()
         cu_seqlens = batch.cu_seqlens.to(device)
@@ -81,25 +81,25 @@ class LocalRow:
             here = whole_row[mine]
             return here.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()] if tensor > 1 else here
 
-        def places(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Of each token, and of the token after it."""
+        def indices(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Index of the media token that each token is, and that the token after it is."""
             owner = torch.full_like(whole["tokens"], -1)
             owner[slots.to(device)] = torch.arange(len(slots), device=device)
             return sequence_parallel(owner), sequence_parallel(owner.roll(-1))
 
         local_media = None
         if media:
-            audio_places, next_audio_places = places(batch.audio_slots)
-            vision_places, next_vision_places = places(batch.vision_slots)
+            audio_indices, next_audio_indices = indices(batch.audio_slots)
+            vision_indices, next_vision_indices = indices(batch.vision_slots)
             local_media = LocalMedia(
                 mel=batch.mel.to(device, non_blocking=True),
                 mel_cu_seqlens=batch.mel_cu_seqlens,
-                audio_places=audio_places,
+                audio_indices=audio_indices,
                 patches=batch.patches.to(device, non_blocking=True),
                 grid_thw=batch.grid_thw,
-                vision_places=vision_places,
-                next_audio_places=next_audio_places,
-                next_vision_places=next_vision_places,
+                vision_indices=vision_indices,
+                next_audio_indices=next_audio_indices,
+                next_vision_indices=next_vision_indices,
                 audio_window_frames=audio_window_frames,
             )
         longest = batch.max_seqlen

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_train.nn.waveform import Stream
+from omni_train.nn.waveform import StreamingState
 
 
 class CausalTransformer(torch.nn.Module):
@@ -64,19 +64,19 @@ class CausalTransformer(torch.nn.Module):
         )
         self.norm = norm(hidden_size, eps=eps) if gated else torch.nn.Identity()
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H).
 
         Args:
-            stream: of a signal in pieces, of any lengths.
+            state: of a signal in pieces, of any lengths.
         """
         start = 0
-        if stream is not None:
-            start = stream.get(self, 0)
-            stream[self] = start + x.shape[1]
+        if state is not None:
+            start = state.get(self, 0)
+            state[self] = start + x.shape[1]
         rotary = rotary_angles(x.shape[1], start, self.head_dim, self.rope_theta, x.dtype, x.device)
         for layer in self.layers:
-            x = layer(x, rotary, stream)
+            x = layer(x, rotary, state)
         return self.norm(x)
 
 
@@ -89,9 +89,9 @@ class Layer(torch.nn.Module):
         self.attention_norm, self.mlp_norm = norms
         self.attention_scale, self.mlp_scale = scales
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: StreamingState | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
-        x = x + self.attention_scale(self.attention(self.attention_norm(x), rotary, stream))
+        x = x + self.attention_scale(self.attention(self.attention_norm(x), rotary, state))
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
@@ -148,17 +148,17 @@ class SlidingWindowAttention(torch.nn.Module):
         self.value = torch.nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.output = torch.nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: StreamingState | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
         B, T, _ = x.shape
         query = _rotate(self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2), rotary)
         key = _rotate(self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2), rotary)
         value = self.value(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        if stream is not None:
-            if self in stream:
-                key, value = (torch.cat(pair, dim=2) for pair in zip(stream[self], (key, value), strict=True))
+        if state is not None:
+            if self in state:
+                key, value = (torch.cat(pair, dim=2) for pair in zip(state[self], (key, value), strict=True))
             first = max(0, key.shape[2] - self.window + 1)  # the next frame sees no earlier one
-            stream[self] = key[:, :, first:], value[:, :, first:]
+            state[self] = key[:, :, first:], value[:, :, first:]
         if (groups := self.num_heads // self.num_kv_heads) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         out = window_attention(query, key, value, self.window)

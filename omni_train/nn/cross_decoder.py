@@ -1,7 +1,6 @@
-"""Layers of a decoder that attends to an encoder's outputs: packed sequences, each with a clip of its own.
+"""Decoder layers with cross-attention to an encoder's output: packed sequences, each with a clip of its own.
 
-Linear layers go over the tokens packed; only attention sees them padded, so that no position outside of a sequence is
-computed but there.
+Linear layers run over the packed tokens; only attention runs over padded ones, so that padding costs nothing elsewhere.
 
 Axis letters: T tokens, A tokens of the encoder, N sequences, L the longest of them, H hidden, K key-value heads.
 """
@@ -17,11 +16,11 @@ from torch import Tensor
 
 
 class Spans:
-    """Where the packed tokens of N sequences stand once they are padded to the longest.
+    """Indices of the tokens of N packed sequences in a batch padded to the longest of them.
 
     Args:
-        lengths: of each sequence, above 0.
-        device: of the tokens.
+        lengths: tokens of each sequence, at least 1.
+        device: device of the tokens.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -30,54 +29,65 @@ class Spans:
         starts_N = lengths_N.cumsum(0) - lengths_N
         offsets = torch.arange(sum(lengths)) - starts_N.repeat_interleave(lengths_N)
         sequences = torch.arange(self.count).repeat_interleave(lengths_N)
-        self.offsets = offsets.to(device)  # (T,) of each token in its sequence
-        self.places = (sequences * self.longest + offsets).to(device)  # (T,) in the padded (N·L,)
+        self.offsets = offsets.to(device)  # (T,) position of each token in its sequence
+        self.indices = (sequences * self.longest + offsets).to(device)  # (T,) of each token in the padded (N·L,)
         even = min(lengths) == self.longest
         self.mask = None if even else (torch.arange(self.longest) < lengths_N[:, None]).to(device)  # (N, L)
 
     def pad(self, x_TH: Tensor) -> Tensor:
-        """(T, H) -> (N, L, H), zero where there is no token."""
-        padded = x_TH.new_zeros(self.count * self.longest, x_TH.shape[1]).index_copy(0, self.places, x_TH)
+        """Packed to padded: (T, H) -> (N, L, H), zero where there is no token."""
+        padded = x_TH.new_zeros(self.count * self.longest, x_TH.shape[1]).index_copy(0, self.indices, x_TH)
         return padded.view(self.count, self.longest, -1)
 
     def unpad(self, x_NLH: Tensor) -> Tensor:
-        """(N, L, H) -> (T, H)."""
-        return x_NLH.flatten(0, 1).index_select(0, self.places)
+        """Padded to packed: (N, L, H) -> (T, H)."""
+        return x_NLH.flatten(0, 1).index_select(0, self.indices)
 
 
 @dataclass
-class Heard:
-    """The encoder's outputs (A, H), and which of them are whose."""
+class EncoderOutput:
+    """Output of an encoder over N clips."""
 
-    hidden: Tensor
-    spans: Spans
+    hidden: Tensor  # (A, H), clip after clip
+    spans: Spans  # audio tokens of each clip
 
 
-class Past:
-    """What a layer keeps of hypotheses that grow by a token at a time; those of a clip share what they heard."""
+class KVCache:
+    """KV cache of one decoder layer: of each hypothesis for self-attention, of each clip for cross-attention."""
 
     def __init__(self) -> None:
-        self.length = 0
-        self.own: tuple[Tensor, Tensor] | None = None  # keys and values (hypotheses, heads, length, K)
-        self.heard: tuple[Tensor, Tensor] | None = None  # keys and values (clips, heads, L, K)
+        self.length = 0  # tokens of each hypothesis
+        self.self_kv: tuple[Tensor, Tensor] | None = None  # keys and values (hypotheses, heads, length, K)
+        self.cross_kv: tuple[Tensor, Tensor] | None = None  # keys and values (clips, heads, L, K)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep those of one more token of each hypothesis; all of them."""
-        if self.own is not None:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.own, (keys, values), strict=True))
-        self.own = keys, values
-        self.length = keys.shape[2]
-        return self.own
+        """Append keys and values of one more token of each hypothesis.
 
-    def choose(self, hypotheses: Tensor) -> None:
-        """Go on from these, (hypotheses,), each in the place of one of its own clip."""
-        if self.own is not None:
-            keys, values = self.own
-            self.own = keys.index_select(0, hypotheses), values.index_select(0, hypotheses)
+        Args:
+            keys, values: (hypotheses, heads, 1, K).
+
+        Returns:
+            keys and values of all tokens so far, (hypotheses, heads, length, K).
+        """
+        if self.self_kv is not None:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.self_kv, (keys, values), strict=True))
+        self.self_kv = keys, values
+        self.length = keys.shape[2]
+        return self.self_kv
+
+    def reorder(self, hypotheses: Tensor) -> None:
+        """Continue from other hypotheses, as beam search chose them.
+
+        Args:
+            hypotheses: (hypotheses,) int64, each the index of a hypothesis of the same clip.
+        """
+        if self.self_kv is not None:
+            keys, values = self.self_kv
+            self.self_kv = keys.index_select(0, hypotheses), values.index_select(0, hypotheses)
 
 
 class SelfAttention(torch.nn.Module):
-    """Causal, within each sequence."""
+    """Causal multi-head self-attention within each sequence."""
 
     def __init__(self, hidden_size: int, heads: int, where: dict) -> None:
         super().__init__()
@@ -85,20 +95,20 @@ class SelfAttention(torch.nn.Module):
         self.qkv = torch.nn.Linear(hidden_size, 3 * hidden_size, **where)
         self.output = torch.nn.Linear(hidden_size, hidden_size, **where)
 
-    def forward(self, x: Tensor, spans: Spans, past: Past | None) -> Tensor:
-        """(T, H) -> (T, H); with `past`, of one token of each hypothesis."""
+    def forward(self, x: Tensor, spans: Spans, cache: KVCache | None) -> Tensor:
+        """Attend within each sequence, (T, H) -> (T, H); with `cache` the tokens are the next of each hypothesis."""
         qkv = self.qkv(x)
-        padded = spans.pad(qkv) if past is None else qkv[:, None]
+        padded = spans.pad(qkv) if cache is None else qkv[:, None]
         queries, keys, values = (_split(part, self.heads) for part in padded.chunk(3, -1))
-        if past is not None:
-            keys, values = past.append(keys, values)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
         # Padding comes after all tokens of its sequence, which a causal mask alone keeps from seeing it.
-        out = _merge(F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None))
-        return self.output(spans.unpad(out) if past is None else out.squeeze(1))
+        out = _merge(F.scaled_dot_product_attention(queries, keys, values, is_causal=cache is None))
+        return self.output(spans.unpad(out) if cache is None else out.squeeze(1))
 
 
 class CrossAttention(torch.nn.Module):
-    """From each sequence to the whole of its own clip."""
+    """Multi-head cross-attention from each sequence to the encoder's output for its own clip."""
 
     def __init__(self, hidden_size: int, heads: int, encoder_size: int, where: dict) -> None:
         super().__init__()
@@ -107,27 +117,29 @@ class CrossAttention(torch.nn.Module):
         self.key_value = torch.nn.Linear(encoder_size, 2 * hidden_size, **where)
         self.output = torch.nn.Linear(hidden_size, hidden_size, **where)
 
-    def forward(self, x: Tensor, spans: Spans, heard: Heard, past: Past | None) -> Tensor:
-        """(T, H) -> (T, H)."""
-        pair = past.heard if past is not None else None
+    def forward(self, x: Tensor, spans: Spans, encoder_output: EncoderOutput, cache: KVCache | None) -> Tensor:
+        """Attend to the clips, (T, H) -> (T, H); with `cache` the clips' keys and values are computed once."""
+        pair = cache.cross_kv if cache is not None else None
         if pair is None:
-            padded = heard.spans.pad(self.key_value(heard.hidden))
+            padded = encoder_output.spans.pad(self.key_value(encoder_output.hidden))
             pair = tuple(_split(part, self.heads) for part in padded.chunk(2, -1))
-        if past is not None:
-            past.heard = pair
-        mask = heard.spans.mask
+        if cache is not None:
+            cache.cross_kv = pair
+        mask = encoder_output.spans.mask
         queries = _split(spans.pad(self.query(x)), self.heads)
         out = F.scaled_dot_product_attention(queries, *pair, attn_mask=None if mask is None else mask[:, None, None])
         return self.output(spans.unpad(_merge(out)))
 
 
 class DecoderLayer(torch.nn.Module):
-    """Self-attention, cross-attention and an MLP, each behind its norm and beside a residual path.
+    """Decoder layer with norms in front: self-attention, cross-attention and an MLP (Vaswani et al. 2017, section 3.1).
 
     Args:
-        hidden_size, heads, intermediate_size: of the decoder.
-        encoder_size: width of what it attends to.
-        where: device and dtype.
+        hidden_size: H of the decoder.
+        heads: attention heads.
+        intermediate_size: width of the MLP.
+        encoder_size: H of the encoder.
+        where: device and dtype of the parameters.
     """
 
     def __init__(self, hidden_size: int, heads: int, intermediate_size: int, encoder_size: int, where: dict) -> None:
@@ -140,17 +152,17 @@ class DecoderLayer(torch.nn.Module):
         self.fc1 = torch.nn.Linear(hidden_size, intermediate_size, **where)
         self.fc2 = torch.nn.Linear(intermediate_size, hidden_size, **where)
 
-    def forward(self, x: Tensor, spans: Spans, heard: Heard, past: Past | None = None) -> Tensor:
-        """(T, H) -> (T, H) of sequences, or of one token of each hypothesis where there is a `past`.
+    def forward(self, x: Tensor, spans: Spans, encoder_output: EncoderOutput, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after this layer, (T, H) -> (T, H).
 
         Args:
-            x: tokens.
-            spans: the tokens of each clip: its sequence, or its hypotheses.
-            heard: what the encoder made of the clips.
-            past: of this layer.
+            x: hidden states of whole sequences, or with `cache` of one token of each hypothesis.
+            spans: tokens of each clip: those of its sequence, or one of each of its hypotheses.
+            encoder_output: the encoded clips.
+            cache: this layer's KV cache, for decoding.
         """
-        x = x + self.self_attention(self.self_norm(x), spans, past)
-        x = x + self.cross_attention(self.cross_norm(x), spans, heard, past)
+        x = x + self.self_attention(self.self_norm(x), spans, cache)
+        x = x + self.cross_attention(self.cross_norm(x), spans, encoder_output, cache)
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
 

@@ -1,6 +1,11 @@
-"""What the layers remember of sequences that are being written, token by token.
+"""Decoding state of the Thinker: what each layer keeps of sequences that grow by a token at a time.
 
-Axis letters: T tokens of the row, N sequences, H query heads, K key/value heads, L tokens remembered, D head dimension.
+`state` is everywhere what a network carries from call to call, `prefill` the call that reads what is given, and `step`
+one more token of each sequence. Attention layers keep a KV cache, Gated DeltaNet layers their recurrent and convolution
+states (:class:`omni_train.nn.gated_delta_net.RecurrentState`).
+
+Axis letters: T tokens of the row, N sequences, H query heads, K key/value heads, L tokens in the cache, D head
+dimension.
 """
 
 from __future__ import annotations
@@ -17,22 +22,22 @@ GROWTH = 1.5
 
 @dataclass(eq=False)
 class DecodingState(PackedSeqParams):
-    """The boundaries of a row's sequences, and what each layer keeps of them for the tokens to come.
+    """Sequence boundaries of a packed row, with the decoding state of every layer.
 
-    It stands where ``packed_seq_params`` does, so only the layers that mix tokens know of it. The first row through the
-    model holds whole sequences without padding; :meth:`advance` comes before each later row, which holds one token of
-    each sequence.
+    It stands where ``packed_seq_params`` does, so only the layers that mix tokens know of it. The row of the prefill
+    holds whole sequences without padding; :meth:`step` comes before each later row, which holds one token of each
+    sequence.
     """
 
-    sequence: torch.Tensor | None = None  # (T,) the sequence of each token of the row
-    place: torch.Tensor | None = None  # (T,) its place in the sequence
-    longest: int = 0  # tokens of the longest sequence, this row's included
-    single: bool = False  # one token of each sequence, after those remembered
-    memories: dict[torch.nn.Module, object] = field(default_factory=dict)  # by layer, each kind its own
+    sequence_ids: torch.Tensor | None = None  # (T,) int64: sequence of each token of the row
+    positions: torch.Tensor | None = None  # (T,) int64: index of the token in its sequence
+    max_length: int = 0  # tokens of the longest sequence, this row's included
+    is_prefill: bool = True  # False once the row holds one token of each sequence
+    layer_states: dict[torch.nn.Module, PackedKVCache | object] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, packed: PackedSeqParams) -> DecodingState:
-        """The state for a first row with these boundaries."""
+    def prefill(cls, packed: PackedSeqParams) -> DecodingState:
+        """State before the prefill of a row with these boundaries."""
         starts, lengths = packed.cu_seqlens_q[:-1].long(), packed.cu_seqlens_q.diff().long()
         sequence_T = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         return cls(
@@ -41,56 +46,56 @@ class DecodingState(PackedSeqParams):
             cu_seqlens_kv=packed.cu_seqlens_kv,
             max_seqlen_q=packed.max_seqlen_q,
             max_seqlen_kv=packed.max_seqlen_kv,
-            sequence=sequence_T,
-            place=torch.arange(len(sequence_T), device=lengths.device) - starts[sequence_T],
-            longest=packed.max_seqlen_q,
+            sequence_ids=sequence_T,
+            positions=torch.arange(len(sequence_T), device=lengths.device) - starts[sequence_T],
+            max_length=packed.max_seqlen_q,
         )
 
-    def advance(self) -> None:
-        """The next row holds one more token of each sequence."""
-        if not self.single:
-            self.place = self.cu_seqlens_q.diff().long() - 1
-            self.sequence = torch.arange(len(self.place), device=self.place.device)
+    def step(self) -> None:
+        """Move on to a row that holds one more token of each sequence."""
+        if self.is_prefill:
+            self.positions = self.cu_seqlens_q.diff().long() - 1
+            self.sequence_ids = torch.arange(len(self.positions), device=self.positions.device)
             self.cu_seqlens_q = self.cu_seqlens_kv = torch.arange(
-                len(self.place) + 1, dtype=torch.int32, device=self.place.device
+                len(self.positions) + 1, dtype=torch.int32, device=self.positions.device
             )
             self.max_seqlen_q = self.max_seqlen_kv = 1
-            self.single = True
-        self.place = self.place + 1
-        self.longest += 1
+            self.is_prefill = False
+        self.positions = self.positions + 1
+        self.max_length += 1
 
-    def remember(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the row's keys and values (T, K, D) of an attention layer."""
-        if layer not in self.memories:
-            self.memories[layer] = KeyValueCache(len(self.cu_seqlens_q) - 1, self.longest, key)
-        self.memories[layer].write(key, value, self.sequence, self.place, self.longest)
+    def append_kv(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Append the row's keys and values (T, K, D) to the KV cache of an attention layer."""
+        if layer not in self.layer_states:
+            self.layer_states[layer] = PackedKVCache(len(self.cu_seqlens_q) - 1, self.max_length, key)
+        self.layer_states[layer].write(key, value, self.sequence_ids, self.positions, self.max_length)
 
     def attend(self, layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
-        """Attention of one query for each sequence (N, H, D) to all that `layer` remembers of it -> (N, H, D)."""
-        cache = self.memories[layer]
-        key, value = cache.keys_values[:, :, :, : self.longest]
-        seen = torch.arange(self.longest, device=query.device) <= self.place[:, None]
+        """Attention of one query of each sequence to the KV cache of `layer`, (N, H, D) -> (N, H, D)."""
+        cache = self.layer_states[layer]
+        key, value = cache.keys_values[:, :, :, : self.max_length]
+        mask_NL = torch.arange(self.max_length, device=query.device) <= self.positions[:, None]
         # The queries that share a head of keys stand where the queries of a longer sequence would.
         grouped = query.view(len(query), key.shape[1], -1, query.shape[-1])
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen[:, None, None])
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask_NL[:, None, None])
         return out.reshape(query.shape)
 
 
-class KeyValueCache:
-    """Keys and values of N sequences in one block, (2, N, K, L, D), with room to grow.
+class PackedKVCache:
+    """KV cache of N sequences of an attention layer in one block, (2, N, K, L, D), with room to grow.
 
     Args:
         sequences: N.
         length: L to begin with.
-        like: keys (T, K, D) of the same layer.
+        like: keys (T, K, D) of the same layer, for K, D, type and device.
     """
 
     def __init__(self, sequences: int, length: int, like: torch.Tensor) -> None:
         self.keys_values = like.new_zeros(2, sequences, like.shape[1], length, like.shape[2])
 
-    def write(self, key, value, sequence_T: torch.Tensor, place_T: torch.Tensor, longest: int) -> None:
-        """Put the keys and values (T, K, D) of tokens at their places, none of which is past `longest`."""
-        if longest > (length := self.keys_values.shape[3]):
-            self.keys_values = F.pad(self.keys_values, (0, 0, 0, max(longest, int(length * GROWTH)) - length))
+    def write(self, key, value, sequence_T: torch.Tensor, position_T: torch.Tensor, max_length: int) -> None:
+        """Write the keys and values (T, K, D) of tokens at their positions, all of them below `max_length`."""
+        if max_length > (length := self.keys_values.shape[3]):
+            self.keys_values = F.pad(self.keys_values, (0, 0, 0, max(max_length, int(length * GROWTH)) - length))
         for kept, new in zip(self.keys_values, (key, value), strict=True):
-            kept[sequence_T, :, place_T] = new
+            kept[sequence_T, :, position_T] = new

@@ -1,4 +1,4 @@
-"""Gated DeltaNet that goes on from a state: Megatron's layer in training, its recurrence when a sequence is written.
+"""Gated DeltaNet with a decoding state: Megatron's layer in training, its recurrence when text is generated.
 
 Axis letters: T tokens of the row, N sequences, D channels of the convolution, W taps, H heads, K and V head dimensions.
 """
@@ -18,15 +18,18 @@ from omni_train.nn.delta_rule import delta_rule_step
 
 
 @dataclass
-class DeltaNetMemory:
-    """All that Gated DeltaNet needs of the tokens before: the same for ten or for a million."""
+class RecurrentState:
+    """Decoding state of a Gated DeltaNet layer, whose size does not depend on the tokens before.
 
-    inputs: torch.Tensor  # (N, D, W) the last inputs of the convolution, oldest first
-    state: torch.Tensor  # (N, H, K, V)
+    Its fields are named as in flash-linear-attention.
+    """
+
+    conv_state: torch.Tensor  # (N, D, W) the last inputs of the causal convolution, oldest first
+    recurrent_state: torch.Tensor  # (N, H, K, V) of the gated delta rule
 
 
 class DecodingGatedDeltaNet(GatedDeltaNet):
-    """Megatron's Gated DeltaNet, which also keeps and takes up its states under a :class:`DecodingState`.
+    """Megatron's Gated DeltaNet, which also keeps its :class:`RecurrentState` in a :class:`DecodingState`.
 
     Parameters, their sharding and their names are Megatron's. `A_log` and the output norm's weight are fp32 in a model
     of any precision, as in the released checkpoints: a decay is exp(−exp(A_log)·…) to the power of the tokens that have
@@ -34,7 +37,7 @@ class DecodingGatedDeltaNet(GatedDeltaNet):
     """
 
     def reset_parameters(self) -> None:
-        """As Megatron's, which the constructor calls last, but drawn in fp32."""
+        """Draw the initial parameters as Megatron does, `A_log` in fp32. The constructor calls it last."""
         self.A_log.data = self.A_log.data.float()
         self.out_norm.float()
         if self.config.perform_initialization:
@@ -49,14 +52,24 @@ class DecodingGatedDeltaNet(GatedDeltaNet):
         packed_seq_params: PackedSeqParams | None = None,
         **options,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's: (T, 1, hidden), or this rank's part of it under sequence parallelism, and the bias."""
+        """Mix the tokens within each sequence, with the arguments of Megatron's layer.
+
+        Args:
+            hidden_states: (T, 1, hidden), or this rank's part of it under sequence parallelism.
+            attention_mask: None, the boundaries say it all.
+            packed_seq_params: boundaries of the sequences in the whole row; a :class:`DecodingState` also keeps this
+                layer's state.
+
+        Returns:
+            hidden states of the same shape, and the output projection's bias, which is None without one.
+        """
         if not isinstance(packed_seq_params, DecodingState):
             return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **options)
         projected, _ = self.in_proj(hidden_states)
         T = len(projected)
         qkv, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, dim=-1)
         gate = gate.reshape(1, T, -1, self.value_head_dim)
-        mix = self._next_token if packed_seq_params.single else self._whole_sequences
+        mix = self._prefill_sequences if packed_seq_params.is_prefill else self._decode_step
         return self.out_proj(self._gated_norm_and_a2a(*mix(packed_seq_params, qkv, gate, beta, alpha), None, 1, T))
 
     def _inputs(self, qkv, gate, beta, alpha):
@@ -65,23 +78,23 @@ class DecodingGatedDeltaNet(GatedDeltaNet):
         query, key, value, gate, beta, alpha = prepared
         return query, key, value, gate, *self._compute_g_and_beta(self.A_log, self.dt_bias, alpha, beta)
 
-    def _whole_sequences(self, decoding: DecodingState, qkv, gate, beta, alpha):
-        kernel = dict(output_final_state=True, cu_seqlens=decoding.cu_seqlens_q)
-        qkv, inputs = gdn.causal_conv1d(
+    def _prefill_sequences(self, state: DecodingState, qkv, gate, beta, alpha):
+        kernel = dict(output_final_state=True, cu_seqlens=state.cu_seqlens_q)
+        qkv, conv_state = gdn.causal_conv1d(
             x=qkv, weight=self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, activation=self.activation, **kernel
         )
         query, key, value, gate, g, beta = self._inputs(qkv, gate, beta, alpha)
-        out, state = self.gated_delta_rule(query, key, value, g=g, beta=beta, **kernel)
-        decoding.memories[self] = DeltaNetMemory(inputs, state)
+        out, recurrent_state = self.gated_delta_rule(query, key, value, g=g, beta=beta, **kernel)
+        state.layer_states[self] = RecurrentState(conv_state, recurrent_state)
         return out, gate
 
-    def _next_token(self, decoding: DecodingState, qkv, gate, beta, alpha):
-        memory: DeltaNetMemory = decoding.memories[self]
-        memory.inputs = torch.cat([memory.inputs[..., 1:], qkv[0].unsqueeze(-1)], dim=-1)
-        convolved = (memory.inputs.float() * self.conv1d.weight.squeeze(1).float()).sum(-1)
+    def _decode_step(self, state: DecodingState, qkv, gate, beta, alpha):
+        own: RecurrentState = state.layer_states[self]
+        own.conv_state = torch.cat([own.conv_state[..., 1:], qkv[0].unsqueeze(-1)], dim=-1)
+        convolved = (own.conv_state.float() * self.conv1d.weight.squeeze(1).float()).sum(-1)
         if self.conv1d.bias is not None:
             convolved = convolved + self.conv1d.bias
         qkv = F.silu(convolved).to(qkv.dtype).unsqueeze(0)
         query, key, value, gate, g, beta = self._inputs(qkv, gate, beta, alpha)
-        out, memory.state = delta_rule_step(query[0], key[0], value[0], g[0], beta[0], memory.state)
+        out, own.recurrent_state = delta_rule_step(query[0], key[0], value[0], g[0], beta[0], own.recurrent_state)
         return out.unsqueeze(0), gate

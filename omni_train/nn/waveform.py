@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-RESIDUAL = 0.1
+RESIDUAL_GAIN = 0.1
 """What a residual branch begins with, so that a sum of many is not larger than what came."""
 
-Stream = dict[torch.nn.Module, Any]
+StreamingState = dict[torch.nn.Module, Any]
 """What a network remembers of a signal that it sees in pieces: an empty dictionary at its beginning, and from then on
 what each module put there. The pieces' outputs, one after another, are the output of the whole."""
 
@@ -49,27 +49,27 @@ class CausalConv1d(torch.nn.Conv1d):
         self.left = (kernel_size - 1) * dilation + 1 - stride
         self.replicate = replicate
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, in_channels, T) -> (B, out_channels, ceil(T / stride)).
 
         Args:
-            stream: of a signal in pieces; all but the last are multiples of the stride long.
+            state: of a signal in pieces; all but the last are multiples of the stride long.
         """
         missing = -x.shape[-1] % self.stride[0]
-        if stream is None and not self.replicate and missing <= self.left:
+        if state is None and not self.replicate and missing <= self.left:
             # Zeros at both ends, which the convolution itself adds, and without what the later ones made.
             y = F.conv1d(x, self.weight, self.bias, self.stride, self.left, self.dilation, self.groups)
             return y[..., : -(-x.shape[-1] // self.stride[0])]
         parts = [x]
         if self.left:
-            past = stream.get(self) if stream is not None else None
+            past = state.get(self) if state is not None else None
             parts.insert(0, self._beyond(x[..., :1], self.left) if past is None else past)
         if missing:
             parts.append(self._beyond(x[..., -1:], missing))
         if len(parts) > 1:  # not F.pad, which goes over the memory twice
             x = torch.cat(parts, dim=-1)
-        if stream is not None and self.left:
-            stream[self] = x[..., x.shape[-1] - self.left :]
+        if state is not None and self.left:
+            state[self] = x[..., x.shape[-1] - self.left :]
         return super().forward(x)
 
     def _beyond(self, nearest: Tensor, steps: int) -> Tensor:
@@ -92,20 +92,20 @@ class CausalTransposedConv1d(torch.nn.ConvTranspose1d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride)
         self.overlap = kernel_size - stride
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, in_channels, T) -> (B, out_channels, stride·T) or, in all pieces together, stride less."""
         if not self.overlap:
             return super().forward(x)
-        if stream is not None:
-            if self in stream:
-                x = torch.cat([stream[self], x], dim=-1)
-            stream[self] = x[..., -1:]
+        if state is not None:
+            if self in state:
+                x = torch.cat([state[self], x], dim=-1)
+            state[self] = x[..., -1:]
         y = super().forward(x)
         return y[..., self.overlap : y.shape[-1] - self.overlap]
 
 
 @torch.no_grad()
-def keep_size(network: torch.nn.Module) -> None:
+def variance_preserving_init(network: torch.nn.Module) -> None:
     """Let every convolution of a network begin so that a signal leaves it as large as it came, and biases at 0.
 
     With torch's own weights a signal shrinks by a factor at each layer. Behind the dozens of a codec it is a trace on

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from omni_train.models.discriminators import Judgement
+from omni_train.models.discriminators import DiscriminatorOutput
 from omni_train.recipe.speech import AdversarialLoss, CodecTrainingConfig
 
 
@@ -29,8 +29,8 @@ class Game:
 
 
 def play(
-    learn: Callable[[torch.Tensor], list[Judgement]],
-    look: Callable[[torch.Tensor], list[Judgement]],
+    learn: Callable[[torch.Tensor], list[DiscriminatorOutput]],
+    look: Callable[[torch.Tensor], list[DiscriminatorOutput]],
     fake_BS: torch.Tensor,
     real_BS: torch.Tensor,
     lengths_B: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Text from the Thinker: prompts go through the model once, packed; then all grow by a token at a time.
+"""Text generation with the Thinker: a packed prefill of the prompts, then steps of one token of each.
 
 Axis letters: T tokens of the row, S this rank's part of them under sequence parallelism, N sequences, H hidden,
 V vocabulary.
@@ -26,11 +26,11 @@ from omni_train.rollout.sampling import Sampling, uniforms
 
 
 @dataclass
-class Generated:
-    """The answer to one prompt."""
+class Completion:
+    """Completion of one prompt."""
 
-    tokens: list[int] = field(default_factory=list)  # with the stop token, unless it was cut off before one
-    log_probs: list[float] = field(default_factory=list)  # of each token under the model itself, temperature 1
+    tokens: list[int] = field(default_factory=list)  # ends with the stop token, unless it reached the longest length
+    log_probs: list[float] = field(default_factory=list)  # of each token in nats, at temperature 1
 
 
 @torch.no_grad()
@@ -45,50 +45,52 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     row_tokens: int = 8192,
-) -> list[Generated]:
-    """Answers to prompts, which may hold sound, images and video.
+) -> list[Completion]:
+    """Completions of prompts, which may hold audio, images and video.
 
     The same on all ranks of a tensor-parallel group, which must call it with the same prompts. Under expert parallelism
-    every rank of the world must call it as often, with as many tokens at most, whatever prompts it has, even none.
-    A signal that stops the run cuts it short: then there are fewer answers than prompts, and the last are incomplete.
+    every rank of the world must call it as often, with the same `max_new_tokens`, whatever prompts it has, even none.
+    A signal that stops the run cuts it short: then there are fewer completions than prompts, and the last are
+    incomplete.
 
     Args:
         model: the whole Thinker. Left in the mode it was in.
-        max_new_tokens: longest answer.
-        stop_tokens: tokens that end an answer.
-        temperature, top_p, top_k: as :class:`Sampling` says.
-        seed: with the number of the prompt decides what is drawn, whatever else is in the batch.
-        row_tokens: prompts that go through the model together hold at most this many tokens, or are one prompt.
+        prompts: token sequences with their media.
+        max_new_tokens: longest completion, in tokens.
+        stop_tokens: tokens that end a completion.
+        temperature, top_p, top_k: see :class:`Sampling`.
+        seed: with the index of the prompt decides what is drawn, whatever else is in the batch.
+        row_tokens: most tokens of the prompts that share a prefill, unless one prompt alone has more.
 
     Raises:
         UserError: the layout has pipeline or context parallelism.
-        ValueError: an empty prompt, no token to write, or sampling out of its range.
+        ValueError: an empty prompt, `max_new_tokens` below 1, or sampling out of its range.
     """
     config = model.config
     if config.pipeline_model_parallel_size > 1 or config.context_parallel_size > 1:
         raise UserError(
-            f"generation with parallel.pipeline={config.pipeline_model_parallel_size} "
-            f"parallel.context={config.context_parallel_size}: it has neither; set both to 1 and use parallel.tensor"
+            f"parallel.pipeline={config.pipeline_model_parallel_size} "
+            f"parallel.context={config.context_parallel_size}: both must be 1 to generate text; use parallel.tensor"
         )
     if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
-        raise ValueError("generation needs max_new_tokens of at least 1 and prompts of at least one token")
+        raise ValueError("max_new_tokens must be at least 1, and every prompt must have a token")
     sampling = Sampling(temperature, top_p, top_k)
     uniform = [uniforms(seed, index, max_new_tokens) for index in range(len(prompts))]
     rows = _rows([len(prompt) for prompt in prompts], row_tokens)
-    answers: list[Generated] = []
+    completions: list[Completion] = []
     training = model.training
     model.eval()
     try:
-        while _anywhere(len(answers) < len(prompts), config) and not _is_cut_short(model):
+        while _anywhere(len(completions) < len(prompts), config) and not _is_cut_short(model):
             row = next(rows, slice(0))
-            answers += _generate_row(model, prompts[row], uniform[row], max_new_tokens, set(stop_tokens), sampling)
+            completions += _generate_row(model, prompts[row], uniform[row], max_new_tokens, set(stop_tokens), sampling)
     finally:
         model.train(training)
-    return answers
+    return completions
 
 
 def _rows(lengths: list[int], row_tokens: int):
-    """Slices of the prompts that share a row."""
+    """Slices of prompts that share a prefill."""
     start = total = 0
     for index, length in enumerate(lengths):
         if index > start and total + length > row_tokens:
@@ -100,7 +102,7 @@ def _rows(lengths: list[int], row_tokens: int):
 
 
 def _anywhere(condition: bool, config) -> bool:
-    """Whether it holds on any rank that must go through the model together with this one."""
+    """Whether `condition` holds on any rank that must run the model together with this one."""
     if config.expert_model_parallel_size == 1:
         return condition
     flag = torch.tensor(float(condition), device=platform.device())
@@ -109,12 +111,12 @@ def _anywhere(condition: bool, config) -> bool:
 
 
 def _is_cut_short(model: Thinker) -> bool:
-    """As :func:`cut_short`, for all ranks that go through the model together."""
+    """Whether a signal stops the run, the same on all ranks that run the model together."""
     return cut_short(model.tp_group if model.config.expert_model_parallel_size == 1 else torch.distributed.group.WORLD)
 
 
 def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_tokens: set[int], sampling: Sampling):
-    answers = [Generated() for _ in prompts]
+    completions = [Completion() for _ in prompts]
     growing = set(range(len(prompts)))
     sequences = [*prompts, *_fillers(prompts, model.config.tensor_model_parallel_size)]
     uniform_NT = np.zeros((len(sequences), max_new_tokens))
@@ -123,8 +125,8 @@ def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_to
     batch = pack(sequences, row_tokens=sum(map(len, sequences)), alignment=1, padding_token=0)
     next_ids = [ids.max() + 1 for ids in batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)]
     window = model.audio_encoder.audio.eval_window_frames if hasattr(model, "audio_encoder") else 0
-    row = LocalRow.from_batch(batch, media=model.senses, audio_window_frames=window)
-    state = DecodingState.begin(row.packed)
+    row = LocalRow.from_batch(batch, media=model.encodes_media, audio_window_frames=window)
+    state = DecodingState.prefill(row.packed)
     for step in range(max_new_tokens):
         row.packed = state
         logits_NV = _next_logits(model, model(row), state)
@@ -133,18 +135,18 @@ def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_to
         chosen = chosen.cpu()
         for index, token, log_prob in zip(range(len(prompts)), chosen.tolist(), log_probs.tolist(), strict=False):
             if index in growing:
-                answers[index].tokens.append(token)
-                answers[index].log_probs.append(log_prob)
+                completions[index].tokens.append(token)
+                completions[index].log_probs.append(log_prob)
                 growing -= {index} if token in stop_tokens else set()
         if step + 1 == max_new_tokens or not _anywhere(bool(growing), model.config) or _is_cut_short(model):
-            return answers
-        state.advance()
+            return completions
+        state.step()
         row = LocalRow.from_batch(_single_tokens(chosen, torch.stack(next_ids) + step))
-    return answers
+    return completions
 
 
 def _fillers(prompts, tensor: int) -> list[TokenSequence]:
-    """Sequences that nobody asked for: sequence parallelism divides the tokens of every row, first and later."""
+    """Sequences to discard, since sequence parallelism divides the tokens of every row, prefill and step."""
     total = sum(map(len, prompts))
     missing = -len(prompts) % tensor or (tensor if total % tensor or not prompts else 0)
     lengths = [1 + -(total + missing) % tensor] + [1] * (missing - 1) if missing else []
@@ -152,7 +154,7 @@ def _fillers(prompts, tensor: int) -> list[TokenSequence]:
 
 
 def _single_tokens(tokens_N: torch.Tensor, ids_N: torch.Tensor) -> PackedBatch:
-    """A row of one token of each sequence, at these rotary ids: text, the same on all three axes."""
+    """Row of one text token of each sequence, with the same rotary id on all three axes."""
     return PackedBatch(
         tokens=tokens_N,
         labels=torch.full_like(tokens_N, IGNORE),
@@ -164,8 +166,8 @@ def _single_tokens(tokens_N: torch.Tensor, ids_N: torch.Tensor) -> PackedBatch:
 
 
 def _next_logits(model: Thinker, hidden: torch.Tensor, state: DecodingState) -> torch.Tensor:
-    """(S, 1, H) final hidden states -> (N, V) logits after the last token of each sequence."""
-    if not state.single:  # the logits of a whole row would be large
+    """Logits after the last token of each sequence: (S, 1, H) final hidden states -> (N, V)."""
+    if state.is_prefill:  # the logits of a whole row would be large
         last = state.cu_seqlens_q[1:].long() - 1
         if model.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden, group=model.tp_group)

@@ -1,4 +1,4 @@
-"""Transcripts from the recognizer: greedy, or the best that a beam search finds.
+"""Transcription with the recognizer: greedy, or by beam search.
 
 Axis letters: N clips, K hypotheses of each, V vocabulary.
 """
@@ -16,15 +16,15 @@ from omni_train import platform
 from omni_train.models.recognizer import SpeechRecognizer
 from omni_train.platform.signals import cut_short
 
-CLIPS = 32  # transcribed at a time
+CLIPS = 32  # decoded at a time
 
 
 @dataclass
-class Transcribed:
-    """What the recognizer wrote of one clip."""
+class Hypothesis:
+    """A transcript of one clip."""
 
-    tokens: list[int] = field(default_factory=list)  # with the stop token, unless it was cut off before one
-    score: float = -float("inf")  # mean log-probability of these tokens
+    tokens: list[int] = field(default_factory=list)  # ends with the stop token, unless it reached the longest length
+    score: float = -float("inf")  # mean log-probability of a token, in nats
 
 
 @torch.no_grad()
@@ -37,27 +37,30 @@ def transcribe(
     stop_token: int,
     max_new_tokens: int,
     beam: int = 1,
-) -> list[Transcribed]:
-    """Transcribe clips, each as if it were alone. Empty transcripts where a signal that stops the run cut it short.
+) -> list[Hypothesis]:
+    """The best transcript of each clip, the same whatever other clips are given.
+
+    Empty transcripts where a signal that stops the run cut it short.
 
     Args:
-        model: a plain one. Left in the mode it was in.
-        mels: log-mel frames (F, M) of each clip.
-        window_frames: frames that attend to each other in the encoder, 0 for whole clips.
-        start_token, stop_token: what the decoder begins with, and what ends a transcript.
-        max_new_tokens: longest transcript.
+        model: not wrapped by DeepSpeed. Left in the mode it was in.
+        mels: log-mel frames (F, M) of each clip, F the clip's own.
+        window_frames: mel frames that attend to each other in the encoder, 0 for whole clips.
+        start_token: first input of the decoder.
+        stop_token: token that ends a transcript.
+        max_new_tokens: longest transcript, in tokens.
         beam: hypotheses of each clip. One of them is always the greedy one, so a wider beam never scores lower than it.
 
     Raises:
-        ValueError: no hypothesis or no token to write.
+        ValueError: `beam` or `max_new_tokens` is below 1.
     """
     if beam < 1 or max_new_tokens < 1:
-        raise ValueError(f"transcription needs beam={beam} and max_new_tokens={max_new_tokens} of at least 1")
+        raise ValueError(f"beam={beam} and max_new_tokens={max_new_tokens}: both must be at least 1")
     training = model.training
     model.eval()
-    # Clips of like lengths are transcribed together: they are padded to the longest.
+    # Clips of like lengths share a batch, which is padded to the longest.
     order = sorted(range(len(mels)), key=lambda index: len(mels[index]))
-    found: dict[int, Transcribed] = {}
+    found: dict[int, Hypothesis] = {}
     try:
         for first in range(0, len(order), CLIPS):
             if cut_short():
@@ -67,11 +70,11 @@ def transcribe(
             found |= zip(group, search.run(stop_token, max_new_tokens), strict=True)
     finally:
         model.train(training)
-    return [found.get(index, Transcribed()) for index in range(len(mels))]
+    return [found.get(index, Hypothesis()) for index in range(len(mels))]
 
 
 class _Search:
-    """Beam search over a group of clips; hypothesis 0 of each is the greedy one until that has ended."""
+    """Beam search over a batch of clips; hypothesis 0 of each is the greedy one until that has ended."""
 
     def __init__(
         self, model: SpeechRecognizer, mels: list[np.ndarray], window_frames: int, beam: int, start_token: int
@@ -80,35 +83,35 @@ class _Search:
         boundaries = torch.tensor([0, *accumulate(map(len, mels))], dtype=torch.int32)
         mel_FM = torch.from_numpy(np.concatenate(mels)).to(device)
         self.model, self.clips, self.beam = model, len(mels), beam
-        self.decoding = model.begin(mel_FM, boundaries, window_frames, beam)
-        self.totals_NK = torch.full((self.clips, beam), -torch.inf, device=device)
-        self.totals_NK[:, 0] = 0.0  # all begin alike: one is enough
+        self.state = model.prefill(mel_FM, boundaries, window_frames, beam)
+        self.scores_NK = torch.full((self.clips, beam), -torch.inf, device=device)
+        self.scores_NK[:, 0] = 0.0  # all begin alike: one is enough
         self.last = torch.full((self.clips * beam,), start_token, device=device)
-        self.written: list[list[list[int]]] = [[[] for _ in range(beam)] for _ in mels]
+        self.tokens: list[list[list[int]]] = [[[] for _ in range(beam)] for _ in mels]
         self.greedy = [True] * self.clips  # whether the greedy hypothesis still grows
-        self.ended: list[list[Transcribed]] = [[] for _ in mels]
+        self.finished: list[list[Hypothesis]] = [[] for _ in mels]
 
-    def run(self, stop_token: int, max_new_tokens: int) -> list[Transcribed]:
-        """The best of each clip."""
+    def run(self, stop_token: int, max_new_tokens: int) -> list[Hypothesis]:
+        """The hypothesis of each clip with the highest score."""
         for length in range(1, max_new_tokens + 1):
-            self._grow(stop_token, length)
+            self._step(stop_token, length)
             if all(map(self._done, range(self.clips))):
                 break
         else:
             for clip in filter(lambda clip: not self._done(clip), range(self.clips)):
-                for words, total in zip(self.written[clip], self.totals_NK[clip].tolist(), strict=True):
-                    self.ended[clip].append(Transcribed(words, total / max_new_tokens))
-        return [max(ended, key=lambda one: one.score) for ended in self.ended]
+                for words, total in zip(self.tokens[clip], self.scores_NK[clip].tolist(), strict=True):
+                    self.finished[clip].append(Hypothesis(words, total / max_new_tokens))
+        return [max(finished, key=lambda one: one.score) for finished in self.finished]
 
     def _done(self, clip: int) -> bool:
-        """As many transcripts as hypotheses have ended, and the greedy one among them."""
-        return len(self.ended[clip]) >= self.beam and not self.greedy[clip]
+        """Whether as many hypotheses as the beam is wide have ended, the greedy one among them."""
+        return len(self.finished[clip]) >= self.beam and not self.greedy[clip]
 
-    def _grow(self, stop_token: int, length: int) -> None:
-        """Write one more token of each hypothesis, and end those that stop with it."""
-        log_probs = self.model.next_log_probs(self.decoding, self.last)
+    def _step(self, stop_token: int, length: int) -> None:
+        """Extend each hypothesis by a token, and set those aside that end with it."""
+        log_probs = self.model.step(self.state, self.last)
         vocabulary = log_probs.shape[-1]
-        totals = (self.totals_NK.view(-1, 1) + log_probs).view(self.clips, -1)
+        totals = (self.scores_NK.view(-1, 1) + log_probs).view(self.clips, -1)
         ranks = totals.clone()
         greedy = torch.tensor(self.greedy, device=totals.device).nonzero().squeeze(1)
         ranks[greedy, totals[greedy, :vocabulary].argmax(1)] = torch.inf
@@ -118,20 +121,20 @@ class _Search:
         parents, tokens, kept = [], [], []
         for clip, candidates in enumerate(chosen.tolist()):
             growing: list[tuple[int, int, float]] = []
-            for rank, (place, total) in enumerate(zip(candidates, chosen_totals[clip], strict=True)):
-                parent, token = divmod(place, vocabulary)
+            for rank, (candidate, total) in enumerate(zip(candidates, chosen_totals[clip], strict=True)):
+                parent, token = divmod(candidate, vocabulary)
                 if token != stop_token:
                     growing.append((parent, token, total))
                 elif rank < self.beam and total > -torch.inf and not self._done(clip):
-                    words = [*self.written[clip][parent], token]
-                    self.ended[clip].append(Transcribed(words, total / length))
+                    words = [*self.tokens[clip][parent], token]
+                    self.finished[clip].append(Hypothesis(words, total / length))
                 if rank == 0 and token == stop_token:
                     self.greedy[clip] = False
             growing = growing[: self.beam]
-            self.written[clip] = [[*self.written[clip][parent], token] for parent, token, _ in growing]
+            self.tokens[clip] = [[*self.tokens[clip][parent], token] for parent, token, _ in growing]
             parents += [clip * self.beam + parent for parent, _, _ in growing]
             tokens += [token for _, token, _ in growing]
             kept.append([total for _, _, total in growing])
-        self.decoding.choose(torch.tensor(parents, device=totals.device))
-        self.totals_NK = torch.tensor(kept, device=totals.device)
+        self.state.reorder(torch.tensor(parents, device=totals.device))
+        self.scores_NK = torch.tensor(kept, device=totals.device)
         self.last = torch.tensor(tokens, device=totals.device)

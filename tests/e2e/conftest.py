@@ -33,12 +33,12 @@ class Runs:
 
     world: Path
     folder: Path
-    senses: bool = False  # a model that hears and sees takes longer to start and to train
+    encoders: bool = False  # a model that hears and sees takes longer to start and to train
 
     def command(self, *overrides: str, ranks: int = 1) -> list[str]:
         words = [
             "train",
-            *thinker(self.world, senses=self.senses),
+            *thinker(self.world, encoders=self.encoders),
             f"runs_dir={self.folder}",
             "schedule.steps=12",
             "checkpoint.save_every=4",

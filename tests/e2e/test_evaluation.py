@@ -15,7 +15,7 @@ def ask(key: str, kind: str, file: str, data: bytes, answer: str, task: str) -> 
 
 
 def test_figures_are_logged_and_answers_shown_beside_their_media(runs):
-    runs.senses = True
+    runs.encoders = True
     folder = runs.folder / "questions"
     for split, count in (("train", 40), ("val", 6)):
         pixels = [np.full((32, 32, 3), 40 * n % 256, dtype=np.uint8) for n in range(count)]

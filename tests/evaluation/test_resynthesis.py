@@ -67,12 +67,12 @@ def transcribe(waveforms: list[np.ndarray]) -> list[str]:
 class Parrot(SpeechCodec):
     """Says again exactly what it heard, one code at a time."""
 
-    def encode(self, waveform, num_quantizers=None, stream=None):
+    def encode(self, waveform, num_quantizers=None, state=None):
         self.heard = waveform
         frames = -(-waveform.shape[1] // FRAME)
         return torch.stack([torch.arange(frames) % (number + 2) for number in range(4)])[None]
 
-    def decode(self, codes, stream=None):
+    def decode(self, codes, state=None):
         return self.heard
 
 

@@ -35,7 +35,7 @@ def listen(rank, world_size, folder, no_recognizer=False):
     features = listener(list(map(torch.from_numpy, clips)))
     mel = torch.from_numpy(log_mel(clips[0], recipe.model.audio.num_mel_bins))
     with torch.no_grad():
-        alone, _ = listener.model.hear(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)
+        alone, _ = listener.model.encode_audio(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)
     texts = listener.transcribe(clips)
     platform.parallel.destroy()
     return features, alone, texts, listener.rate, listener.size

@@ -22,7 +22,7 @@ def codec():
 def test_codes_of_a_stream_are_those_of_the_whole(codec, frames):
     clip = sound(2, 29 * FRAME + 701)
     stream = {}
-    pieces = [codec.encode(piece, stream=stream) for piece in clip.split(frames * FRAME, dim=-1)]
+    pieces = [codec.encode(piece, state=stream) for piece in clip.split(frames * FRAME, dim=-1)]
     assert torch.equal(torch.cat(pieces, dim=-1), codec.encode(clip))
 
 
@@ -30,12 +30,12 @@ def test_codes_of_a_stream_are_those_of_the_whole(codec, frames):
 def test_the_waveform_of_a_stream_is_that_of_the_whole(codec, frames):
     codes = random_codes(2, 29)
     stream = {}
-    pieces = [codec.decode(piece, stream=stream) for piece in codes.split(frames, dim=-1)]
+    pieces = [codec.decode(piece, state=stream) for piece in codes.split(frames, dim=-1)]
     torch.testing.assert_close(torch.cat(pieces, dim=-1), codec.decode(codes), rtol=0, atol=1e-5)
 
 
 def test_one_frame_of_codes_is_heard_at_once(codec):
-    assert codec.decode(random_codes(1, 1), stream={}).shape == (1, FRAME - 555)
+    assert codec.decode(random_codes(1, 1), state={}).shape == (1, FRAME - 555)
 
 
 def test_streams_do_not_mix(codec):
@@ -43,8 +43,8 @@ def test_streams_do_not_mix(codec):
     streams = {}, {}
     heard = [
         (
-            codec.decode(one[..., at : at + 2], stream=streams[0]),
-            codec.decode(other[..., at : at + 2], stream=streams[1]),
+            codec.decode(one[..., at : at + 2], state=streams[0]),
+            codec.decode(other[..., at : at + 2], state=streams[1]),
         )
         for at in range(0, 8, 2)
     ]

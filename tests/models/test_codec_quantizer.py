@@ -83,7 +83,7 @@ def test_moving_averages_by_hand():
     x = torch.tensor([[[1.0], [2.0], [5.0]]])
     codes, sums = codebooks.quantize(x[0], 1)
     assert codes.tolist() == [[0, 1, 1]] and sums.flatten().tolist() == [0, 3, 3]
-    codebooks.tally(x, sums[:, None], codes[:, None], torch.tensor([1]))
+    codebooks.accumulate(x, sums[:, None], codes[:, None], torch.tensor([1]))
     usage = codebooks.update(generator(0), decay=0.75, dead_usage=0.1)
     assert codebooks.cluster_usage.tolist() == [[1.0, 2.75]]
     assert codebooks.embed_sum.flatten().tolist() == [0.25, 8.5]

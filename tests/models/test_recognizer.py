@@ -13,12 +13,14 @@ from tests.support.recognizer import CLIPS, FIRST_WORD, START, build, recognizer
 
 def logits_of(model, row, window):
     """(D, V) logits of all labels of a row."""
-    from omni_train.models.recognizer import Heard, Spans, Utterances
+    from omni_train.models.recognizer import EncoderOutput, Spans, Utterances
 
     given = Utterances.from_batch(row)
-    hidden, lengths = model.hear(given.mel, given.mel_cu_seqlens, window)
+    hidden, lengths = model.encode_audio(given.mel, given.mel_cu_seqlens, window)
     device = hidden.device
-    return model.audio_decoder(given.tokens, Spans(given.lengths, device), Heard(hidden, Spans(lengths, device)))
+    return model.audio_decoder(
+        given.tokens, Spans(given.lengths, device), EncoderOutput(hidden, Spans(lengths, device))
+    )
 
 
 def with_transcripts(given):
@@ -109,8 +111,8 @@ def step_by_step(rank, world_size, recipe, hypotheses):
     tokens_NL = given.tokens.view(len(sequences), -1)
     with torch.no_grad():
         expected = logits_of(model, row, 48).float().log_softmax(-1).view(*tokens_NL.shape, -1)
-        decoding = model.begin(given.mel, given.mel_cu_seqlens, 48, hypotheses)
-        steps = [model.next_log_probs(decoding, column.repeat_interleave(hypotheses)) for column in tokens_NL.T]
+        state = model.prefill(given.mel, given.mel_cu_seqlens, 48, hypotheses)
+        steps = [model.step(state, column.repeat_interleave(hypotheses)) for column in tokens_NL.T]
     platform.parallel.destroy()
     return torch.stack(steps, 1), expected.repeat_interleave(hypotheses, 0)
 
@@ -129,19 +131,19 @@ def chosen_again(rank, world_size, recipe):
     model = build(recipe)
     given = Utterances.from_batch(row_of(utterances(recipe, CLIPS[:2])))
     with torch.no_grad():
-        decoding = model.begin(given.mel, given.mel_cu_seqlens, 0, 2)
+        state = model.prefill(given.mel, given.mel_cu_seqlens, 0, 2)
         for tokens in ([START] * 4, [7, 8, 9, 10]):
-            model.next_log_probs(decoding, torch.tensor(tokens))
-        decoding.choose(torch.tensor([1, 1, 3, 2]))
-        exchanged = model.next_log_probs(decoding, torch.tensor([11, 12, 13, 14]))
-        decoding = model.begin(given.mel, given.mel_cu_seqlens, 0, 2)
+            model.step(state, torch.tensor(tokens))
+        state.reorder(torch.tensor([1, 1, 3, 2]))
+        exchanged = model.step(state, torch.tensor([11, 12, 13, 14]))
+        state = model.prefill(given.mel, given.mel_cu_seqlens, 0, 2)
         for tokens in ([START] * 4, [8, 8, 10, 9], [11, 12, 13, 14]):
-            anew = model.next_log_probs(decoding, torch.tensor(tokens))
+            anew = model.step(state, torch.tensor(tokens))
     platform.parallel.destroy()
     return exchanged, anew
 
 
-def test_hypotheses_take_their_past_along(distributed):
+def test_hypotheses_take_their_cache_along(distributed):
     torch.testing.assert_close(*distributed(1, chosen_again, recognizer_recipe())[0])
 
 

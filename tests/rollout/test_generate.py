@@ -95,7 +95,7 @@ def recomputed(model, prompt, answer):
     row = pack([written], row_tokens=-(-len(written) // 8) * 8, alignment=8, padding_token=0)
     model.eval()
     window = encoders()["audio"].eval_window_frames
-    logits = model.logits(model(LocalRow.from_batch(row, media=model.senses, audio_window_frames=window)))
+    logits = model.logits(model(LocalRow.from_batch(row, media=model.encodes_media, audio_window_frames=window)))
     log_probs = logits[len(prompt) - 1 : len(written) - 1].log_softmax(-1)
     return log_probs.argmax(-1).tolist(), log_probs[torch.arange(len(answer)), answer].tolist()
 
@@ -238,7 +238,7 @@ def refuse(rank, world_size, parallel):
     from omni_train.rollout.generate import generate
 
     try:
-        with pytest.raises(UserError, match=r"set both to 1") as refused:
+        with pytest.raises(UserError, match=r"both must be 1") as refused:
             generate(small_model(parallel), text_prompts([4], 1), max_new_tokens=2, stop_tokens=[])
         return str(refused.value)
     finally:

@@ -48,9 +48,9 @@ def _log_probs(model, mel, tokens):
     """(tokens + 1, V) in one pass."""
     from omni_train.nn.cross_decoder import Spans
 
-    decoding = model.begin(torch.from_numpy(mel), torch.tensor([0, len(mel)]), 48)
+    state = model.prefill(torch.from_numpy(mel), torch.tensor([0, len(mel)]), 48)
     given = torch.tensor([START, *tokens])
-    logits = model.audio_decoder(given, Spans([len(given)], given.device), decoding.heard)
+    logits = model.audio_decoder(given, Spans([len(given)], given.device), state.encoder_output)
     return logits.log_softmax(-1)
 
 

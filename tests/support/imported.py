@@ -37,8 +37,8 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     load_model(engine.chunks, checkpoint, recipe.model)
 
     def forward(iterator, chunk):
-        senses = get_attr_wrapped_model(chunk, "senses")
-        row = LocalRow.from_batch(next(iterator), media=senses, audio_window_frames=window)
+        media = get_attr_wrapped_model(chunk, "encodes_media")
+        row = LocalRow.from_batch(next(iterator), media=media, audio_window_frames=window)
         return chunk(row), lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
 
     with torch.no_grad():

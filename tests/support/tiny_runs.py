@@ -37,7 +37,7 @@ def write_speech(folder: Path) -> None:
     index_shards(folder / "speech")
 
 
-def thinker(world: Path, *, senses: bool = False) -> list[str]:
+def thinker(world: Path, *, encoders: bool = False) -> list[str]:
     """Words that train a tiny Thinker on the world's text; one that hears and sees takes longer to start."""
     return [
         "stage=text_pretrain",
@@ -45,7 +45,7 @@ def thinker(world: Path, *, senses: bool = False) -> list[str]:
         "model.vocab_size=320",
         "model.thinker.repeats=1",
         "model.thinker.hidden_size=64",
-        *([] if senses else ["model.audio=null", "model.vision=null"]),
+        *([] if encoders else ["model.audio=null", "model.vision=null"]),
         "data=shards",
         f"data.path={world}/text",
         f"data.tokenizer={world}/tokenizer",

@@ -3,12 +3,12 @@
 from omni_train.models.codec.codebooks import Usage, usage_of
 from omni_train.models.codec.encoder import CodecEncoder
 from omni_train.models.codec.model import CodecOutput, SpeechCodec
-from omni_train.models.codec.quantizer import Quantized, Regularization, SplitQuantizer
+from omni_train.models.codec.quantizer import QuantizerOutput, Regularization, SplitQuantizer
 
 __all__ = [
     "CodecEncoder",
     "CodecOutput",
-    "Quantized",
+    "QuantizerOutput",
     "Regularization",
     "SpeechCodec",
     "SplitQuantizer",

@@ -110,7 +110,7 @@ class Codebooks(torch.nn.Module):
         self._samples.append((priority_BT.flatten(), x.float().flatten(0, 1)))
 
     @torch.no_grad()
-    def tally(self, x: Tensor, sums: Tensor, codes: Tensor, count_B: Tensor) -> None:
+    def accumulate(self, x: Tensor, sums: Tensor, codes: Tensor, count_B: Tensor) -> None:
         """Count how the codewords are used.
 
         Args:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
-from omni_train.nn.waveform import RESIDUAL, CausalConv1d, Stream, keep_size
+from omni_train.nn.waveform import RESIDUAL_GAIN, CausalConv1d, StreamingState, variance_preserving_init
 from omni_train.recipe.speech import CodecConfig
 
 LATENT_STRIDE = 2
 """Steps of the Transformer that make one frame of codes."""
-LOUDER = 10.0
+INPUT_GAIN = 10.0
 """What the first convolution begins with: on speech of a tenth of full scale and less, ELU is a straight line."""
 
 
@@ -61,29 +61,29 @@ class CodecEncoder(torch.nn.Module):
             bias=False,
             replicate=True,
         )
-        keep_size(self)
+        variance_preserving_init(self)
         with torch.no_grad():
-            self.first.weight.mul_(LOUDER)
+            self.first.weight.mul_(INPUT_GAIN)
             for stage in self.stages:
                 for unit in stage.units:
-                    unit.widen.weight.mul_(RESIDUAL)
+                    unit.widen.weight.mul_(RESIDUAL_GAIN)
 
-    def forward(self, waveform: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, waveform: Tensor, state: StreamingState | None = None) -> Tensor:
         """Encode.
 
         Args:
             waveform: (B, S) at 24 kHz.
-            stream: of a signal in pieces; all but the last are multiples of a frame long.
+            state: of a signal in pieces; all but the last are multiples of a frame long.
 
         Returns:
             (B, T, H) with T = ceil(S / samples of a frame).
         """
-        x = self.first(waveform.unsqueeze(1), stream)
+        x = self.first(waveform.unsqueeze(1), state)
         for stage in self.stages:
-            x = stage(x, stream)
-        x = self.last(F.elu(x, inplace=True), stream)
-        x = self.transformer(x.transpose(1, 2), stream)
-        return self.downsample(x.transpose(1, 2), stream).transpose(1, 2)
+            x = stage(x, state)
+        x = self.last(F.elu(x, inplace=True), state)
+        x = self.transformer(x.transpose(1, 2), state)
+        return self.downsample(x.transpose(1, 2), state).transpose(1, 2)
 
 
 class DownStage(torch.nn.Module):
@@ -103,11 +103,11 @@ class DownStage(torch.nn.Module):
         )
         self.down = CausalConv1d(channels, 2 * channels, 2 * stride, stride=stride)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, C, T) -> (B, 2·C, ceil(T / stride))."""
         for unit in self.units:
-            x = unit(x, stream)
-        return self.down(F.elu(x, inplace=True), stream)
+            x = unit(x, state)
+        return self.down(F.elu(x, inplace=True), state)
 
 
 class ResidualUnit(torch.nn.Module):
@@ -125,9 +125,9 @@ class ResidualUnit(torch.nn.Module):
         self.narrow = CausalConv1d(channels, narrow, config.residual_kernel_size, dilation=dilation)
         self.widen = CausalConv1d(narrow, channels, 1)
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
-        return x + self.widen(F.elu(self.narrow(F.elu(x), stream), inplace=True), stream)
+        return x + self.widen(F.elu(self.narrow(F.elu(x), state), inplace=True), state)
 
 
 def frame_samples(config: CodecConfig) -> int:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from omni_train.models.codec.codebooks import Codebooks, Usage
-from omni_train.nn.waveform import keep_size
+from omni_train.nn.waveform import variance_preserving_init
 from omni_train.recipe.speech import CodecConfig
 
 
 @dataclass(frozen=True)
 class Regularization:
-    """What training makes harder for the codes, for each sequence on its own; drawn from a generator."""
+    """What training makes regularization for the codes, for each sequence on its own; drawn from a generator."""
 
     quantize_rate: float = 1.0
     """Chance that a sequence is quantised; another's latents pass unquantised (Moshi: 0.5)."""
@@ -34,7 +34,7 @@ class Regularization:
     """Chance that a quantised sequence has only its first n codebooks, n from one acoustic codebook to all of them."""
 
 
-class Quantized(NamedTuple):
+class QuantizerOutput(NamedTuple):
     """What the quantiser made of latents."""
 
     latents: Tensor
@@ -73,24 +73,24 @@ class SplitQuantizer(torch.nn.Module):
         self.acoustic = ResidualQuantizer(config, self.num_quantizers - self.num_semantic)
 
     def forward(
-        self, latents: Tensor, generator: torch.Generator | None = None, harder: Regularization | None = None
-    ) -> Quantized:
+        self, latents: Tensor, generator: torch.Generator | None = None, regularization: Regularization | None = None
+    ) -> QuantizerOutput:
         """Quantise.
 
         Args:
             latents: (B, T, H).
             generator: on the CPU. With it, in training mode, the codebooks' use is counted for :meth:`update`. Give
                 each row one seeded by seed, step and the row's place in the global batch: then no layout shows.
-            harder: see there; needs the generator.
+            regularization: see there; needs the generator.
         """
         draws = None
         if self.training and generator is not None:
-            draws = self._draw(latents, generator, harder or Regularization(dropout_rate=0.0))
+            draws = self._draw(latents, generator, regularization or Regularization(dropout_rate=0.0))
         parts = [
             self.semantic(latents, draws and draws._replace(count=draws.count.clamp(max=self.num_semantic))),
             self.acoustic(latents, draws and draws._replace(count=draws.count - self.num_semantic)),
         ]
-        return Quantized(
+        return QuantizerOutput(
             latents=parts[0].latents + parts[1].latents,
             semantic=parts[0].quantized,
             commitment=torch.cat([part.commitment for part in parts], dim=1),
@@ -146,10 +146,10 @@ class SplitQuantizer(torch.nn.Module):
         for part in (self.semantic, self.acoustic):
             part.codebooks.forget()
 
-    def _draw(self, latents: Tensor, generator: torch.Generator, harder: Regularization) -> _Draws:
+    def _draw(self, latents: Tensor, generator: torch.Generator, regularization: Regularization) -> _Draws:
         B, T, _ = latents.shape
-        quantized_B = torch.rand(B, generator=generator) < harder.quantize_rate
-        dropped_B = torch.rand(B, generator=generator) < harder.dropout_rate
+        quantized_B = torch.rand(B, generator=generator) < regularization.quantize_rate
+        dropped_B = torch.rand(B, generator=generator) < regularization.dropout_rate
         first = self.num_semantic + 1
         count_B = torch.randint(first, self.num_quantizers + 1, (B,), generator=generator)
         count_B = torch.where(dropped_B, count_B, self.num_quantizers)
@@ -177,7 +177,7 @@ class ResidualQuantizer(torch.nn.Module):
         hidden, dim = config.hidden_size, config.codebook_dim
         self.input = torch.nn.Conv1d(hidden, dim, 1, bias=False)
         self.output = torch.nn.Conv1d(dim, hidden, 1, bias=False)
-        keep_size(self)
+        variance_preserving_init(self)
         self.codebooks = Codebooks(count, config.codebook_size, dim)
 
     @property
@@ -186,7 +186,7 @@ class ResidualQuantizer(torch.nn.Module):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def forward(self, latents: Tensor, draws: _Draws | None = None) -> _Part:
-        """(B, T, H) quantised, and with `draws` counted; see :class:`Quantized`."""
+        """(B, T, H) quantised, and with `draws` counted; see :class:`QuantizerOutput`."""
         x = self.input(latents.transpose(1, 2)).transpose(1, 2)
         B, T, D = x.shape
         count = self.codebooks.count
@@ -200,7 +200,7 @@ class ResidualQuantizer(torch.nn.Module):
         commitment = (x.float() - sums).square().mean((2, 3)).T
         chosen = sums[-1]
         if draws is not None:
-            self.codebooks.tally(x.detach().float(), sums, codes.unflatten(1, (B, T)), draws.count)
+            self.codebooks.accumulate(x.detach().float(), sums, codes.unflatten(1, (B, T)), draws.count)
             used_BN = torch.arange(count, device=x.device) < draws.count[:, None]
             commitment = commitment * used_BN
             chosen = sums[draws.count - 1, torch.arange(B, device=x.device)]

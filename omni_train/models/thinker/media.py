@@ -1,4 +1,4 @@
-"""Sound and vision in the Thinker: media are encoded, and their tokens take their places among the embeddings.
+"""Audio and vision in the Thinker: media are encoded, and their features scattered among the token embeddings.
 
 Encoders stand on the first pipeline stage and are tensor-parallel inside, so their outputs are the same on all
 tensor-parallel ranks. Context-parallel ranks hold the same row and share its media: each encodes a part, and all
@@ -24,11 +24,17 @@ from omni_train.nn.context_parallel import gather_shares, share_evenly
 from omni_train.recipe.schema import AudioEncoderConfig
 
 
-def hear(encoder: AudioEncoder, adapter: AudioAdapter, media: LocalMedia, group) -> Tensor:
-    """(A, H) embeddings of all audio tokens of the row, in order; with A = 0 still tied to the parameters.
+def encode_audio(encoder: AudioEncoder, adapter: AudioAdapter, media: LocalMedia, group) -> Tensor:
+    """Embeddings of the row's audio tokens.
 
     Args:
-        group: the context-parallel ranks, who share the work.
+        encoder: the audio encoder.
+        adapter: from the encoder's width to H.
+        media: the row's media.
+        group: the context-parallel ranks, which share the clips.
+
+    Returns:
+        (A, H) in the order of the row; with A = 0 still part of the parameters' graph.
     """
     config = encoder.audio
     clips = media.mel_cu_seqlens.diff().tolist()
@@ -46,11 +52,18 @@ def hear(encoder: AudioEncoder, adapter: AudioAdapter, media: LocalMedia, group)
     return gather_shares(embedded, counts, group)
 
 
-def see(encoder: VisionEncoder, adapter: VisionAdapter, media: LocalMedia, group) -> list[Tensor]:
-    """(V, H) embeddings of all vision tokens of the row, in order, and those of each DeepStack layer.
+def encode_vision(encoder: VisionEncoder, adapter: VisionAdapter, media: LocalMedia, group) -> list[Tensor]:
+    """Embeddings of the row's vision tokens, and their DeepStack features.
 
     Args:
-        group: the context-parallel ranks, who share the work.
+        encoder: the vision encoder.
+        adapter: from the encoder's width to H.
+        media: the row's media.
+        group: the context-parallel ranks, which share the frames.
+
+    Returns:
+        (V, H) embeddings in the order of the row, then (V, H) features of each DeepStack layer; with V = 0 still part
+        of the parameters' graph.
     """
     config = encoder.vision
     grids = media.grid_thw.tolist()
@@ -71,27 +84,29 @@ def see(encoder: VisionEncoder, adapter: VisionAdapter, media: LocalMedia, group
     return [gather_shares(part, counts, group) for part in (embedded, *deep)]
 
 
-def place(hidden: Tensor, features: Tensor, places: Tensor, *, add: bool, sequence_parallel: bool) -> Tensor:
+def scatter_features(
+    hidden: Tensor, features: Tensor, indices: Tensor, *, add: bool, sequence_parallel: bool
+) -> Tensor:
     """Put features where they belong.
 
     Args:
         hidden: (S, 1, H).
         features: (A or V, H), the same on every tensor-parallel rank.
-        places: (S,) which feature stands at each token, −1: none.
+        indices: (S,) which feature stands at each token, −1: none.
         add: to what is there, instead of in its place.
         sequence_parallel: each tensor-parallel rank holds other tokens, whose gradients all reach its encoders.
     """
     if sequence_parallel:
         features = copy_to_tensor_model_parallel_region(features)
     # Where there is none the encoder still takes part in the backward pass, so that all ranks run its collectives.
-    here = (places >= 0).nonzero().squeeze(1)
-    return hidden.index_put((here,), features[places[here]].unsqueeze(1).to(hidden.dtype), accumulate=add)
+    here = (indices >= 0).nonzero().squeeze(1)
+    return hidden.index_put((here,), features[indices[here]].unsqueeze(1).to(hidden.dtype), accumulate=add)
 
 
 def _audio_pieces(clips: list[int], config: AudioEncoderConfig, window_frames: int) -> list[int]:
-    """Frames of pieces that the encoder treats like clips of their own, so that ranks can share a long clip.
+    """Mel frames of each piece that clips are cut into, so that ranks can share a long clip.
 
-    Chunks are convolved by themselves and windows attend by themselves: a cut between both changes nothing.
+    The encoder treats a piece as a clip of its own. Chunks are convolved by themselves and windows attend by themselves: a cut between both changes nothing.
     """
     if not window_frames:
         return clips

@@ -29,7 +29,10 @@ from omni_train.recipe.schema import Recipe
 
 
 class Thinker(PipelineStage, LanguageModule):
-    """One pipeline stage's part of the Thinker.
+    """The part of the Thinker that one pipeline stage, or virtual stage, computes.
+
+    Axis letters: T tokens of this context-parallel rank, S this tensor-parallel rank's part of them under sequence
+    parallelism, H hidden, V vocabulary.
 
     Args:
         recipe: a validated recipe.
@@ -59,11 +62,11 @@ class Thinker(PipelineStage, LanguageModule):
                 position_embedding_type="none",
                 tp_group=groups.tp,
             )
-        senses = bool(recipe.model.audio or recipe.model.vision)
-        self.senses = self.pre_process and senses  # needs a row's media
+        has_encoders = bool(recipe.model.audio or recipe.model.vision)
+        self.encodes_media = self.pre_process and has_encoders  # needs a row's media
         # Multi-token prediction reads the embeddings of the next tokens, media included, which only the first stage can
         # make: they go through the pipeline behind the hidden states.
-        self.carries_embeddings = senses and thinker.mtp_num_hidden_layers > 0
+        self.carries_embeddings = has_encoders and thinker.mtp_num_hidden_layers > 0
         self._carried: torch.Tensor | None = None
         if self.pre_process and recipe.model.audio:
             self.audio_encoder = AudioEncoder(recipe.model.audio, config)
@@ -113,14 +116,14 @@ class Thinker(PipelineStage, LanguageModule):
         window = 0
         if self._audio is not None:
             window = drawn_window(self._audio, self._seed, step) if training else self._audio.eval_window_frames
-        return LocalRow.from_batch(row, media=self.senses, audio_window_frames=window)
+        return LocalRow.from_batch(row, media=self.encodes_media, audio_window_frames=window)
 
     def pipeline_tokens(self, row_tokens: int) -> int:
         """See :class:`PipelineStage`."""
         return row_tokens * (2 if self.carries_embeddings else 1)
 
     def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """`named_parameters`, by the names that they have where one rank holds the whole model."""
+        """Names and parameters of this stage; the names are those of the whole model on one rank."""
         for name, parameter in self.named_parameters():
             words = name.split(".")
             if words[:2] == ["decoder", "layers"]:
@@ -130,24 +133,28 @@ class Thinker(PipelineStage, LanguageModule):
             yield ".".join(words), parameter
 
     def set_input_tensor(self, input_tensor) -> None:
-        """Take what the stage before returned, as the pipeline schedules hand it over."""
+        """Set the input of this stage to the output of the stage before, as Megatron's schedules do."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.carries_embeddings and received is not None:
             received, self._carried = received.chunk(2)
         self.decoder.set_input_tensor(received)
 
     def head_weight(self) -> torch.Tensor:
-        """(V/tp, H) this rank's rows of the output projection."""
+        """Weight of the output projection, (V/tp, H) rows of this tensor-parallel rank."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(T,) token ids -> (S, 1, H)."""
+        """Token embeddings, (T,) ids -> (S, 1, H)."""
         return self.embedding(input_ids=tokens[None], position_ids=None)
 
     def forward(self, row: LocalRow, objective: Read | None = None):
-        """Run this stage.
+        """Output of this pipeline stage for a row.
+
+        Args:
+            row: the row; its `next_embedding` is set on the way.
+            objective: what the last stage computes from the final hidden states.
 
         Returns:
             hidden states (S, 1, H) to the next stage, (2·S, 1, H) with embeddings behind them where multi-token
@@ -176,52 +183,62 @@ class Thinker(PipelineStage, LanguageModule):
         return objective(self, hidden, row)
 
     def _embed_row(self, row: LocalRow) -> torch.Tensor:
-        """(S, 1, H) embeddings of text and media; into the row those of the next tokens, where they are carried.
+        """Embeddings of the row's text and media, (S, 1, H).
 
-        DeepStack's features go into the row's boundaries, for the layers.
+        Sets `row.next_embedding` where those of the next tokens are carried through the pipeline, and adds DeepStack's
+        features to `row.packed`, which reaches the layers.
         """
         hidden, group = self.embed(row.tokens), self.pg_collection.cp
         row.packed.deepstack = []  # a decoding state serves many rows, and still has those of the prompts
-        if row.media is None:  # the tokens of an answer that is being generated
+        if row.media is None:  # a decoding step
             return hidden
         upcoming = self.embed(row.next_tokens) if self.carries_embeddings else None
         if hasattr(self, "audio_encoder"):
-            heard = media.hear(self.audio_encoder, self.audio_adapter, row.media, group)
-            hidden = self._place(hidden, heard, row.media.audio_places)
+            audio_features = media.encode_audio(self.audio_encoder, self.audio_adapter, row.media, group)
+            hidden = self._scatter(hidden, audio_features, row.media.audio_indices)
             if upcoming is not None:
-                upcoming = self._place(upcoming, heard, row.media.next_audio_places)
+                upcoming = self._scatter(upcoming, audio_features, row.media.next_audio_indices)
         if hasattr(self, "vision_encoder"):
-            seen, *deepstack = media.see(self.vision_encoder, self.vision_adapter, row.media, group)
-            hidden = self._place(hidden, seen, row.media.vision_places)
+            vision_features, *deepstack = media.encode_vision(
+                self.vision_encoder, self.vision_adapter, row.media, group
+            )
+            hidden = self._scatter(hidden, vision_features, row.media.vision_indices)
             if upcoming is not None:
-                upcoming = self._place(upcoming, seen, row.media.next_vision_places)
-            row.packed.deepstack, row.packed.vision_places = deepstack, row.media.vision_places
+                upcoming = self._scatter(upcoming, vision_features, row.media.next_vision_indices)
+            row.packed.deepstack, row.packed.vision_indices = deepstack, row.media.vision_indices
         row.next_embedding = upcoming
         return hidden
 
-    def _place(self, hidden, features, places, add: bool = False) -> torch.Tensor:
-        return media.place(hidden, features, places, add=add, sequence_parallel=self.config.sequence_parallel)
+    def _scatter(self, hidden, features, indices, add: bool = False) -> torch.Tensor:
+        return media.scatter_features(
+            hidden, features, indices, add=add, sequence_parallel=self.config.sequence_parallel
+        )
 
     def _add_deepstack(self, level: int, _layer, _arguments, keywords: dict, out):
-        """Hook behind a block of the language model, which adds what came with the call.
+        """Forward hook that adds DeepStack's features to the output of a block of the language model.
 
-        So a layer that is recomputed adds it again, whichever row went through the model meanwhile.
+        It takes them from the call's own arguments, so that a layer that is recomputed adds its own row's features,
+        whichever row went through the model meanwhile.
         """
         packed = keywords["packed_seq_params"]
         if not (features := getattr(packed, "deepstack", None)):
             return out
         hidden, *rest = out if isinstance(out, tuple) else (out,)
-        hidden = self._place(hidden, features[level], packed.vision_places, add=True)
+        hidden = self._scatter(hidden, features[level], packed.vision_indices, add=True)
         return (hidden, *rest) if isinstance(out, tuple) else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(S, 1, H) final hidden states -> (T, V) logits, gathered over the tensor-parallel ranks. For evaluation."""
+        """Logits gathered over the tensor-parallel ranks, for evaluation: (S, 1, H) final hidden states -> (T, V)."""
         out, _ = self.output_layer(hidden, weight=self.head_weight(), runtime_gather_output=True)
         return out[:, 0]
 
 
 def build_chunks(recipe: Recipe) -> list[Thinker]:
-    """This rank's parts of the Thinker: one, or one per virtual pipeline stage. Process groups must exist."""
+    """The model chunks of this rank: one, or one per virtual pipeline stage. Process groups must exist.
+
+    Args:
+        recipe: a validated recipe.
+    """
     config = transformer_config(recipe)
     rank, parallel = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel
     stages = [(rank, None)]

@@ -13,11 +13,16 @@ from omni_train.nn.backend import backend
 
 
 class MultiTokenPrediction(MegatronModule):
-    """fc([norm(embedding of the next token), norm(hidden state)]) → a gated-attention block → norm.
+    """Multi-token-prediction layer: fc([norm(embedding of the next token), norm(hidden state)]) → a block → norm.
 
-    The next token may be one of sound or vision: vLLM's drafter reads their features one position ahead, too. Shares
-    the embedding and the head with the model. The block is the model's own kind of attention layer with its own
-    kind of feed-forward, MoE or dense.
+    The next token may be one of audio or vision: vLLM's drafter reads their features one position ahead, too. Shares
+    the embedding and the head with the model. The block is an attention layer and a feed-forward of the model's own
+    kinds.
+
+    Args:
+        config: Megatron's configuration of the Thinker.
+        submodules: the layers of its hybrid stack.
+        groups: process groups.
     """
 
     layers = ()  # Megatron's schedules look here for layers to capture in CUDA graphs
@@ -54,12 +59,13 @@ class MultiTokenPrediction(MegatronModule):
         """Hidden states that predict ``row.next_labels``.
 
         Args:
-            next_embedding: (S, 1, H) what the model gets at the token after each, sound and vision included.
+            next_embedding: (S, 1, H) input embedding of the token after each, audio and vision included.
             hidden: (S, 1, H) the model's final hidden states.
-            rotary: frequencies of the row.
+            rotary: (T, 1, R) cosines and sines, from :class:`omni_train.nn.rotary.TMRotaryEmbedding`.
+            row: the row.
 
         Returns:
-            (S, 1, H) hidden states, after this layer's final norm.
+            (S, 1, H) hidden states after this layer's final norm.
         """
         joined = torch.cat([self.embedding_norm(next_embedding), self.hidden_norm(hidden)], dim=-1)
         projected, _ = self.projection(joined)  # (T, 1, H/tp): the projection is column parallel
