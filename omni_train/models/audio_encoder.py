@@ -1,4 +1,4 @@
-"""The audio encoder (AuT) and its adapter.
+"""Audio encoder (AuT) and its adapter.
 
 Qwen3.5-Omni: four convolutions that halve time and mel bins, 6.25 tokens a second (technical report, section 2.1).
 Qwen3-Omni as released: three, over chunks of 100 frames. Both then attend in both directions inside windows.
@@ -32,16 +32,24 @@ CONVOLVED_FRAMES = 8192
 
 
 def drawn_window(audio: AudioEncoderConfig, seed: int, step: int) -> int:
-    """Frames that attend to each other in a step of training: drawn anew for each, the same for all its rows."""
+    """Attention window of the audio encoder in a training step, in mel frames, 0 for whole clips.
+
+    Drawn anew for each step, and the same for all of its rows.
+
+    Args:
+        audio: its `train_window_frames` are what is drawn from.
+        seed: of the run.
+        step: of training.
+    """
     return random.Random(f"audio window {seed} {step}").choice(audio.train_window_frames)
 
 
 class AudioEncoder(MegatronModule):
-    """Log-mel frames to audio tokens of the encoder's width.
+    """Audio encoder: log-mel frames to audio tokens of the encoder's width.
 
     Args:
-        audio: sizes.
-        thinker: Megatron's configuration of the Thinker that listens.
+        audio: sizes of the encoder.
+        thinker: Megatron's configuration of the Thinker, for its parallel layout, precision and recomputation.
     """
 
     def __init__(self, audio: AudioEncoderConfig, thinker: TransformerConfig) -> None:
@@ -75,15 +83,15 @@ class AudioEncoder(MegatronModule):
         self.final_norm = LayerNorm(config, audio.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, mel_FM: Tensor, mel_cu_seqlens: Tensor, window_frames: int) -> Tensor:
-        """Encode clips; each gives the tokens that it would give alone.
+        """Audio tokens of clips, the same for a clip whatever other clips are given.
 
         Args:
-            mel_FM: all clips, one after the other.
-            mel_cu_seqlens: (clips+1,) where each begins and ends; none is empty.
-            window_frames: frames that attend to each other, cut from the start of each clip; 0 for a whole clip.
+            mel_FM: log-mel frames of all clips, one after the other.
+            mel_cu_seqlens: (clips+1,) boundaries of the clips; none is empty.
+            window_frames: mel frames that attend to each other, cut from the start of each clip; 0 for a whole clip.
 
         Returns:
-            (A, H) after the last norm, clip after clip, :func:`omni_train.data.samples.lengths.audio_tokens` of each.
+            (A, H) after the final norm, clip after clip, :func:`omni_train.data.samples.lengths.audio_tokens` of each.
         """
         clips = mel_cu_seqlens.diff().tolist()
         chunks = [cut for frames in clips for cut in _cut(frames, self.audio.chunk_frames)]
@@ -98,13 +106,13 @@ class AudioEncoder(MegatronModule):
         return convolved(frames, self.audio.num_convolutions)
 
     def _convolve(self, mel_FM: Tensor, chunks: list[int]) -> Tensor:
-        """(A, H) of chunks of the given numbers of frames, each by itself.
+        """Convolved audio tokens (A, H) of chunks of the given numbers of mel frames, each by itself.
 
-        Tensor-parallel ranks share the chunks and gather what they made.
+        Tensor-parallel ranks share the chunks and gather the outputs.
         """
         size, rank = self.tp_group.size(), self.tp_group.rank()
         order = sorted(range(len(chunks)), key=lambda index: -chunks[index])  # a batch pads to its longest
-        # A rank for which none is left takes part with one that has been taken, and that nobody reads.
+        # A rank for which none is left convolves one that has been taken: its collectives need it, nobody reads it.
         shares = [order[of_rank::size] or order[:1] for of_rank in range(size)]
         tokens = [self._tokens(frames) for frames in chunks]
         longest = max(sum(tokens[index] for index in share) for share in shares)
@@ -113,16 +121,16 @@ class AudioEncoder(MegatronModule):
             made = F.pad(made, (0, 0, 0, longest - len(made)))
             # What reads the outputs is the same on all ranks, and so is its gradient: each takes its part of it.
             made = gather_from_sequence_parallel_region(made, tensor_parallel_output_grad=False, group=self.tp_group)
-        places = {}
+        indices = {}
         for of_rank, share in enumerate(shares):
             start = of_rank * longest
             for index in share:
-                places.setdefault(index, torch.arange(start, start + tokens[index]))
+                indices.setdefault(index, torch.arange(start, start + tokens[index]))
                 start += tokens[index]
-        return made.index_select(0, torch.cat([places[index] for index in range(len(chunks))]).to(made.device))
+        return made.index_select(0, torch.cat([indices[index] for index in range(len(chunks))]).to(made.device))
 
     def _convolve_share(self, mel_FM: Tensor, chunks: list[int], share: list[int]) -> Tensor:
-        """Tokens of the chunks in `share`, longest first, in batches of bounded size."""
+        """Convolved tokens of the chunks in `share`, longest first, in batches of bounded size."""
         mels, parts = mel_FM.split(chunks), []
         while len(parts) < len(share):
             frames = self._padded(chunks[share[len(parts)]])
@@ -135,17 +143,17 @@ class AudioEncoder(MegatronModule):
         return torch.cat(parts)
 
     def _padded(self, frames: int) -> int:
-        """Frames to which a chunk is padded: no more change what it gives.
+        """Mel frames to which a chunk is padded, so that its tokens do not depend on the batch.
 
-        A token at the end reads what the convolutions make of silence behind the chunk, up to the end of a whole one.
-        `transformers` pads the chunks of a call to the longest of them, so a clip shorter than a chunk differs there in
-        its last token with the company that it has; as it is here beside any whole chunk, it is here always.
+        The last token depends on the silence behind the chunk, up to the end of a whole one. `transformers` pads the
+        chunks of a call to the longest of them, so the last token of a clip shorter than a chunk depends there on the
+        clips beside it. Here it is always what it is there beside a whole chunk.
         """
         step = 2**self.audio.num_convolutions
         return min(-(-frames // step) * step, self.audio.chunk_frames)
 
     def _convolve_batch(self, chunks: list[Tensor], frames: int) -> Tensor:
-        """Chunks, (at most `frames`, M) each -> (B, tokens, H) with positions, which start anew in each chunk."""
+        """Convolved tokens with positions, which start anew in each chunk: (at most `frames`, M) -> (B, tokens, H)."""
         mel_BFM = pad_sequence(chunks, batch_first=True)
         x = F.pad(mel_BFM, (0, 0, 0, frames - mel_BFM.shape[1])).to(self.conv_out.weight.dtype)
         x = x.transpose(1, 2).unsqueeze(1)  # (B, 1, M, F)
@@ -156,20 +164,24 @@ class AudioEncoder(MegatronModule):
 
 
 class AudioAdapter(Projector):
-    """Linear, GELU, Linear: (A, the encoder's width) -> (A, hidden size of the Thinker)."""
+    """Adapter of the audio encoder: Linear, GELU, Linear, (A, encoder's width) -> (A, hidden size of the Thinker)."""
 
     def __init__(self, audio: AudioEncoderConfig, thinker: TransformerConfig) -> None:
         super().__init__(thinker, audio.hidden_size)
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """(length, width) fp32: sines, then cosines, of positions at wavelengths from 2π to 20,000π, as in Whisper."""
+    """Sinusoidal position embeddings as in Whisper (Radford et al. 2022): wavelengths from 2π to 20,000π.
+
+    Returns:
+        (length, width) fp32, sines followed by cosines.
+    """
     frequencies = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2, device=device).float())
     angles = torch.arange(length, device=device)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _cut(total: int, size: int) -> list[int]:
-    """`total` in pieces of `size`, the last one what remains."""
+    """Lengths of pieces of `size` that make up `total`; the last is the remainder."""
     whole, rest = divmod(total, size)
     return [size] * whole + ([rest] if rest else [])

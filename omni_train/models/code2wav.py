@@ -25,14 +25,14 @@ from omni_train.recipe.speech import Code2WavConfig
 
 DILATIONS = (1, 3, 9)
 OUTPUT_GAIN = 0.01
-"""What the last convolution begins with: speech is far from full scale, and too loud costs more than too soft."""
+"""Initial scale of the last convolution: speech is far from full scale, and too loud costs more than too soft."""
 
 
 class Code2Wav(torch.nn.Module):
-    """Codes to waveform, on codes as input.
+    """Code2Wav: vocoder from codes to a 24 kHz waveform.
 
     Args:
-        config: its sizes.
+        config: sizes of the network.
     """
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -42,32 +42,32 @@ class Code2Wav(torch.nn.Module):
         self.decoder = WaveDecoder(config)
 
     def forward(self, codes: Tensor, state: StreamingState | None = None, clamp: bool = True) -> Tensor:
-        """Decode.
+        """Waveform of codes.
 
         Args:
-            codes: (B, n, T) integers, of the first n of the N codebooks; n = N where it was trained on all.
-            state: of codes in pieces, of any lengths.
-            clamp: False for training: what is cut off has no gradient.
+            codes: (B, n, T) int64 of the first n of the N codebooks; n = N where it was trained on all.
+            state: streaming state, where the codes come in pieces of any lengths.
+            clamp: whether to clamp samples to −1 … 1; False for training, as clamped samples have no gradient.
 
         Returns:
-            (B, S) samples at 24 kHz, S = :func:`wave_samples` of T, from −1 to 1 where they are clamped.
+            (B, S) samples at 24 kHz, S = :func:`wave_samples` of T.
         """
         waveform = self.decoder(self.embedding(codes), state)
         return waveform.clamp(-1, 1) if clamp else waveform
 
     def chunked_decode(self, codes: Tensor, chunk_size: int = 300, left_context_size: int = 25) -> Tensor:
-        """Decode in independent pieces, each with some frames before it for context, as transformers does.
+        """Waveform of codes decoded in independent chunks with left context, as transformers decodes them.
 
-        Every piece is as much shorter than its frames as :func:`wave_samples` says. To decode in pieces what decoding
-        the whole gives, use `state`.
+        Every chunk is as much shorter than its frames as :func:`wave_samples` says. For chunks that add up to what
+        decoding the whole gives, pass a `state` to :meth:`forward` instead.
 
         Args:
-            codes: (B, N, T).
-            chunk_size: frames of a piece.
-            left_context_size: frames before it.
+            codes: (B, N, T) int64.
+            chunk_size: frames of a chunk.
+            left_context_size: frames of context before it.
 
         Returns:
-            (B, S).
+            (B, S) at 24 kHz.
         """
         frame = frame_samples(self.config)
         pieces = []
@@ -80,10 +80,10 @@ class Code2Wav(torch.nn.Module):
 
 
 class CodeEmbedding(torch.nn.Module):
-    """The mean of a frame's code embeddings, one table for all codebooks.
+    """Mean of the embeddings of a frame's codes, one table for all codebooks.
 
     Args:
-        config: Code2Wav's.
+        config: sizes of Code2Wav.
     """
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -92,17 +92,17 @@ class CodeEmbedding(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(config.num_quantizers * config.codebook_size, config.hidden_size))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, n, T) codes of the first n codebooks -> (B, T, H): their embeddings' sum, divided by N."""
+        """Sum of the codes' embeddings, divided by N: (B, n, T) codes of the first n codebooks -> (B, T, H)."""
         offsets = torch.arange(codes.shape[1], device=codes.device) * self.codebook_size
         embedded = F.embedding(codes + offsets[:, None], self.weight)
         return embedded.sum(1) / self.num_quantizers
 
 
 class WaveDecoder(torch.nn.Module):
-    """Code2Wav behind its embedding, which is the codec's decoder: frames of any kind to a waveform.
+    """Code2Wav without its embedding, which is also the codec's decoder: latent frames to a waveform.
 
     Args:
-        config: Code2Wav's.
+        config: sizes of Code2Wav.
     """
 
     def __init__(self, config: Code2WavConfig) -> None:
@@ -139,7 +139,7 @@ class WaveDecoder(torch.nn.Module):
                     unit.point.weight.mul_(RESIDUAL_GAIN)
 
     def forward(self, hidden: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, T, H) -> (B, S), not clamped."""
+        """Waveform of latent frames, (B, T, H) -> (B, S), not clamped."""
         x = self.transformer(hidden, state).transpose(1, 2)
         for stage in self.upsample:
             x = stage(x, state)
@@ -150,11 +150,11 @@ class WaveDecoder(torch.nn.Module):
 
 
 class ConvNeXtStage(torch.nn.Module):
-    """A transposed convolution, and a ConvNeXt block at the new rate.
+    """Upsampling stage: a transposed convolution, and a ConvNeXt block at the new rate.
 
     Args:
         channels: H.
-        factor: steps that come of one.
+        factor: output steps of each input step.
     """
 
     def __init__(self, channels: int, factor: int) -> None:
@@ -163,12 +163,12 @@ class ConvNeXtStage(torch.nn.Module):
         self.block = ConvNeXtBlock(channels)
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, H, T) -> (B, H, factor·T)."""
+        """Upsample, (B, H, T) -> (B, H, factor·T)."""
         return self.block(self.up(x), state)
 
 
 class ConvNeXtBlock(torch.nn.Module):
-    """x plus a depthwise convolution, LayerNorm, an MLP four times as wide, and a factor for each channel.
+    """ConvNeXt block (Liu et al. 2022, section 2.5): depthwise convolution, LayerNorm, MLP and LayerScale, residual.
 
     Args:
         channels: H.
@@ -183,18 +183,18 @@ class ConvNeXtBlock(torch.nn.Module):
         self.gamma = torch.nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, H, T) -> (B, H, T)."""
+        """Output of the block, (B, H, T) -> (B, H, T)."""
         y = self.norm(self.depthwise(x, state).transpose(1, 2))
         y = self.gamma * self.down(F.gelu(self.up(y)))
         return x + y.transpose(1, 2)
 
 
 class UpStage(torch.nn.Module):
-    """A transposed convolution to half the channels, then residual units of rising dilation.
+    """Upsampling stage: a transposed convolution to half the channels, then residual units of rising dilation.
 
     Args:
         channels: C of the input.
-        rate: steps that come of one.
+        rate: output steps of each input step.
     """
 
     def __init__(self, channels: int, rate: int) -> None:
@@ -204,7 +204,7 @@ class UpStage(torch.nn.Module):
         self.units = torch.nn.ModuleList(SnakeUnit(channels // 2, dilation) for dilation in DILATIONS)
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, C, T) -> (B, C/2, rate·(T − 1))."""
+        """Upsample, (B, C, T) -> (B, C/2, rate·(T − 1))."""
         x = self.up(self.activation(x), state)
         for unit in self.units:
             x = unit(x, state)
@@ -212,7 +212,7 @@ class UpStage(torch.nn.Module):
 
 
 class SnakeUnit(torch.nn.Module):
-    """x plus a dilated convolution and one of a single step, a SnakeBeta before each.
+    """Residual unit: a dilated convolution and a pointwise one, a SnakeBeta before each.
 
     Args:
         channels: C.
@@ -227,21 +227,21 @@ class SnakeUnit(torch.nn.Module):
         self.point = CausalConv1d(channels, channels, 1)
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+        """Output of the unit, (B, C, T) -> (B, C, T)."""
         y = self.wide(self.wide_activation(x), state)
         return x + self.point(self.point_activation(y), state)
 
 
 def frame_samples(config: Code2WavConfig) -> int:
-    """Samples of one frame of codes: 1920 in Qwen3-Omni, 80 ms."""
+    """Samples of one frame of codes: 1920 in Qwen3-Omni, which is 80 ms at 24 kHz."""
     return wave_samples(config, 2) - wave_samples(config, 1)
 
 
 def wave_samples(config: Code2WavConfig, frames: int) -> int:
-    """Samples that so many frames become: 1920 each in Qwen3-Omni, less 555 that the first one lacks.
+    """Samples of the waveform of `frames` frames of codes: in Qwen3-Omni 1920 each, less 555 in all.
 
     Each transposed convolution loses a step at the end of the signal (see :class:`CausalTransposedConv1d`). The first
-    sample still belongs to the first frame's beginning: the decoder sees 23 ms of what comes after a sample.
+    sample is the beginning of the first frame, so the decoder looks 23 ms ahead of each sample.
     """
     for factor in config.upsampling_ratios:
         frames *= factor

@@ -1,4 +1,4 @@
-"""What the configurations of all networks have in common."""
+"""Configuration that all networks share: type of the parameters, recomputation, an encoder without a Thinker."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from omni_train.recipe.schema import Precision, Recipe, Recompute
 
 
 def params_dtype(precision: Precision) -> torch.dtype:
-    """Type of the parameters and activations."""
+    """Type of parameters and activations in a precision."""
     return torch.bfloat16 if precision is Precision.bf16 else torch.float32
 
 
 def recomputation(recompute: Recompute, modules: list[str]) -> dict[str, Any]:
-    """Options of Megatron's ``TransformerConfig``; `modules` are those that the selective kind computes again."""
+    """Options of Megatron's ``TransformerConfig`` for activation recomputation.
+
+    Args:
+        recompute: how much is recomputed.
+        modules: Megatron's names of the modules that ``selective`` recomputes.
+    """
     if recompute is Recompute.full:
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     if recompute is Recompute.selective:
@@ -24,7 +29,11 @@ def recomputation(recompute: Recompute, modules: list[str]) -> dict[str, Any]:
 
 
 def lone_encoder_config(recipe: Recipe):
-    """Megatron's ``TransformerConfig`` that an audio encoder without a Thinker is made beside."""
+    """Megatron's ``TransformerConfig`` for an audio encoder without a Thinker.
+
+    Args:
+        recipe: a validated recipe with `model.audio`.
+    """
     from megatron.core.transformer import TransformerConfig
 
     dtype = params_dtype(recipe.precision)

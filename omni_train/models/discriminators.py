@@ -1,4 +1,4 @@
-"""Discriminators that tell speech from resynthesised speech, by its spectrum and by its periods.
+"""Discriminators of real and resynthesised speech, multi-scale STFT and multi-period.
 
 Axis letters: B crops, S samples, C channels, T time, F frequencies, P samples of a period. In every feature map time is
 the third axis.
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from omni_train.recipe.speech import DiscriminatorConfig
 
 DiscriminatorOutput = tuple[torch.Tensor, list[torch.Tensor]]
-"""Logits (B, 1, T, F or P), high for real speech, and the feature maps (B, C, T, F or P) of the layers before."""
+"""Logits (B, 1, T, F or P), high for real speech, and the feature maps (B, C, T, F or P) of the hidden layers."""
 
 
 class NormedConv2d(torch.nn.Conv2d):
-    """A convolution of normalised weights and learned gains (Salimans and Kingma, 2016, section 2).
+    """Convolution with weight normalisation (Salimans and Kingma 2016, section 2).
 
-    Both are its own parameters, so that it is whole wherever its forward runs.
+    Weight and gain are its own parameters, so that ZeRO 3 gathers both when its forward runs.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -28,6 +28,7 @@ class NormedConv2d(torch.nn.Conv2d):
         self.gain = torch.nn.Parameter(self.weight.detach().flatten(1).norm(dim=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve, (B, C, T, F) -> (B, C′, T′, F′)."""
         scale = self.gain / self.weight.flatten(1).norm(dim=1)
         weight = self.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -51,7 +52,12 @@ class _Layers(torch.nn.Module):
 
 
 class STFTDiscriminator(torch.nn.Module):
-    """Judges the complex spectrum of one window (EnCodec, Défossez et al. 2022, section 3.4 and figure 2)."""
+    """STFT discriminator of one window length (EnCodec, Défossez et al. 2022, section 3.4 and figure 2).
+
+    Args:
+        window: samples of the STFT's window; a quarter of it is the hop.
+        channels: C of the hidden layers.
+    """
 
     def __init__(self, window: int, channels: int) -> None:
         super().__init__()
@@ -65,6 +71,7 @@ class STFTDiscriminator(torch.nn.Module):
         self.net = _Layers(layers, NormedConv2d(channels, 1, (3, 3), padding=1), slope=0.2)
 
     def forward(self, waveform_BS: torch.Tensor) -> DiscriminatorOutput:
+        """Logits and feature maps of crops of speech."""
         spectrum_BFT = torch.stft(
             waveform_BS.float(),  # there is no Fourier transform of bfloat16
             self.window,
@@ -78,7 +85,12 @@ class STFTDiscriminator(torch.nn.Module):
 
 
 class PeriodDiscriminator(torch.nn.Module):
-    """Judges every P-th sample beside the others (HiFi-GAN, Kong et al. 2020, section 2.3)."""
+    """Discriminator of one period (HiFi-GAN, Kong et al. 2020, section 2.3).
+
+    Args:
+        period: P.
+        channels: C of each hidden layer but the last, which has as many as the one before it.
+    """
 
     def __init__(self, period: int, channels: list[int]) -> None:
         super().__init__()
@@ -91,6 +103,7 @@ class PeriodDiscriminator(torch.nn.Module):
         self.net = _Layers(layers, NormedConv2d(channels[-1], 1, (3, 1), padding=(1, 0)), slope=0.1)
 
     def forward(self, waveform_BS: torch.Tensor) -> DiscriminatorOutput:
+        """Logits and feature maps of crops of speech."""
         rest = -waveform_BS.shape[1] % self.period
         padded_BS = F.pad(waveform_BS[:, None], (0, rest), "reflect") if rest else waveform_BS[:, None]
         x_B1TP = padded_BS.unflatten(2, (-1, self.period))
@@ -98,7 +111,11 @@ class PeriodDiscriminator(torch.nn.Module):
 
 
 class Discriminators(torch.nn.ModuleList):
-    """All discriminators of a recipe."""
+    """All discriminators of a recipe, STFT first.
+
+    Args:
+        config: windows, periods and channels.
+    """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__(
@@ -109,5 +126,5 @@ class Discriminators(torch.nn.ModuleList):
         )
 
     def forward(self, waveform_BS: torch.Tensor) -> list[DiscriminatorOutput]:
-        """The judgement of each on crops (B, S) of speech."""
-        return [judge(waveform_BS) for judge in self]
+        """Logits and feature maps of each discriminator on crops (B, S) of speech."""
+        return [discriminator(waveform_BS) for discriminator in self]

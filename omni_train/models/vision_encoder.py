@@ -1,4 +1,4 @@
-"""The vision encoder of Qwen3-VL, Qwen3-Omni and Qwen3.5, and its adapter.
+"""Vision encoder of Qwen3-VL, Qwen3-Omni and Qwen3.5, and its adapter.
 
 SigLIP2's lineage: a learned square table of positions interpolated to each image's grid, rotary embedding of row and
 column, attention within each frame. Qwen3-Omni and Qwen3-VL add DeepStack: features of earlier layers for the first
@@ -27,11 +27,11 @@ NORM_EPS = 1e-6
 
 
 class VisionEncoder(MegatronModule):
-    """Patches of images and videos to features of the encoder's width.
+    """Vision encoder: patches of images and videos to features of the encoder's width.
 
     Args:
-        vision: sizes.
-        thinker: Megatron's configuration of the Thinker that sees.
+        vision: sizes of the encoder.
+        thinker: Megatron's configuration of the Thinker, for its parallel layout, precision and recomputation.
     """
 
     def __init__(self, vision: VisionEncoderConfig, thinker: TransformerConfig) -> None:
@@ -54,7 +54,7 @@ class VisionEncoder(MegatronModule):
         self.layers = EncoderLayers(config)
 
     def forward(self, patches_PD: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode images and videos.
+        """Features of the patches of images and videos.
 
         Args:
             patches_PD: uint8; a patch is (channel, frame, y, x), and patches are ordered by frame, then in blocks of
@@ -65,25 +65,28 @@ class VisionEncoder(MegatronModule):
             (P, H) of the last layer, and (P, H) of each layer in ``deepstack_visual_indexes``.
         """
         grids = [tuple(grid) for grid in grid_thw.tolist()]
-        # A convolution over patches that are cut already is a product; it only keeps the parameter's published shape.
+        # On patches that are cut already a convolution is a matrix product; its parameter keeps the published shape.
         weight_HD = self.patch_embedding.weight.flatten(1)
         pixels_PD = patches_PD.float() / 127.5 - 1.0
         hidden = F.linear(pixels_PD.to(weight_HD.dtype), weight_HD, self.patch_embedding.bias)
-        # Frames of one size share their positions: made once, and dealt out.
+        # Frames of one size share their positions.
         sizes = list(dict.fromkeys((h, w) for _, h, w in grids))
         starts, start = {}, 0
         for h, w in sizes:
             starts[h, w], start = start, start + h * w
         source_P = torch.cat([torch.arange(h * w).repeat(t) + starts[h, w] for t, h, w in grids]).to(hidden.device)
-        places = [_merge_order(h, w, self.vision.spatial_merge_size) for h, w in sizes]
-        positions = torch.cat([self._positions(*size, *place) for size, place in zip(sizes, places, strict=True)])
-        rotary = torch.cat([self._rotary(*place) for place in places]).to(hidden.device)
+        orders = [_merge_order(h, w, self.vision.spatial_merge_size) for h, w in sizes]
+        positions = torch.cat([self._positions(*size, *order) for size, order in zip(sizes, orders, strict=True)])
+        rotary = torch.cat([self._rotary(*order) for order in orders]).to(hidden.device)
         hidden = hidden + positions.to(hidden.dtype).index_select(0, source_P)
         frames = [h * w for t, h, w in grids for _ in range(t)]
         return self.layers(hidden, frames, rotary.index_select(0, source_P), keep=self.vision.deepstack_visual_indexes)
 
     def _positions(self, h: int, w: int, row_G: Tensor, column_G: Tensor) -> Tensor:
-        """(G, H) fp32: the table, whose corners are the grid's corners, read bilinearly at each patch."""
+        """Position embeddings of a frame's patches, (G, H) fp32, interpolated bilinearly from the square table.
+
+        The table's corners are the frame's corners.
+        """
         table = self.position_embedding.weight
         side = round(table.shape[0] ** 0.5)
         y, x = (index * (side - 1) / max(size - 1, 1) for index, size in ((row_G.float(), h), (column_G.float(), w)))
@@ -98,7 +101,7 @@ class VisionEncoder(MegatronModule):
         return F.embedding_bag(indices, table.float(), per_sample_weights=weights, mode="sum")
 
     def _rotary(self, row_G: Tensor, column_G: Tensor) -> Tensor:
-        """(G, 1, R) fp32 cosines and sines: half of the frequencies turn with the row, half with the column."""
+        """Rotary cosines and sines of a frame's patches, (G, 1, R) fp32: half of the frequencies for the row."""
         half = self.config.kv_channels // 2
         frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2).float() / half)
         angles = torch.cat([row_G[:, None] * frequencies, column_G[:, None] * frequencies], dim=1)
@@ -106,7 +109,7 @@ class VisionEncoder(MegatronModule):
 
 
 class VisionAdapter(MegatronModule):
-    """The mergers: each block of merge x merge patches becomes one token of the Thinker's width.
+    """Adapter of the vision encoder: each block of merge x merge patches becomes one token of the Thinker's width.
 
     Args:
         vision: sizes of the encoder.
@@ -121,17 +124,27 @@ class VisionAdapter(MegatronModule):
         )
 
     def forward(self, hidden_PH: Tensor, deepstack: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Merge what :class:`VisionEncoder` returns.
+        """Vision tokens and DeepStack features of the Thinker's width.
+
+        Args:
+            hidden_PH: output of the encoder's last layer.
+            deepstack: (P, H) outputs of the layers in ``deepstack_visual_indexes``.
 
         Returns:
-            (V, hidden size of the Thinker), and the same of each of DeepStack's layers.
+            (V, hidden size of the Thinker), and the same for each of DeepStack's layers.
         """
         merged = [merger(x) for merger, x in zip(self.deepstack_mergers, deepstack, strict=True)]
         return self.merger(hidden_PH), merged
 
 
 class Merger(MegatronModule):
-    """LayerNorm, Linear, GELU, Linear over the joined features of a block; the norm over each patch, or over all."""
+    """Patch merger: LayerNorm, Linear, GELU, Linear over the concatenated features of a block of merge x merge patches.
+
+    Args:
+        vision: sizes of the encoder.
+        thinker: Megatron's configuration of the Thinker.
+        norm_merged: whether the norm is over the whole block (DeepStack), rather than over each patch.
+    """
 
     def __init__(self, vision: VisionEncoderConfig, thinker: TransformerConfig, *, norm_merged: bool) -> None:
         super().__init__(thinker)
@@ -142,14 +155,14 @@ class Merger(MegatronModule):
         self.norm = LayerNorm(self.mlp.config, width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(P, H) -> (V, hidden size of the Thinker)."""
+        """Merge blocks of patches, (P, H) -> (V, hidden size of the Thinker)."""
         if self.norm_merged:
             return self.mlp(self.norm(x.view(-1, self.merged_size)))
         return self.mlp(self.norm(x).view(-1, self.merged_size))
 
 
 def _merge_order(h: int, w: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each patch of a frame of h x w patches, in blocks of merge x merge."""
+    """Row and column of each patch of a frame of h x w patches, in the order of blocks of merge x merge, (G,) each."""
     blocks = (h // merge, merge, w // merge, merge)
     row_G, column_G = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     return tuple(index.reshape(blocks).transpose(1, 2).flatten() for index in (row_G, column_G))

@@ -1,7 +1,7 @@
-"""Which kernels compute the blocks: Transformer Engine and fla on a GPU that has them, plain torch elsewhere.
+"""Kernels of the layers: Transformer Engine and flash-linear-attention on a GPU that has them, else plain torch.
 
 The only module that imports a GPU kernel library. Both backends hold the same parameters under the same names, so a
-checkpoint does not know which one wrote it.
+checkpoint of one loads in the other.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from omni_train.platform.logs import warn
 
 @dataclass(frozen=True)
 class Backend:
-    """The classes that layers are built from."""
+    """Classes that layers are built from."""
 
     name: str
     column_linear: type
     row_linear: type
-    norm: Callable  # RMSNorm, zero-centred where the model's are
+    norm: Callable  # RMSNorm, zero-centred where the model says so
     plain_norm: type  # RMSNorm, always plain
     core_attention: type
 
 
 @functools.cache
 def backend() -> Backend:
-    """The backend of this process. Says so loudly, once, where a GPU runs without its kernels."""
+    """Backend of this process. Warns once where a GPU runs without its kernels."""
     platform.setup()
     from omni_train.nn.attention import PackedAttention
     from omni_train.nn.norm import RMSNorm, model_norm
@@ -63,7 +63,7 @@ def backend() -> Backend:
 
 
 def _install_delta_rule(on_gpu: bool) -> None:
-    """fla's kernels on a GPU that has them, ours elsewhere."""
+    """Use flash-linear-attention's kernels on a GPU that has them, and plain torch elsewhere."""
     if on_gpu and importlib.util.find_spec("fla"):
         _repair_fla()  # Megatron has bound the rest at import
         return
@@ -75,7 +75,7 @@ def _install_delta_rule(on_gpu: bool) -> None:
 
 
 def _repair_fla() -> None:
-    """Replace the one kernel that this Triton compiles wrongly on a Hopper GPU, where it does."""
+    """Replace the one kernel that Triton from 3.4 to before 3.7.1 compiles wrongly on a Hopper GPU."""
     from fla import utils
     from fla.ops.gated_delta_rule import chunk
 

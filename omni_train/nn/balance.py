@@ -51,7 +51,15 @@ class BalancedRouter(TopKRouter):
         self.step_tokens = 1.0
 
     def routing(self, logits, padding_mask=None):
-        """(probabilities, chosen), each of shape (tokens, experts), for logits of shape (tokens, 1, experts)."""
+        """Routing probabilities and chosen experts.
+
+        Args:
+            logits: (tokens, 1, experts).
+            padding_mask: True at padding, as many elements as tokens; None without padding.
+
+        Returns:
+            probabilities, 0 where not chosen, and the boolean routing map, both (tokens, experts).
+        """
         logits = logits.view(-1, self.config.num_moe_experts)
         probs, chosen = topk_routing_with_score_function(
             logits, self.topk, use_pre_softmax=False, score_function="softmax"
@@ -70,12 +78,12 @@ class BalancedRouter(TopKRouter):
 
 
 def routers(model: torch.nn.Module) -> list[BalancedRouter]:
-    """The routers of a model chunk, in order."""
+    """Routers of a model chunk, in the order of its layers."""
     return [module for module in model.modules() if isinstance(module, BalancedRouter)]
 
 
 def begin_step(chunks: Iterable[torch.nn.Module], step_tokens: float) -> None:
-    """Prepare the routers for one optimizer step.
+    """Reset the routers' counts before the micro-batches of one optimizer step.
 
     Args:
         chunks: this rank's model chunks.
@@ -89,14 +97,15 @@ def begin_step(chunks: Iterable[torch.nn.Module], step_tokens: float) -> None:
 
 
 def loads(chunks: Iterable[torch.nn.Module], pipeline_group) -> dict[int, list[float]]:
-    """Load of every expert in the last global batch, 1 being an even share, by MoE layer of the model. Collective.
+    """Load of every expert in the last global batch, by MoE layer of the model. Collective.
 
     Args:
         chunks: this rank's model chunks.
         pipeline_group: the pipeline ranks.
 
     Returns:
-        the layer's number in the pattern, from 1 (a multi-token-prediction layer's negative) -> load of each expert.
+        number of the layer in the pattern, from 1 (negative for a multi-token-prediction layer) -> load of each expert,
+        1 being an even share.
     """
     mine = {
         (-router.layer_number if router.is_mtp_layer else router.layer_number): router.load.tolist()
@@ -109,17 +118,17 @@ def loads(chunks: Iterable[torch.nn.Module], pipeline_group) -> dict[int, list[f
 
 
 def end_step(chunks: Iterable[torch.nn.Module], group, pipeline_group, keep: bool = True) -> dict[str, float]:
-    """Sum the step's counts over the ranks that share the layers, and keep them for the next step.
+    """Sum the step's counts over the ranks that share the layers, and set the load of the next step. Collective.
 
     Args:
         chunks: this rank's model chunks.
-        group: the tensor, context and data parallel ranks.
+        group: the tensor, context and data-parallel ranks.
         pipeline_group: the pipeline ranks.
-        keep: False of a step that is skipped: the next goes on from the counts of the one before.
+        keep: False for a skipped step, whose counts the next step does not use.
 
     Returns:
-        ``aux_loss``: E·Σ fᵢ·Pᵢ of this batch, mean over the layers (1 at perfect balance);
-        ``expert_load_max`` and ``expert_load_min``: the busiest and the idlest expert's load, 1 being an even share.
+        ``aux_loss``: E·Σ fᵢ·Pᵢ of this batch, mean over the layers (1 at perfect balance); ``expert_load_max`` and
+        ``expert_load_min``: highest and lowest load of an expert, 1 being an even share. Empty without MoE layers.
     """
     mine = [router for chunk in chunks for router in routers(chunk)]
     sums = torch.zeros(2, device=platform.device())

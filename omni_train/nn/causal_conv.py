@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 1 << 18
-"""Elements worked on at once, so that all taps of a block read it from cache."""
+"""Elements of a block, so that all taps read it from cache."""
 
 
 def causal_conv1d(
@@ -77,9 +77,18 @@ def causal_conv1d(
 
 
 def check_boundaries(cu_seqlens: Tensor, B: int, T: int) -> None:
-    """Raise ValueError unless ``cu_seqlens`` cuts one row of T tokens into sequences."""
+    """Check that ``cu_seqlens`` cuts one row of T tokens into sequences.
+
+    Args:
+        cu_seqlens: (N+1,) boundaries.
+        B: rows of the batch.
+        T: tokens of a row.
+
+    Raises:
+        ValueError: there are several rows, or the boundaries do not rise from 0 to T.
+    """
     if B != 1:
-        raise ValueError(f"cu_seqlens describes one packed row, but the batch holds {B}")
+        raise ValueError(f"cu_seqlens needs a batch of one packed row, got {B}")
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens must rise from 0 to the row's {T} tokens, got {cu_seqlens.tolist()}")
 
@@ -129,8 +138,12 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def _heads(x: Tensor, state_NWD: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the first W − 1 tokens of each sequence see (N, 2(W − 1), D), where they lie in the row (N, W − 1), and
-    which of them the sequence has."""
+    """Windows of the first W − 1 tokens of each sequence.
+
+    Returns:
+        (N, 2(W − 1), D) inputs of those tokens, (N, W − 1) their indices in the row, and (N, W − 1) bool, which of them
+        the sequence has.
+    """
     offset = torch.arange(state_NWD.shape[1] - 1, device=x.device)
     inside_NW = offset < lengths[:, None]
     head_NW = torch.where(inside_NW, starts[:, None] + offset, 0)
@@ -146,7 +159,7 @@ def _forward(x: Tensor, taps: Tensor, offset: Tensor | None, silu: bool) -> Tens
 
 
 def _backward(x, dy, taps, offset, silu: bool, counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, taps and offset in the arithmetic's type; ``counts`` (T, 1) is zero for outputs to leave out."""
+    """Gradients of x, taps and offset, in the type of `taps`; `counts` (T, 1) is 0 for outputs to leave out, else 1."""
     W = len(taps)
     dx = torch.zeros(x.shape, dtype=taps.dtype, device=x.device)
     dtaps, doffset = torch.zeros_like(taps), torch.zeros_like(taps[0])
@@ -169,7 +182,7 @@ def _backward(x, dy, taps, offset, silu: bool, counts: Tensor | None = None) -> 
 
 
 def _convolve(x: Tensor, taps: Tensor, offset: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The convolution's rows ``start`` to ``stop``, and the (up to W − 1 more) rows of x that they see."""
+    """Outputs ``start`` to ``stop`` of the convolution, and the (up to W − 1 more) rows of x in their window."""
     W = len(taps)
     seen = min(start, W - 1)
     window = x[start - seen : stop].to(taps.dtype)

@@ -1,8 +1,8 @@
-"""A causal Transformer over frames of sound that looks back a fixed number of frames, whole or as a stream.
+"""Causal Transformer with sliding-window attention over frames of audio, whole or streaming.
 
-Plain torch, without Megatron: the networks that use it are small, and shared over ranks by ZeRO.
+Plain torch, without Megatron: the networks that use it are small, and sharded by ZeRO.
 
-Axis letters: B batch, T frames, S frames that are seen, H hidden, N heads, K key-value heads, D head size.
+Axis letters: B batch, T frames, S frames of the keys, H hidden, N heads, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omni_train.nn.waveform import StreamingState
 
 
 class CausalTransformer(torch.nn.Module):
-    """Pre-norm layers with rotary embedding, LayerScale (Touvron et al. 2021) and sliding-window attention.
+    """Causal Transformer of pre-norm layers with rotary embedding, LayerScale and sliding-window attention.
 
     Args:
         hidden_size: H.
@@ -26,9 +26,9 @@ class CausalTransformer(torch.nn.Module):
         num_kv_heads: K, a divisor of N.
         head_dim: D.
         intermediate_size: width of the MLP.
-        window: frames that a frame sees, itself among them.
+        window: frames that a frame attends to, itself included.
         rope_theta: base of the rotary frequencies.
-        layer_scale: what each layer's two contributions are scaled by at first.
+        layer_scale: initial value of LayerScale.
         eps: of the norms.
         gated: True: RMSNorm, gated SiLU, and a norm after the last layer (Code2Wav). False: LayerNorm, exact GELU and
             no last norm (Mimi).
@@ -65,10 +65,11 @@ class CausalTransformer(torch.nn.Module):
         self.norm = norm(hidden_size, eps=eps) if gated else torch.nn.Identity()
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, T, H) -> (B, T, H).
+        """Hidden states after the last layer, (B, T, H) -> (B, T, H).
 
         Args:
-            state: of a signal in pieces, of any lengths.
+            x: frames.
+            state: streaming state, where the frames come in pieces of any lengths.
         """
         start = 0
         if state is not None:
@@ -81,7 +82,7 @@ class CausalTransformer(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    """x + scale(attention(norm(x))), then x + scale(mlp(norm(x)))."""
+    """Transformer layer: x + scale(attention(norm(x))), then x + scale(mlp(norm(x)))."""
 
     def __init__(self, attention, mlp, norms, scales) -> None:
         super().__init__()
@@ -90,25 +91,25 @@ class Layer(torch.nn.Module):
         self.attention_scale, self.mlp_scale = scales
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: StreamingState | None = None) -> Tensor:
-        """(B, T, H) -> (B, T, H)."""
+        """Output of the layer, (B, T, H) -> (B, T, H)."""
         x = x + self.attention_scale(self.attention(self.attention_norm(x), rotary, state))
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
 class LayerScale(torch.nn.Module):
-    """One factor for each channel of the last axis."""
+    """LayerScale (Touvron et al. 2021, section 2): a learned factor for each channel of the last axis."""
 
     def __init__(self, hidden_size: int, initial: float) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.full((hidden_size,), initial))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, H) -> (…, H)."""
+        """Scale, (…, H) -> (…, H)."""
         return self.scale * x
 
 
 class MLP(torch.nn.Module):
-    """Linear, exact GELU, Linear, without biases."""
+    """MLP without biases: Linear, exact GELU, Linear."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -116,12 +117,12 @@ class MLP(torch.nn.Module):
         self.down = torch.nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, H) -> (…, H)."""
+        """Output of the MLP, (…, H) -> (…, H)."""
         return self.down(F.gelu(self.up(x)))
 
 
 class GatedMLP(torch.nn.Module):
-    """down(SiLU(gate(x)) · up(x)), without biases."""
+    """SwiGLU MLP without biases: down(SiLU(gate(x)) · up(x))."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -130,12 +131,12 @@ class GatedMLP(torch.nn.Module):
         self.down = torch.nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, H) -> (…, H)."""
+        """Output of the MLP, (…, H) -> (…, H)."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class SlidingWindowAttention(torch.nn.Module):
-    """Causal attention over the last `window` frames, grouped queries, rotary embedding over whole heads.
+    """Causal attention over the last `window` frames, with grouped queries and rotary embedding over whole heads.
 
     Args: as :class:`CausalTransformer`.
     """
@@ -149,7 +150,7 @@ class SlidingWindowAttention(torch.nn.Module):
         self.output = torch.nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], state: StreamingState | None = None) -> Tensor:
-        """(B, T, H) -> (B, T, H)."""
+        """Attend to the last `window` frames, (B, T, H) -> (B, T, H)."""
         B, T, _ = x.shape
         query = _rotate(self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2), rotary)
         key = _rotate(self.key(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2), rotary)
@@ -157,7 +158,7 @@ class SlidingWindowAttention(torch.nn.Module):
         if state is not None:
             if self in state:
                 key, value = (torch.cat(pair, dim=2) for pair in zip(state[self], (key, value), strict=True))
-            first = max(0, key.shape[2] - self.window + 1)  # the next frame sees no earlier one
+            first = max(0, key.shape[2] - self.window + 1)  # the next frame attends to no earlier one
             state[self] = key[:, :, first:], value[:, :, first:]
         if (groups := self.num_heads // self.num_kv_heads) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -166,12 +167,12 @@ class SlidingWindowAttention(torch.nn.Module):
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention of each frame to the last `window` frames, itself among them.
+    """Softmax attention of each frame to the last `window` frames, itself included.
 
     Args:
         query: (B, N, T, D).
         key, value: (B, N, S, D), S ≥ T: the queries are the last T of S frames.
-        window: in frames.
+        window: number of frames.
 
     Returns:
         (B, N, T, D).
@@ -184,7 +185,7 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
             return F.scaled_dot_product_attention(query, key, value)
     if T < S or 2 * window >= S:
         return F.scaled_dot_product_attention(query, key, value, _band(T, S, window, query.device))
-    # In blocks as long as the window, each of which sees itself and the one before: the cost grows as T, not T².
+    # In blocks as long as the window, each attending to itself and the one before: the cost grows as T, not T².
     blocks = -(-T // window)
     query, key, value = (
         F.pad(x, (0, 0, 0, blocks * window - T)).unflatten(2, (blocks, window)).transpose(1, 2)
@@ -197,9 +198,9 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> 
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is kept must serve training too
+@torch.inference_mode(False)  # a cached tensor must serve training too
 def _band(T: int, S: int, window: int, device: torch.device) -> Tensor:
-    """(T, S) which of S frames each of the last T sees."""
+    """Attention mask of a sliding window, (T, S) bool: the last T of S frames."""
     back = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     return (back >= 0) & (back < window)
 
@@ -209,7 +210,7 @@ def _band(T: int, S: int, window: int, device: torch.device) -> Tensor:
 def rotary_angles(
     length: int, start: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(length, head_dim) cosines and sines of the angles of positions `start`, `start` + 1, …
+    """Rotary cosines and sines of positions `start` to `start` + `length` − 1, (length, head_dim) each.
 
     Computed in fp32, and not kept as a buffer, which converting a model to bf16 would convert.
     """
@@ -220,7 +221,7 @@ def rotary_angles(
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, N, T, D) turned by each frame's angles, halves of a head being the pairs."""
+    """Apply rotary embedding to (B, N, T, D), dimension i together with i + D/2."""
     cosine, sine = rotary
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat([-second, first], dim=-1) * sine

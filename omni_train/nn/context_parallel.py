@@ -1,8 +1,7 @@
-"""Which tokens of a packed row each context-parallel rank holds, which keys its queries see, and who encodes what.
+"""Context parallelism of packed rows: tokens of each rank, keys of its queries, and its share of the media.
 
 Each sequence is cut into 2·size pieces of equal length; rank r holds, sequence after sequence, piece r and then piece
-2·size − 1 − r, so that all ranks have the same share of the causal attention's work. It is Megatron's own layout of
-packed rows.
+2·size − 1 − r, so that causal attention costs all ranks the same. It is Megatron's own layout of packed rows.
 
 Axis letters: T tokens of the row, N sequences.
 """
@@ -16,12 +15,12 @@ from torch.distributed import ProcessGroup
 
 
 def context_slice_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Row positions that a rank holds, in its own order.
+    """Indices of the row's tokens that a rank holds, in the rank's order.
 
     Args:
         cu_seqlens: (N+1,) boundaries in the whole row.
-        rank: this rank of the context-parallel group.
-        size: of the group.
+        rank: rank in the context-parallel group.
+        size: size of the group.
 
     Returns:
         (T/size,) int64.
@@ -34,10 +33,17 @@ def context_slice_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> tor
 
 
 def context_restore_indices(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
-    """Where each token of the row is when all ranks' parts are laid one after the other.
+    """Indices that restore the row's order of tokens gathered rank after rank.
+
+    Args:
+        cu_seqlens: (N+1,) boundaries in the whole row.
+        size: size of the context-parallel group.
 
     Returns:
         (T,) int64: ``gathered[indices]`` is in the row's order.
+
+    Raises:
+        ValueError: a sequence whose length is not a multiple of 2·size.
     """
     return torch.cat([context_slice_indices(cu_seqlens, rank, size) for rank in range(size)]).argsort()
 
@@ -45,11 +51,19 @@ def context_restore_indices(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor
 def context_key_indices(
     cu_seqlens: torch.Tensor, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The keys of each of a rank's pieces: its sequence from the beginning to the end of the piece.
+    """Indices of the keys of each of a rank's pieces: its sequence from the beginning to the end of the piece.
+
+    Args:
+        cu_seqlens: (N+1,) boundaries in the whole row.
+        rank: rank in the context-parallel group.
+        size: size of the group.
 
     Returns:
-        row positions of the keys, piece after piece, (K,) int64; boundaries of the pieces in the rank's tokens,
+        indices of the keys in the row, piece after piece, (K,) int64; boundaries of the pieces in the rank's tokens,
         (2N+1,) int64; their boundaries in the keys, (2N+1,) int64. K is 1 + 1/(2·size) times the row.
+
+    Raises:
+        ValueError: a sequence whose length is not a multiple of 2·size.
     """
     starts, lengths, pieces = _pieces(cu_seqlens, rank, size)
     prefixes = (pieces + 1) * lengths
@@ -57,7 +71,7 @@ def context_key_indices(
 
 
 def _pieces(cu_seqlens: torch.Tensor, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each piece a rank holds, (2N,): start of its sequence, length of the piece, number of the piece in it."""
+    """Start of the sequence, length, and number in the sequence of each piece a rank holds, (2N,) each."""
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
     if (lengths % (2 * size)).any():
@@ -67,7 +81,7 @@ def _pieces(cu_seqlens: torch.Tensor, rank: int, size: int) -> tuple[torch.Tenso
 
 
 def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """start, start + 1, … start + length − 1 of each range, one range after the other."""
+    """Concatenation of the ranges from each start, of each length."""
     ends = lengths.cumsum(0)
     shifts = (starts - ends + lengths).repeat_interleave(lengths)
     return shifts + torch.arange(len(shifts), device=shifts.device)
@@ -78,15 +92,15 @@ def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def share_evenly(costs: Sequence[int], outputs: Sequence[int], group: ProcessGroup) -> tuple[slice, list[int]]:
-    """Which pieces of work are this rank's: consecutive ones, of about the same cost on every rank.
+    """Consecutive pieces of work for this rank, so that all ranks have about the same cost.
 
     Args:
-        costs: of each piece.
-        outputs: tokens that each piece becomes.
-        group: the ranks that share them.
+        costs: cost of each piece, in any unit.
+        outputs: output tokens of each piece.
+        group: the ranks that share the pieces.
 
     Returns:
-        this rank's pieces, and the tokens that each rank makes.
+        slice of this rank's pieces, and the output tokens of each rank.
     """
     size, total = group.size(), sum(costs)
     ends, done = [0] * size, 0
@@ -102,11 +116,10 @@ def share_evenly(costs: Sequence[int], outputs: Sequence[int], group: ProcessGro
 
 
 def gather_shares(made: torch.Tensor, counts: Sequence[int], group: ProcessGroup) -> torch.Tensor:
-    """All ranks' tokens, rank after rank; their gradients go back, summed over the ranks, to the rank that made them.
+    """Tokens of all ranks, rank after rank; their gradients are summed over the ranks, and go to the rank they are of.
 
     Args:
-        made: (at least counts[rank], H) this rank's tokens; what is more than its count stays behind, with gradient
-            zero.
+        made: (at least counts[rank], H) this rank's tokens; those beyond its count are dropped, with gradient zero.
         counts: tokens of each rank.
         group: the ranks.
 

@@ -39,6 +39,8 @@ def chunked_cross_entropy(
         loss_weights: (T,) weight of each position in the sum; no gradient flows to it.
         chunk_tokens: positions whose logits exist at once. The peak is one fp32 buffer of C × V / tp.
         tp_group: the ranks that share the vocabulary, in its order; None for one rank.
+        sequence_parallel: whether `hidden` is split over them too.
+        ignore_index: label of positions without a loss.
 
     Returns:
         The weighted sum (scalar float32, the same on every tensor-parallel rank) and the loss of every position in
@@ -124,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):
         if ctx.gradients is None:
-            raise RuntimeError("chunked_cross_entropy gives its gradients away and can be differentiated only once")
+            raise RuntimeError("chunked_cross_entropy can be differentiated only once: its gradients are not kept")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if gradient is None else gradient.mul_(grad_output) for gradient in gradients)
         return *scaled, *(None,) * 7

@@ -1,6 +1,6 @@
 """CTC over a vocabulary too large for its log-probabilities to exist.
 
-An hour of sound has 22,500 audio tokens; over 248,320 words their fp32 logarithms are 22 GB, and their gradient as many
+An hour of audio has 22,500 audio tokens; over 248,320 words their fp32 logarithms are 22 GB, and their gradient as many
 again. But the loss of a clip is a function of the words in its transcript, the blank, and all other words together: it
 is CTC over so many classes, whose logits are the words' own and the log-sum-exp of the others'. Those are computed a
 few audio tokens at a time, and so is the gradient, for which the logits are computed a second time.
@@ -20,11 +20,16 @@ from torch.nn.utils.rnn import pad_sequence
 from omni_train.nn.cross_decoder import Spans
 
 _NOTHING = -1e30
-"""Logit of a class that cannot be: minus infinity makes nan of CTC's gradient."""
+"""Logit of a class that cannot occur: minus infinity would make CTC's gradient NaN."""
 
 
 def alignable(audio_lengths: list[int], transcripts: list[Tensor]) -> list[bool]:
-    """Which clips can be aligned: a token needs an audio token, and two equal ones another between them."""
+    """Which clips CTC can align: every token needs an audio token, and two equal ones in a row a blank between them.
+
+    Args:
+        audio_lengths: audio tokens of each clip.
+        transcripts: token ids of each clip.
+    """
     return [
         len(words) + int((words[1:] == words[:-1]).sum()) <= length
         for words, length in zip(transcripts, audio_lengths, strict=True)
@@ -32,13 +37,13 @@ def alignable(audio_lengths: list[int], transcripts: list[Tensor]) -> list[bool]
 
 
 class CTCHead(torch.nn.Linear):
-    """The linear layer to words and blank, and the loss of Graves et al. (2006) on it.
+    """CTC head: a linear layer to the vocabulary and the blank, with the loss of Graves et al. (2006).
 
     Args:
         hidden_size: H.
-        vocab_size: words; the blank is the class behind them.
+        vocab_size: tokens of the vocabulary; the blank is the class after the last.
         chunk_tokens: audio tokens whose logits exist at once, in fp32.
-        where: device and dtype.
+        where: device and dtype of the parameters.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, chunk_tokens: int, where: dict) -> None:
@@ -46,10 +51,10 @@ class CTCHead(torch.nn.Linear):
         self.blank, self.chunk_tokens = vocab_size, chunk_tokens
 
     def forward(self, hidden_AH: Tensor, audio_lengths: list[int], transcripts: list[Tensor]) -> Tensor:
-        """(N,) fp32 losses in nats, 0 where a clip cannot be aligned.
+        """CTC loss of each clip, (N,) fp32 in nats, 0 where a clip cannot be aligned.
 
         Args:
-            hidden_AH: of all clips, one after the other.
+            hidden_AH: encoder output of all clips, one after the other.
             audio_lengths: audio tokens of each clip.
             transcripts: int64 token ids of each clip, on the CPU.
         """
@@ -78,9 +83,9 @@ class CTCHead(torch.nn.Linear):
 
 
 class _ClassLogits(torch.autograd.Function):
-    """(A, K) fp32 logits of each clip's own classes, and (A,) the log-sum-exp of all others.
+    """Logits of each clip's own classes, (A, K) fp32, and the log-sum-exp of all others, (A,) fp32.
 
-    A class may stand there twice, if one of both has no gradient.
+    A class may be there twice, if one of both has no gradient.
     """
 
     @staticmethod
@@ -116,7 +121,7 @@ class _ClassLogits(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor, chunk_tokens: int):
-    """Slices of the audio tokens with their logits (C, V) fp32, all in one buffer."""
+    """Chunks of the audio tokens, as slices, with their logits (C, V) fp32; all share one buffer."""
     buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=torch.float32)
     for start in range(0, len(hidden), chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, len(hidden)))

@@ -1,4 +1,4 @@
-"""Kernels of Gated DeltaNet for machines without fla's: the same functions, in plain torch.
+"""Functions of flash-linear-attention for Gated DeltaNet in plain torch, for machines without its kernels.
 
 Axis letters: B batch, T tokens, H heads, K and V head dimensions, N sequences.
 """
@@ -14,7 +14,7 @@ from omni_train.nn.delta_rule_chunks import CHUNK, GatedDeltaRule, Layout, compu
 
 
 def install_cpu_kernels() -> None:
-    """Put these functions where Megatron's Gated DeltaNet looks for fla's. Idempotent."""
+    """Let Megatron's Gated DeltaNet call these functions instead of flash-linear-attention's. Idempotent."""
     from megatron.core.ssm.gated_delta_net import common, gdn
 
     for module in (common, gdn):
@@ -109,7 +109,7 @@ def chunk_gated_delta_rule(
 
 
 def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The gated delta rule for one more token of each sequence, on any device.
+    """Gated delta rule for one more token of each sequence, on any device.
 
     Args:
         q, k: (N, H, K).
@@ -148,7 +148,7 @@ class _L2Norm(torch.autograd.Function):
 
 
 def l2norm(x: Tensor, dim: int = -1, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(sum(x²) + eps)`` over ``dim``, computed in at least fp32, returned in x's type."""
+    """L2 normalisation ``x / sqrt(sum(x²) + eps)`` over ``dim``, computed in at least fp32, returned in x's type."""
     return _L2Norm.apply(x, dim, eps)
 
 

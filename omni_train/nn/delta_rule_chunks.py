@@ -33,20 +33,20 @@ CHUNK = 32
 """Tokens of a chunk, L; a power of two."""
 
 BLOCK_ROWS = 1 << 12
-"""Head tokens (chunks·G·L) worked on at once, so that temporaries stay in cache however long the row is."""
+"""Head tokens (chunks·G·L) of a block, so that temporaries stay in cache however long the row is."""
 
 
 @dataclass
 class Layout:
-    """How sequences lie on chunks: which chunk takes up, and which leaves, the state of which sequence."""
+    """Layout of packed sequences on chunks."""
 
-    begins: dict[int, int]
-    ends: dict[int, int]
+    begins: dict[int, int]  # chunk -> sequence whose initial state it starts from
+    ends: dict[int, int]  # chunk -> sequence whose final state it leaves
     sequence: Tensor | None = None  # (T,) sequence of each token, where boundaries may fall inside chunks
 
 
 class _Block(NamedTuple):
-    """Everything of some chunks that does not depend on the state; n = chunks·G, the leading axis of products."""
+    """Tensors of a block of chunks that do not depend on the state; n = chunks·G, the leading axis of products."""
 
     queries_keys: Tensor  # (n, 2, L, K)
     written_keys: Tensor  # (n, L, K), k̃
@@ -62,9 +62,9 @@ class _Block(NamedTuple):
 
 
 class GatedDeltaRule(torch.autograd.Function):
-    """``apply(q, k, v, g, beta, initial, scale, layout)``: the output (B, T, H, V) and the final states (N, G, K, V).
+    """Chunked gated delta rule: ``apply(q, k, v, g, beta, initial, scale, layout)`` -> output and final states.
 
-    Shapes are those of :func:`omni_train.nn.delta_rule.chunk_gated_delta_rule`, but states hold the heads of all rows
+    The output is (B, T, H, V), the states are (N, G, K, V). Other shapes are those of :func:`omni_train.nn.delta_rule.chunk_gated_delta_rule`, but states hold the heads of all rows
     on one axis. Saves its inputs and the state at the start of every block; the rest is computed again in backward."""
 
     @staticmethod
@@ -265,5 +265,5 @@ def _from_chunks(x: Tensor, into: Tensor, first: int) -> None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Type of the arithmetic for this input."""
+    """Type in which an input is computed: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

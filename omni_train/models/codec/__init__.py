@@ -1,4 +1,4 @@
-"""The speech codec: 24 kHz waveforms to 12.5 frames of codes a second and back."""
+"""Speech codec: 24 kHz waveforms to 12.5 frames of codes a second and back."""
 
 from omni_train.models.codec.codebooks import Usage, usage_of
 from omni_train.models.codec.encoder import CodecEncoder

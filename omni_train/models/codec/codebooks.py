@@ -1,4 +1,4 @@
-"""Codebooks that follow their inputs: nearest codewords, moving averages, k-means at first, revival of dead codewords.
+"""Codebooks learned by moving averages, with k-means initialisation and revival of dead codewords.
 
 A codeword is the ratio of two moving averages (van den Oord et al. 2017, appendix A.1): of the sum of the inputs that
 were nearest to it, and of their number. The buffers are Mimi's.
@@ -19,41 +19,41 @@ from omni_train.errors import UserError
 
 KMEANS_ITERATIONS = 10
 SAMPLES = {"start": 16, "revival": 1}
-"""Inputs of the global batch, for each codeword, that k-means and the revival of dead codewords see about at most."""
+"""About the most inputs of the global batch, for each codeword, that k-means and revival sample."""
 _SMALLEST_USAGE = 1e-5
 
 
 class Usage(NamedTuple):
-    """How a step's global batch used each codebook."""
+    """Use of each codebook by a step's global batch."""
 
     used: Tensor
-    """(N,) part of its codewords that were used at all."""
+    """(N,) fraction of the codewords that were used at all."""
     perplexity: Tensor
-    """(N,) exp of the entropy of the codes: the number of codewords in use, were all used alike."""
+    """(N,) exp of the entropy of the codes in nats: the number of codewords in use, were all used alike."""
     revived: Tensor
-    """(N,) codewords that began anew."""
+    """(N,) number of dead codewords that were revived."""
 
 
 class _Derived(NamedTuple):
-    """What is worked out of the buffers, once after each change."""
+    """Tensors derived from the buffers, computed once after each change."""
 
     codewords: Tensor
     """(N, K, D)."""
     tables: Tensor
-    """(N, K, D + 2), see :func:`_nearest`."""
+    """(N, K, D + 2), for :func:`_nearest`."""
     ready: bool
 
 
 def usage_of(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two fields of :class:`Usage`, from how often each codeword was used, (N, K)."""
+    """`used` and `perplexity` of :class:`Usage`, (N,) each, from counts of each codeword, (N, K)."""
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return (counts > 0).float().mean(-1), torch.special.entr(share).sum(-1).exp()
 
 
 class Codebooks(torch.nn.Module):
-    """N residual codebooks of K codewords.
+    """N residual codebooks of K codewords each.
 
-    Its buffers stay in fp32 when the network is converted to bf16, in which a moving average would stand still.
+    The buffers stay in fp32 when the network is converted to bf16, in which a moving average would stand still.
 
     Args:
         count: N.
@@ -72,29 +72,29 @@ class Codebooks(torch.nn.Module):
 
     @property
     def codewords(self) -> Tensor:
-        """(N, K, D)."""
+        """Codewords of all codebooks, (N, K, D) fp32."""
         return self._derive().codewords
 
     @property
     def ready(self) -> bool:
-        """Whether the codebooks were trained, or set by k-means at least."""
+        """Whether all codebooks have been initialised, by k-means or from a checkpoint."""
         return self._derive().ready
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, n, T) codes of the first n codebooks -> (B, T, D), the sum of their codewords."""
+        """Sum of the codewords of codes, (B, n, T) of the first n codebooks -> (B, T, D)."""
         offsets = torch.arange(codes.shape[1], device=codes.device) * self.size
         return F.embedding(codes + offsets[:, None], self.codewords.flatten(0, 1)).sum(1)
 
     @torch.no_grad()
     def quantize(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Nearest codewords, each of what the codebooks before it left.
+        """Nearest codewords, each codebook quantising the residual of those before it.
 
         Args:
             x: (M, D) fp32.
-            count: n, only the first so many codebooks.
+            count: n, the number of codebooks to use, from the first.
 
         Returns:
-            (n, M) codes, and (n, M, D) the sums of the first 1 to n codewords.
+            (n, M) int64 codes, and (n, M, D) the sums of the first 1 to n codewords.
         """
         residual, codes, sums = x, [], []
         for codebook, table in zip(self.codewords[:count], self._derive().tables, strict=False):
@@ -106,18 +106,23 @@ class Codebooks(torch.nn.Module):
         return torch.stack(codes), torch.stack(sums)
 
     def sample(self, x: Tensor, priority_BT: Tensor) -> None:
-        """Remember inputs (B, T, D) of the codebooks' first, and for each frame when it is a sample."""
+        """Keep inputs of the first codebook, from which :meth:`update` samples.
+
+        Args:
+            x: (B, T, D).
+            priority_BT: in [0, 1); frames with the lowest priorities of the global batch are its samples.
+        """
         self._samples.append((priority_BT.flatten(), x.float().flatten(0, 1)))
 
     @torch.no_grad()
     def accumulate(self, x: Tensor, sums: Tensor, codes: Tensor, count_B: Tensor) -> None:
-        """Count how the codewords are used.
+        """Add a row to the counts and to the sums of the inputs of each codeword.
 
         Args:
-            x: (B, T, D) input.
-            sums: (N, B, T, D) of :meth:`quantize`.
-            codes: (N, B, T).
-            count_B: codebooks that each sequence uses.
+            x: (B, T, D) input of the first codebook.
+            sums: (N, B, T, D) from :meth:`quantize`.
+            codes: (N, B, T) from :meth:`quantize`.
+            count_B: number of codebooks that each sequence uses.
         """
         if self._counts is None:
             self._counts, self._sums = torch.zeros_like(self.cluster_usage), torch.zeros_like(self.embed_sum)
@@ -130,13 +135,24 @@ class Codebooks(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, generator: torch.Generator, decay: float, dead_usage: float, frozen: bool = False) -> Usage:
-        """See :meth:`omni_train.models.codec.quantizer.SplitQuantizer.update`. Collective."""
+        """Update the codebooks, as :meth:`omni_train.models.codec.quantizer.SplitQuantizer.update` says. Collective.
+
+        Args:
+            generator: on the CPU, seeded alike on all ranks.
+            decay: of the moving averages.
+            dead_usage: codewords used less than this fraction of their codebook's mean are dead.
+            frozen: whether only to measure the use.
+
+        Raises:
+            UserError: frozen codebooks that have never been initialised.
+        """
         counts = torch.zeros_like(self.cluster_usage) if self._counts is None else self._counts
         sums = torch.zeros_like(self.embed_sum) if self._sums is None else self._sums
         revived = counts.new_zeros(self.count)
         if frozen and not self.ready:
             raise UserError(
-                "trainable: generator.quantizer is frozen and has no codebooks yet; train it too, or start from a codec"
+                "trainable: must include generator.quantizer until it has codebooks; train it too, or give init_from a "
+                "trained codec"
             )
         if frozen:
             _all_reduce(counts)
@@ -157,13 +173,13 @@ class Codebooks(torch.nn.Module):
         return Usage(*usage_of(counts), revived)
 
     def forget(self) -> None:
-        """Let go of what was sampled and counted."""
+        """Discard samples and counts."""
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
 
     def _start(self, samples: Tensor, total: int) -> None:
-        """K-means, codebook after codebook. Which inputs are the first centres is as random as the samples' order."""
+        """Initialise the codebooks by k-means, one after the other; the first samples, in random order, are centres."""
         if not len(samples):
             return
         residual = samples
@@ -174,7 +190,7 @@ class Codebooks(torch.nn.Module):
                 counts = torch.bincount(nearest, minlength=self.size).to(centres)
                 sums = torch.zeros_like(centres).index_add_(0, nearest, residual)
                 centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-            # In numbers of a whole step, as the moving average counts; one without any input is soon dead.
+            # Counts of a whole step, as in the moving average; a centre without inputs is soon dead.
             usage = (counts * (total / len(residual))).clamp(min=1e-3)
             self.cluster_usage[number] = usage
             self.embed_sum[number] = centres * usage[:, None]
@@ -184,7 +200,7 @@ class Codebooks(torch.nn.Module):
             _broadcast(buffer)  # on a GPU sums differ in the last bit
 
     def _revive(self, dead: Tensor, mean: Tensor, samples: Tensor, generator: torch.Generator) -> Tensor:
-        """Let dead codewords (N, K) begin anew, each at an input of its codebook, with the mean usage."""
+        """Move dead codewords (N, K) each to an input of its codebook, with the mean usage; how many of each, (N,)."""
         revived = dead.new_zeros(self.count, dtype=torch.float32)
         residual = samples
         for number, codebook in enumerate(self.codewords):
@@ -198,10 +214,10 @@ class Codebooks(torch.nn.Module):
         return revived
 
     def _gather(self, purpose: str) -> tuple[Tensor, int]:
-        """Samples of the global batch, the same in every layout.
+        """Samples of the global batch's inputs, the same in every layout.
 
         Returns:
-            (M, D) in random order, and how many inputs there were to draw from.
+            (M, D) in random order, and the number of inputs they were drawn from.
         """
         empty = self.embed_sum.new_zeros(0)
         priority = torch.cat([empty, *(priority for priority, _ in self._samples)])
@@ -236,13 +252,13 @@ class Codebooks(torch.nn.Module):
 
 
 def _nearest(x: Tensor, table: Tensor) -> Tensor:
-    """(M,) the nearest codewords to x (M, D), by distances |x|² − 2·x·c + |c|² as one product.
+    """Indices (M,) of the codewords nearest to x (M, D), by distances |x|² − 2·x·c + |c|² as one matrix product.
 
-    It is what ``torch.cdist`` does, and so transformers, to the last bit, as a nearly equal distance decides all codes
-    after it; but the codewords' half of it, (c, 1, |c|²), is kept.
+    It is what ``torch.cdist``, and so transformers, computes to the last bit, which matters as a nearly equal distance
+    decides all codes after it; but the codewords' factor, (c, 1, |c|²), is kept between calls.
 
     Args:
-        table: (K, D + 2).
+        table: (K, D + 2) that factor.
     """
     norms = x.square().sum(-1, keepdim=True)
     left = torch.cat([-2 * x, norms, torch.ones_like(norms)], dim=-1)
@@ -264,7 +280,7 @@ def _broadcast(tensor: Tensor) -> None:
 
 
 def _all_gather(table: Tensor) -> Tensor:
-    """Rows of all ranks, which may have different numbers of them."""
+    """Rows of all ranks concatenated; ranks may have different numbers of them."""
     if _world_size() == 1:
         return table
     lengths = [torch.zeros(1, dtype=torch.long, device=table.device) for _ in range(_world_size())]

@@ -1,4 +1,4 @@
-"""The codec's encoder: Mimi's, from a waveform to latents at the rate of the codes.
+"""Encoder of the codec, which is Mimi's: waveforms to latents at the rate of the codes.
 
 SEANet convolutions (Zeghidour et al. 2021), a causal Transformer, and a stride-2 convolution (Défossez et al. 2024,
 "Moshi", section 3.3.1). Causal throughout, and the same whole as in a stream.
@@ -19,16 +19,16 @@ from omni_train.nn.waveform import RESIDUAL_GAIN, CausalConv1d, StreamingState, 
 from omni_train.recipe.speech import CodecConfig
 
 LATENT_STRIDE = 2
-"""Steps of the Transformer that make one frame of codes."""
+"""Steps of the Transformer in one frame of codes."""
 INPUT_GAIN = 10.0
-"""What the first convolution begins with: on speech of a tenth of full scale and less, ELU is a straight line."""
+"""Initial scale of the first convolution: on speech of a tenth of full scale and less, ELU is a straight line."""
 
 
 class CodecEncoder(torch.nn.Module):
-    """Waveform to latents.
+    """Mimi's encoder: 24 kHz waveforms to latents.
 
     Args:
-        config: its sizes.
+        config: sizes of the codec.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -69,11 +69,11 @@ class CodecEncoder(torch.nn.Module):
                     unit.widen.weight.mul_(RESIDUAL_GAIN)
 
     def forward(self, waveform: Tensor, state: StreamingState | None = None) -> Tensor:
-        """Encode.
+        """Latents of a waveform.
 
         Args:
             waveform: (B, S) at 24 kHz.
-            state: of a signal in pieces; all but the last are multiples of a frame long.
+            state: streaming state, where the signal comes in pieces; all but the last are whole frames long.
 
         Returns:
             (B, T, H) with T = ceil(S / samples of a frame).
@@ -87,12 +87,12 @@ class CodecEncoder(torch.nn.Module):
 
 
 class DownStage(torch.nn.Module):
-    """Residual units, then a strided convolution that doubles the channels.
+    """Downsampling stage: residual units, then a strided convolution that doubles the channels.
 
     Args:
-        config: the encoder's.
+        config: sizes of the codec.
         channels: C of the input.
-        stride: steps that become one.
+        stride: input steps of each output step.
     """
 
     def __init__(self, config: CodecConfig, channels: int, stride: int) -> None:
@@ -104,17 +104,17 @@ class DownStage(torch.nn.Module):
         self.down = CausalConv1d(channels, 2 * channels, 2 * stride, stride=stride)
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, C, T) -> (B, 2·C, ceil(T / stride))."""
+        """Downsample, (B, C, T) -> (B, 2·C, ceil(T / stride))."""
         for unit in self.units:
             x = unit(x, state)
         return self.down(F.elu(x, inplace=True), state)
 
 
 class ResidualUnit(torch.nn.Module):
-    """x plus a dilated convolution to fewer channels and one back, an ELU before each.
+    """Residual unit: a dilated convolution to fewer channels and a pointwise one back, an ELU before each.
 
     Args:
-        config: the encoder's.
+        config: sizes of the codec.
         channels: C.
         dilation: of the first convolution.
     """
@@ -126,10 +126,10 @@ class ResidualUnit(torch.nn.Module):
         self.widen = CausalConv1d(narrow, channels, 1)
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+        """Output of the unit, (B, C, T) -> (B, C, T)."""
         return x + self.widen(F.elu(self.narrow(F.elu(x), state), inplace=True), state)
 
 
 def frame_samples(config: CodecConfig) -> int:
-    """Samples of one frame of codes: 1920 in Mimi, 80 ms."""
+    """Samples of one frame of codes: 1920 in Mimi, which is 80 ms at 24 kHz."""
     return LATENT_STRIDE * math.prod(config.upsampling_ratios)

@@ -1,4 +1,4 @@
-"""The codec's quantiser: one semantic codebook beside residual acoustic ones (Défossez et al. 2024, "Moshi", 3.3.2-4).
+"""Quantiser of the codec: one semantic codebook beside residual acoustic ones (Défossez et al. 2024, "Moshi", 3.3.2-4).
 
 Our own rather than vector-quantize-pytorch's. That one smooths its codewords' counts, so a trained Mimi's codebooks (a
 sum and a count for each codeword, which is their ratio) would give other codes and not come back out; it draws from
@@ -26,44 +26,46 @@ from omni_train.recipe.speech import CodecConfig
 
 @dataclass(frozen=True)
 class Regularization:
-    """What training makes regularization for the codes, for each sequence on its own; drawn from a generator."""
+    """Regularisation of the quantiser in training, drawn for each sequence on its own."""
 
     quantize_rate: float = 1.0
-    """Chance that a sequence is quantised; another's latents pass unquantised (Moshi: 0.5)."""
+    """Probability that a sequence is quantised; otherwise its latents pass unquantised (Moshi: 0.5)."""
     dropout_rate: float = 1.0
-    """Chance that a quantised sequence has only its first n codebooks, n from one acoustic codebook to all of them."""
+    """Probability that a quantised sequence uses only its first n codebooks, n drawn from one acoustic codebook to all
+    of them."""
 
 
 class QuantizerOutput(NamedTuple):
-    """What the quantiser made of latents."""
+    """Outputs of the quantiser."""
 
     latents: Tensor
-    """(B, T, H), the gradient passing straight through to the input."""
+    """(B, T, H) quantised, with a straight-through gradient to the input."""
     semantic: Tensor
-    """(B, T, H) the semantic codebook's part of it, quantised in every sequence."""
+    """(B, T, H) the semantic codebook's part of the latents, quantised in every sequence."""
     commitment: Tensor
     """(B, N) mean squared distance of the codebook's input from its codeword; 0 where the sequence does not use it."""
     codes: Tensor
-    """(B, N, T)."""
+    """(B, N, T) int64."""
 
 
 class _Draws(NamedTuple):
-    """What is drawn for the sequences of a training row."""
+    """Random numbers for the sequences of a training row."""
 
     count: Tensor
-    """(B,) codebooks that the sequence uses."""
+    """(B,) int64 number of codebooks that the sequence uses."""
     quantized: Tensor
-    """(B,) whether it is quantised."""
+    """(B,) bool, whether the sequence is quantised."""
     priority: Tensor
-    """(B, T) in [0, 1): which frames are samples of the global batch."""
+    """(B, T) in [0, 1): frames below a threshold are the global batch's samples for k-means and revival."""
 
 
 class SplitQuantizer(torch.nn.Module):
-    """Latents to codes and back: the semantic codebook and the residual acoustic ones both read the latents, and what
-    they make of them is added.
+    """Split residual quantiser (Moshi, section 3.3.3): a semantic codebook beside residual acoustic ones.
+
+    Both quantise the same latents, and their outputs are added.
 
     Args:
-        config: its sizes.
+        config: sizes of the codec.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -75,13 +77,14 @@ class SplitQuantizer(torch.nn.Module):
     def forward(
         self, latents: Tensor, generator: torch.Generator | None = None, regularization: Regularization | None = None
     ) -> QuantizerOutput:
-        """Quantise.
+        """Quantise latents.
 
         Args:
             latents: (B, T, H).
             generator: on the CPU. With it, in training mode, the codebooks' use is counted for :meth:`update`. Give
-                each row one seeded by seed, step and the row's place in the global batch: then no layout shows.
-            regularization: see there; needs the generator.
+                each row one seeded by the run's seed, the step and the row's index in the global batch, so that the
+                draws do not depend on the layout.
+            regularization: see :class:`Regularization`; needs the generator.
         """
         draws = None
         if self.training and generator is not None:
@@ -98,14 +101,14 @@ class SplitQuantizer(torch.nn.Module):
         )
 
     def encode(self, latents: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Codes alone.
+        """Codes of latents.
 
         Args:
             latents: (B, T, H).
-            num_quantizers: n, only the first so many codebooks; None for all N.
+            num_quantizers: n, the number of codebooks to use, from the first; None for all N.
 
         Returns:
-            (B, n, T) integers.
+            (B, n, T) int64.
         """
         count = num_quantizers or self.num_quantizers
         codes = self.semantic.encode(latents, min(count, self.num_semantic))
@@ -114,26 +117,29 @@ class SplitQuantizer(torch.nn.Module):
         return torch.cat([codes, self.acoustic.encode(latents, count - self.num_semantic)], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, n, T) codes of the first n codebooks -> latents (B, T, H)."""
+        """Latents of codes, (B, n, T) of the first n codebooks -> (B, T, H)."""
         latents = self.semantic.decode(codes[:, : self.num_semantic])
         if codes.shape[1] > self.num_semantic:
             latents = latents + self.acoustic.decode(codes[:, self.num_semantic :])
         return latents
 
     def update(self, generator: torch.Generator, decay: float = 0.99, dead_usage: float = 0.1) -> Usage:
-        """Move the codebooks by what was counted since the last time, and forget it. Collective.
+        """Update the codebooks from the counts since the last update, and reset the counts. Collective.
 
-        The first time the codebooks are found by k-means among the latents of the step, which passed unquantised. From
-        then on they follow their inputs' moving average, and codewords that are hardly used begin anew at an input.
-        Codebooks between projections that are frozen stay as they are, so that the codes keep their meaning.
+        The first update initialises the codebooks by k-means on the latents of the step, which passed unquantised.
+        Later ones are exponential moving averages, and revive dead codewords at an input. Codebooks between frozen
+        projections stay as they are, so that the codes keep their meaning.
 
         Args:
             generator: on the CPU, seeded alike on all ranks.
             decay: of the moving averages.
-            dead_usage: codewords used less than this part of their codebook's mean begin anew.
+            dead_usage: codewords used less than this fraction of their codebook's mean are dead.
+
+        Returns:
+            the use of all N codebooks by the step's global batch.
 
         Raises:
-            UserError: frozen codebooks that have never been found.
+            UserError: frozen codebooks that have never been initialised.
         """
         parts = [
             part.codebooks.update(generator, decay, dead_usage, frozen=not part.learns)
@@ -142,7 +148,7 @@ class SplitQuantizer(torch.nn.Module):
         return Usage(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def forget(self) -> None:
-        """Let go of what was counted since the last update, and leave the codebooks as they are."""
+        """Discard the counts since the last update, and leave the codebooks as they are."""
         for part in (self.semantic, self.acoustic):
             part.codebooks.forget()
 
@@ -165,10 +171,10 @@ class _Part(NamedTuple):
 
 
 class ResidualQuantizer(torch.nn.Module):
-    """Codebooks of which each codes what those before it left (Zeghidour et al. 2021), between two projections.
+    """Residual vector quantiser (Zeghidour et al. 2021, section III-C) between two projections.
 
     Args:
-        config: the codec's.
+        config: sizes of the codec.
         count: N.
     """
 
@@ -182,11 +188,11 @@ class ResidualQuantizer(torch.nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether training may move it: codebooks have no gradient, and go with their projections."""
+        """Whether training updates the codebooks: they have no gradient, and are frozen with their projections."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def forward(self, latents: Tensor, draws: _Draws | None = None) -> _Part:
-        """(B, T, H) quantised, and with `draws` counted; see :class:`QuantizerOutput`."""
+        """Quantise latents (B, T, H), and with `draws` count the codewords used; see :class:`QuantizerOutput`."""
         x = self.input(latents.transpose(1, 2)).transpose(1, 2)
         B, T, D = x.shape
         count = self.codebooks.count
@@ -196,7 +202,7 @@ class ResidualQuantizer(torch.nn.Module):
             passed = self._project(x)
             return _Part(passed, passed, x.new_zeros(B, count), x.new_zeros(B, count, T, dtype=torch.long))
         codes, sums = self.codebooks.quantize(x.detach().float().flatten(0, 1), count)
-        sums = sums.unflatten(1, (B, T))  # (N, B, T, D) what the first codebooks make together
+        sums = sums.unflatten(1, (B, T))  # (N, B, T, D) sums of the first 1 to N codewords
         commitment = (x.float() - sums).square().mean((2, 3)).T
         chosen = sums[-1]
         if draws is not None:
@@ -210,13 +216,13 @@ class ResidualQuantizer(torch.nn.Module):
         return _Part(passed, quantized, commitment, codes.unflatten(1, (B, T)).transpose(0, 1))
 
     def encode(self, latents: Tensor, count: int) -> Tensor:
-        """(B, T, H) -> codes (B, count, T) of the first codebooks."""
+        """Codes of the first `count` codebooks, (B, T, H) -> (B, count, T)."""
         x = self.input(latents.transpose(1, 2)).transpose(1, 2)
         codes, _ = self.codebooks.quantize(x.float().flatten(0, 1), count)
         return codes.unflatten(1, x.shape[:2]).transpose(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, n, T) -> (B, T, H)."""
+        """Latents of codes of the first n codebooks, (B, n, T) -> (B, T, H)."""
         return self._project(self.codebooks.lookup(codes).to(self.output.weight.dtype))
 
     def _project(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Thinker."""
+"""The Thinker: the multimodal language model."""
 
 from omni_train.models.thinker.model import Thinker, build_chunks
 

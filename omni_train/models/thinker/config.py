@@ -1,4 +1,4 @@
-"""From a recipe's model to Megatron's configuration and layer pattern."""
+"""Megatron's configuration and layer pattern of a recipe's Thinker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from omni_train.recipe.schema import ParallelConfig, Recipe, ThinkerConfig
 
 
 def split_pattern(thinker: ThinkerConfig, parallel: ParallelConfig) -> list[str]:
-    """The layers of each pipeline (and virtual pipeline) stage, in the order of the model.
+    """Layer pattern of each pipeline (and virtual pipeline) stage, in the order of the model.
 
-    A pattern with its own ``|`` is taken as written; otherwise the layers are cut evenly. Validation has refused what
-    does not divide.
+    A pattern with its own ``|`` is taken as written; otherwise the layers are divided evenly. Validation has refused
+    what does not divide.
     """
     if "|" in thinker.pattern:
         return thinker.pattern.split("|")

@@ -1,9 +1,8 @@
-"""Exact operation counts of a training step, for TFLOP/s and model FLOPs utilisation.
+"""FLOPs of a training step of the Thinker, for TFLOP/s and model FLOPs utilisation.
 
 A multiply and an add count as two. The backward pass costs twice the forward; what recomputation repeats is not
-counted, since it is no progress. Frozen parts are counted like the others.
-Attention counts the causal half, by sequence; the gated delta rule counts its
-recurrent definition, not what a chunked kernel spends.
+counted, since it is no progress. Frozen parts are counted like the others. Attention counts the causal half, by
+sequence; the gated delta rule counts its recurrent definition, not what a chunked kernel spends.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from omni_train.recipe.schema import ModelConfig
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Forward operations of one token in everything whose cost does not depend on the sequence's length."""
+    """Forward FLOPs of one token, without attention scores, which depend on the length of the sequence."""
     thinker = model.thinker
     hidden = thinker.hidden_size
     query, kv = thinker.num_attention_heads * thinker.head_dim, thinker.num_key_value_heads * thinker.head_dim
@@ -48,15 +47,20 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 def audio_flops(model: ModelConfig, clips: list[int]) -> float:
-    """Forward operations of the audio encoder and its adapter on clips of mel frames, in the evaluation's windows."""
+    """Forward FLOPs of the audio encoder and its adapter, in the windows of evaluation.
+
+    Args:
+        model: with an audio encoder.
+        clips: mel frames of each clip.
+    """
     thinker, audio, total = model.thinker, model.audio, 0.0
     width, channels = audio.hidden_size, audio.conv_channels
     layer = 8 * width * width + 4 * width * audio.intermediate_size
     last_bins = convolved(audio.num_mel_bins, audio.num_convolutions)
     for frames in clips:
         for depth in range(1, audio.num_convolutions + 1):
-            places = convolved(frames, depth) * convolved(audio.num_mel_bins, depth)
-            total += 2 * 9 * (1 if depth == 1 else channels) * channels * places
+            positions = convolved(frames, depth) * convolved(audio.num_mel_bins, depth)
+            total += 2 * 9 * (1 if depth == 1 else channels) * channels * positions
         tokens = audio_tokens(frames, audio)
         window = min(window_tokens(audio.eval_window_frames, audio) or tokens, tokens)
         projections = 2 * channels * last_bins * width + 2 * width * width + 2 * width * thinker.hidden_size
@@ -65,7 +69,12 @@ def audio_flops(model: ModelConfig, clips: list[int]) -> float:
 
 
 def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
-    """Forward operations of the vision encoder and its mergers on images and videos of (t, h, w) patches."""
+    """Forward FLOPs of the vision encoder and its mergers.
+
+    Args:
+        model: with a vision encoder.
+        grids: patches (t, h, w) of each image or video.
+    """
     thinker, vision, total = model.thinker, model.vision, 0.0
     width, merged = vision.hidden_size, vision.spatial_merge_size**2
     layer = 8 * width * width + 4 * width * vision.intermediate_size
@@ -79,7 +88,7 @@ def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
 
 
 def step_flops(model: ModelConfig, rows: list[PackedBatch]) -> float:
-    """Operations of forward and backward over `rows`, padding excluded."""
+    """FLOPs of forward and backward of one training step over packed rows, padding excluded."""
     thinker, per_token = model.thinker, flops_per_token(model)
     attention_layers = (thinker.pattern * thinker.repeats).count("*") + thinker.mtp_num_hidden_layers
     width = thinker.num_attention_heads * thinker.head_dim

@@ -87,18 +87,21 @@ def encode_vision(encoder: VisionEncoder, adapter: VisionAdapter, media: LocalMe
 def scatter_features(
     hidden: Tensor, features: Tensor, indices: Tensor, *, add: bool, sequence_parallel: bool
 ) -> Tensor:
-    """Put features where they belong.
+    """Hidden states with features of media written to, or added at, their tokens.
 
     Args:
         hidden: (S, 1, H).
         features: (A or V, H), the same on every tensor-parallel rank.
-        indices: (S,) which feature stands at each token, −1: none.
-        add: to what is there, instead of in its place.
-        sequence_parallel: each tensor-parallel rank holds other tokens, whose gradients all reach its encoders.
+        indices: (S,) int64, index of the feature that belongs to each token, −1: none.
+        add: whether to add the features to what is there, instead of overwriting it.
+        sequence_parallel: whether tensor-parallel ranks hold different tokens, whose gradients the features then sum.
+
+    Returns:
+        (S, 1, H).
     """
     if sequence_parallel:
         features = copy_to_tensor_model_parallel_region(features)
-    # Where there is none the encoder still takes part in the backward pass, so that all ranks run its collectives.
+    # Without any feature here the encoder still joins the backward pass, so that all ranks run its collectives.
     here = (indices >= 0).nonzero().squeeze(1)
     return hidden.index_put((here,), features[indices[here]].unsqueeze(1).to(hidden.dtype), accumulate=add)
 
@@ -106,7 +109,8 @@ def scatter_features(
 def _audio_pieces(clips: list[int], config: AudioEncoderConfig, window_frames: int) -> list[int]:
     """Mel frames of each piece that clips are cut into, so that ranks can share a long clip.
 
-    The encoder treats a piece as a clip of its own. Chunks are convolved by themselves and windows attend by themselves: a cut between both changes nothing.
+    The encoder treats a piece as a clip of its own. Chunks are convolved by themselves and windows attend by
+    themselves, so that a cut between both changes nothing.
     """
     if not window_frames:
         return clips
