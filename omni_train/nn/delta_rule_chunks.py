@@ -64,8 +64,10 @@ class _Block(NamedTuple):
 class GatedDeltaRule(torch.autograd.Function):
     """Chunked gated delta rule: ``apply(q, k, v, g, beta, initial, scale, layout)`` -> output and final states.
 
-    The output is (B, T, H, V), the states are (N, G, K, V). Other shapes are those of :func:`omni_train.nn.delta_rule.chunk_gated_delta_rule`, but states hold the heads of all rows
-    on one axis. Saves its inputs and the state at the start of every block; the rest is computed again in backward."""
+    The output is (B, T, H, V). Other shapes are those of :func:`omni_train.nn.delta_rule.chunk_gated_delta_rule`, but
+    states hold the heads of all rows on one axis, (N, G, K, V). Saves its inputs and the state at the start of every
+    block; the rest is computed again in backward.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, initial, scale: float, layout: Layout):

@@ -1,6 +1,6 @@
-"""Bidirectional pre-norm Transformers for encoders, and the projectors behind them, from Megatron's blocks.
+"""Bidirectional pre-norm Transformers for encoders, and their projectors, from Megatron's layers.
 
-They are tensor-parallel inside; what goes in and comes out is the same on all tensor-parallel ranks. There is neither
+They are tensor-parallel inside; inputs and outputs are the same on all tensor-parallel ranks. There is neither
 sequence nor context parallelism: an encoder's row is short, and the Thinker shares clips and images over its
 context-parallel ranks instead.
 
@@ -42,11 +42,16 @@ def encoder_config(
     activation: Callable[[Tensor], Tensor] = F.gelu,
     norm_eps: float = 1e-5,
 ) -> TransformerConfig:
-    """Megatron's configuration of an encoder beside a Thinker: its numbers, its split of tensors, its recomputation.
+    """Megatron's configuration of an encoder, with the precision, tensor parallelism and recomputation of a Thinker.
 
     Args:
         thinker: configuration of the Thinker.
-        num_attention_heads: None for a projector, which has none.
+        hidden_size: H.
+        intermediate_size: width of the MLP.
+        num_layers: number of layers.
+        num_attention_heads: None for a projector, which has no attention.
+        activation: of the MLP.
+        norm_eps: added to the variance in LayerNorm.
     """
     recompute = thinker.recompute_granularity == "full"
     return TransformerConfig(
@@ -75,7 +80,7 @@ def encoder_config(
 
 
 def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Spec of a pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x))."""
     kernels = backend()
     attention = ModuleSpec(
         module=PackedSelfAttention,
@@ -104,10 +109,10 @@ def _mlp_submodules() -> MLPSubmodules:
 
 
 class ShardedModuleList(torch.nn.ModuleList):
-    """A list of modules that says how each is sharded; a plain one would pass all of it off as replicated."""
+    """Module list with a sharded state dict; Megatron would take a plain one for replicated."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Sharded state of all modules, under their indices."""
+        """Sharded state dict of all modules, under their indices."""
         state = {}
         for index, module in enumerate(self):
             state |= sharded_state_dict_default(module, f"{prefix}{index}.", sharded_offsets, metadata)
@@ -115,7 +120,7 @@ class ShardedModuleList(torch.nn.ModuleList):
 
 
 class EncoderLayers(ShardedModuleList):
-    """The layers of an encoder.
+    """Transformer layers of an encoder.
 
     Args:
         config: from :func:`encoder_config`.
@@ -138,18 +143,18 @@ class EncoderLayers(ShardedModuleList):
     def forward(
         self, hidden: Tensor, lengths: Sequence[int], rotary: Tensor | None = None, keep: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers; tokens attend within their sequence.
+        """Hidden states after all layers; tokens attend within their sequence.
 
         Args:
             hidden: (T, H).
-            lengths: tokens of each sequence, N numbers that sum to T.
-            rotary: (T, 1, R) F cosines followed by F sines, as :func:`omni_train.nn.rotary.apply_rotary` takes them.
-            keep: layers, from 0, whose outputs are wanted too.
+            lengths: tokens of each of the N sequences, which sum to T.
+            rotary: (T, 1, R) R/2 cosines followed by R/2 sines, for :func:`omni_train.nn.rotary.apply_rotary`.
+            keep: indices, from 0, of layers whose outputs to return too.
 
         Returns:
             (T, H) of the last layer, and (T, H) of each layer in `keep`.
         """
-        # In order of their lengths, sequences of equal length are one batch to the attention.
+        # Sorted by length, sequences of equal length are one batch for attention.
         lengths_N = torch.tensor(lengths)
         by_length = lengths_N.argsort(stable=True)
         order = token_order(lengths_N, by_length).to(hidden.device)
@@ -175,7 +180,15 @@ class EncoderLayers(ShardedModuleList):
 
 
 def token_order(lengths_N: Tensor, order_N: Tensor) -> Tensor:
-    """(T,) which token stands where, once the sequences of the given lengths stand in another order."""
+    """Indices that permute the packed tokens of sequences as the sequences are permuted.
+
+    Args:
+        lengths_N: tokens of each sequence.
+        order_N: the sequences in their new order.
+
+    Returns:
+        (T,) int64: ``tokens[indices]`` is in the new order.
+    """
     starts_N = lengths_N.cumsum(0) - lengths_N
     moved_N = lengths_N[order_N]
     shift_N = starts_N[order_N] - (moved_N.cumsum(0) - moved_N)
@@ -183,7 +196,7 @@ def token_order(lengths_N: Tensor, order_N: Tensor) -> Tensor:
 
 
 class Projector(MLP):
-    """Linear, exact GELU, Linear: from an encoder's width to the Thinker's, its middle as wide as its input.
+    """Projector from an encoder's width to the Thinker's: Linear, exact GELU, Linear, as wide inside as its input.
 
     Args:
         thinker: configuration of the Thinker.
@@ -200,6 +213,6 @@ class Projector(MLP):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, input_size) -> (T, hidden size of the Thinker)."""
+        """Project, (T, input_size) -> (T, hidden size of the Thinker)."""
         out, bias = super().forward(x)
         return out + bias

@@ -25,14 +25,22 @@ from torch import Tensor
 
 
 def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """silu(gate) · up · prob: (R, 2·F) and (R,) -> (R, F). Keeps nothing but its inputs for the backward pass."""
+    """SwiGLU activation times routing probability, silu(gate) · up · prob. Saves only its inputs for backward.
+
+    Args:
+        gate_up: (R, 2·F) gate projections before up projections.
+        probs: (R,) routing probabilities.
+
+    Returns:
+        (R, F).
+    """
     if gate_up.is_cuda:
         return weighted_bias_swiglu_impl(gate_up, None, probs[:, None])  # compiled into one kernel
     return _WeightedSwiGLU.apply(gate_up, probs)
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """On the CPU the products are small enough for every pass over memory to count: in place wherever possible."""
+    """Works in place where it can: on the CPU the products are so small that every pass over memory counts."""
 
     @staticmethod
     def forward(ctx, gate_up, probs):
@@ -55,9 +63,13 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
 
 class StackedLinear(torch.nn.Module):
-    """The weights of one linear layer of every local expert, (E, out, in).
+    """Linear layer of all local experts, with weights stacked as (E, out, in).
 
-    Expert tensor parallelism splits `split_dim`; `shape` is what this rank holds.
+    Args:
+        shape: (E, out, in) that this rank holds.
+        split_dim: dimension that expert tensor parallelism splits.
+        init_method: draws the initial weights in place.
+        config: Megatron's configuration.
     """
 
     def __init__(self, shape: tuple[int, int, int], split_dim: int, init_method, config: TransformerConfig) -> None:
@@ -74,7 +86,15 @@ class StackedLinear(torch.nn.Module):
                 init_method(self.weight)
 
     def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """tokens (R, in) and where each expert's end (E,) -> (R, out)."""
+        """Grouped matrix product.
+
+        Args:
+            tokens: (R, in) sorted by expert.
+            ends: (E,) int32, end of each expert's tokens.
+
+        Returns:
+            (R, out).
+        """
         return F.grouped_mm(tokens, self.weight.transpose(1, 2), offs=ends)
 
 
@@ -87,7 +107,7 @@ class GroupedExperts(MegatronModule):
     before the second product, as in Megatron's own experts.
 
     Raises:
-        ValueError: for experts that are not SwiGLU without biases, and for widths that the grouped product cannot take.
+        ValueError: experts that are not SwiGLU without biases, or widths that are not multiples of 16 bytes.
     """
 
     def __init__(
@@ -100,10 +120,10 @@ class GroupedExperts(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.activation_func is not F.silu or not config.gated_linear_unit or config.add_bias_linear:
-            raise ValueError("GroupedExperts computes SwiGLU without biases only")
+            raise ValueError("GroupedExperts: experts must be SwiGLU without biases")
         self.groups = pg_collection
         width, hidden = utils.divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size()), config.hidden_size
-        alignment = 16 // config.params_dtype.itemsize  # the grouped product wants rows of whole 16 bytes
+        alignment = 16 // config.params_dtype.itemsize  # the grouped product takes only rows of whole 16 bytes
         if width % alignment or hidden % alignment:
             raise ValueError(
                 f"hidden size {hidden} and the experts' width per rank {width} must be multiples of {alignment}"
@@ -112,22 +132,31 @@ class GroupedExperts(MegatronModule):
         self.linear_fc2 = StackedLinear((num_local_experts, hidden, width), 2, config.output_layer_init_method, config)
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """tokens (R, H) sorted by expert, tokens_per_expert (E,) on their device, probs (R,) -> (R, H), and no bias."""
+        """Outputs of the experts, times their routing probabilities.
+
+        Args:
+            tokens: (R, H) sorted by expert.
+            tokens_per_expert: (E,) on the same device.
+            probs: (R,) routing probabilities.
+
+        Returns:
+            (R, H), and None for the bias.
+        """
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         hidden = self.linear_fc1(tokens, ends)
         hidden = weighted_swiglu(hidden, probs)
         output = self.linear_fc2(hidden, ends)
         if output.requires_grad:
-            output.register_hook(Tensor.contiguous)  # the grouped product's backward takes nothing else
+            output.register_hook(Tensor.contiguous)  # the grouped product's backward requires it
         return output, None
 
     def backward_dw(self) -> None:
-        """Weight gradients are computed in the backward pass; nothing was put off."""
+        """Do nothing, as Megatron calls it: weight gradients were computed in the backward pass."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Both weights over all experts; gate and up are two shards, since tensor parallelism splits each of them."""
+        """Sharded state dict over all experts; gate and up are two shards, as tensor parallelism splits each."""
         groups = self.groups
         experts = (len(sharded_offsets), groups.ep.rank(), groups.ep.size())
         tp_rank, tp_size = groups.expt_tp.rank(), groups.expt_tp.size()

@@ -1,4 +1,4 @@
-"""The layers of the hybrid stack, as Megatron's specs: which class stands where."""
+"""Layers of the hybrid stack as Megatron's specs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from omni_train.nn.gated_delta_net import DecodingGatedDeltaNet
 from omni_train.nn.moe import moe_spec
 
 A_INIT_RANGE = (0.01, 16.0)
-"""A_log of Gated DeltaNet starts as the logarithm of a uniform draw from here. Megatron's own begins at 1."""
+"""Range of the uniform draw whose logarithm A_log of Gated DeltaNet starts as. Megatron's own begins at 1."""
 
 
 def stack_submodules(backend: Backend) -> HybridStackSubmodules:
-    """The layers that a pattern of G (Gated DeltaNet), * (attention), E (MoE) and - (dense MLP) is built from."""
+    """Specs of the layers in a pattern of G (Gated DeltaNet), * (attention), E (MoE) and - (dense MLP)."""
     common = {"norm": backend.norm, "column_linear": backend.column_linear, "row_linear": backend.row_linear}
     return HybridStackSubmodules(
         gdn_layer=gdn_layer_spec(**common, out_norm=backend.plain_norm),
@@ -35,7 +35,7 @@ def stack_submodules(backend: Backend) -> HybridStackSubmodules:
 
 
 def attention_layer_spec(*, norm, column_linear, row_linear, core_attention) -> ModuleSpec:
-    """Norm, then self-attention with norms on each head's query and key, then the residual sum.
+    """Spec of an attention layer: norm, self-attention with norms on each head's query and key, residual.
 
     The output gate, the norms on queries and keys and the heads come from the configuration
     (``attention_output_gate``, ``qk_layernorm``, ``num_attention_heads``, ``num_query_groups``, ``kv_channels``).
@@ -55,7 +55,7 @@ def attention_layer_spec(*, norm, column_linear, row_linear, core_attention) -> 
 
 
 def gdn_layer_spec(*, norm, column_linear, row_linear, out_norm) -> ModuleSpec:
-    """Norm, then Gated DeltaNet, then the residual sum. `out_norm` is the gated norm of its output, a plain one."""
+    """Spec of a Gated DeltaNet layer: norm, Gated DeltaNet, residual. `out_norm` is the gated norm, a plain one."""
     delta_net = ModuleSpec(
         module=DecodingGatedDeltaNet,
         params={"A_init_range": A_INIT_RANGE},
@@ -65,7 +65,7 @@ def gdn_layer_spec(*, norm, column_linear, row_linear, out_norm) -> ModuleSpec:
 
 
 def mlp_layer_spec(*, norm, column_linear, row_linear) -> ModuleSpec:
-    """Norm, then a dense MLP (gated where the configuration says so), then the residual sum."""
+    """Spec of a dense MLP layer: norm, MLP (gated where the configuration says so), residual."""
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(

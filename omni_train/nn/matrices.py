@@ -1,7 +1,7 @@
-"""Which parameters of a model are matrices, and which of them hold several matrices above one another.
+"""Matrix parameters of a model, and which of them are several matrices fused.
 
-One product may compute several maps: the query, key and value of attention, the gate and up projections of SwiGLU, all
-that Gated DeltaNet makes of its input. An optimizer that treats a matrix as a whole must know them apart.
+One product may compute several linear maps: query, key and value of attention, gate and up projections of SwiGLU, all
+projections of Gated DeltaNet. An optimizer that treats a matrix as a whole, such as Muon, must tell them apart.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from megatron.core.transformer.mlp import MLP
 from omni_train.nn.experts import GroupedExperts, StackedLinear
 
 FusedRows = tuple[int, ...]
-"""Rows of each map of a parameter, (…, rows, columns). Where all of them together are fewer than the parameter's rows,
-over all tensor ranks in order, they repeat."""
+"""Rows of each linear map fused in a parameter (…, rows, columns). Where they sum to fewer rows than the parameter has
+over all tensor-parallel ranks, the sequence of maps repeats."""
 
 
 def matrices(model: torch.nn.Module) -> dict[torch.nn.Parameter, FusedRows]:
-    """The linear maps of a model, stacked ones (E, rows, columns) included: all that has two sides.
+    """Matrix parameters of a model, stacked ones (E, rows, columns) included, with the maps fused in each.
 
-    Not embeddings, the output head and position tables, whose rows are looked up or scored one by one; not convolutions
-    and norms; not a gate's single row.
+    Embeddings, the output head and position tables are not among them, as their rows are looked up or scored one by
+    one; nor are convolutions, norms and a gate's single row.
     """
     fused, found = _fused(model), {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer of the hybrid stack: router, dispatch, stacked experts, gated shared expert.
+"""Mixture-of-experts layer of the hybrid stack: router, dispatch, stacked experts, gated shared expert.
 
 Axis letters: T tokens of this rank, K experts chosen per token, E experts, R = T·K routed rows, H hidden.
 """
@@ -23,7 +23,7 @@ from omni_train.nn.experts import GroupedExperts
 
 
 def moe_spec(*, norm, column_linear, row_linear) -> ModuleSpec:
-    """The `moe_layer` of a hybrid stack: norm, mixture of experts, residual.
+    """Spec of the hybrid stack's `moe_layer`: norm, mixture of experts, residual.
 
     Args:
         norm: class of the norm before it.
@@ -45,7 +45,7 @@ def moe_spec(*, norm, column_linear, row_linear) -> ModuleSpec:
 
 
 class MixtureOfExperts(MoELayer):
-    """Megatron's layer with :class:`RowDispatcher`."""
+    """Megatron's mixture-of-experts layer with :class:`RowDispatcher`."""
 
     def __init__(self, config, *args, pg_collection, **kwargs) -> None:
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
@@ -55,17 +55,16 @@ class MixtureOfExperts(MoELayer):
 
 
 class RowDispatcher(MoEAlltoAllTokenDispatcher):
-    """The all-to-all dispatcher with its copying removed.
+    """Megatron's all-to-all token dispatcher with fewer copies, and the same results.
 
-    Where every token goes and where it comes back from are both known, so rows are gathered in both directions and both
-    passes, never scattered and added; and rows already sorted by expert are not split and joined again when this rank
-    has nobody to exchange with. The results are those of the stock dispatcher.
+    Sources and destinations of all rows are known, so rows are gathered in both directions and both passes, never
+    scattered and added; and rows already sorted by expert are not split and joined again when this rank exchanges none.
 
     The experts take their counts on the device. The host waits for numbers only where ranks exchange rows, whose
     collectives must know how many: before the exchange of tokens, for a copy that began before the rows were sorted.
 
     Raises:
-        ValueError: for options of the stock dispatcher that drop, pad or overlap.
+        ValueError: options of the stock dispatcher that drop, pad or overlap are set.
     """
 
     def __init__(self, *args, config, pg_collection) -> None:
@@ -73,11 +72,20 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
         refused = ("moe_permute_fusion", "moe_shared_expert_overlap", "moe_expert_capacity_factor")
         for option in (*refused, "moe_router_padding_for_quantization"):
             if getattr(config, option):
-                raise ValueError(f"{option} is not supported by RowDispatcher: leave it unset")
+                raise ValueError(f"{option} must be unset with RowDispatcher")
         self.alone = self.tp_size == self.ep_size == 1
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states (..., H), routing_map and probs (T, E) -> rows sorted by expert (R, H) and their probs (R,)."""
+        """Permute tokens to rows sorted by expert.
+
+        Args:
+            hidden_states: (…, H) T tokens.
+            routing_map: (T, E) bool.
+            probs: (T, E) routing probabilities.
+
+        Returns:
+            (R, H) rows and (R,) their probabilities.
+        """
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
         if self.alone:
             self.tokens_per_expert = routing_map.sum(0)
@@ -92,16 +100,16 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
         return rows_RH, probs.T.flatten()[chosen_R]
 
     def dispatch_postprocess(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows received from other ranks, sorted by local expert, with the number of each expert's rows."""
+        """Sort rows received from other ranks by local expert; rows, rows per expert, and probabilities."""
         return (rows, self.tokens_per_expert, probs) if self.alone else super().dispatch_postprocess(rows, probs)
 
     def combine_preprocess(self, rows: Tensor) -> Tensor:
-        """Expert outputs in the order in which their inputs were received."""
+        """Restore the order in which the rows were received, (R, H) -> (R, H)."""
         return rows if self.alone else super().combine_preprocess(rows)
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
-        """Expert outputs (R, H) summed into the tokens they belong to."""
-        # Not kept to the next call: the graph behind it would hold this layer's activations, and keep the model alive.
+        """Sum the experts' outputs of each token, (R, H) -> the shape of the tokens."""
+        # Else its graph would hold this layer's activations until the next call, and keep the model alive.
         self.probs = None
         return _Gather.apply(rows, self.source_R, self.rows_TK).view(self.hidden_shape)
 

@@ -46,7 +46,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x̂·w over the last axis, w starting at 1. Statistics in fp32, output in the input's dtype.
+    """RMSNorm: y = x̂·w over the last axis, w starting at 1. Statistics in fp32, output in the input's dtype.
 
     Args:
         config: Megatron's ``TransformerConfig``; gives the weight's dtype and whether sequence parallelism is on.
@@ -55,7 +55,7 @@ class RMSNorm(torch.nn.Module):
     """
 
     offset = 0.0
-    """What is added to the weight; the weight starts at 1 − offset."""
+    """Constant added to the weight, which starts at 1 − offset."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, hidden_size) -> the same shape and dtype."""
+        """Normalise, (…, hidden_size) -> the same shape and dtype."""
         return _Normalize.apply(x, self.weight, self.offset, self.eps)
 
     def extra_repr(self) -> str:
@@ -74,19 +74,19 @@ class RMSNorm(torch.nn.Module):
 
 
 class ZeroCentredRMSNorm(RMSNorm):
-    """y = x̂·(1 + w) over the last axis, w starting at 0, so that weight decay pulls towards the identity (Qwen3.5)."""
+    """Zero-centred RMSNorm (Qwen3.5): y = x̂·(1 + w), w starting at 0: weight decay pulls towards the identity."""
 
     offset = 1.0
 
 
 def model_norm(config, hidden_size: int, eps: float = 1e-6) -> RMSNorm:
-    """The norm of a model's layers: zero-centred where its configuration says ``layernorm_zero_centered_gamma``."""
+    """Norm of a model's layers: zero-centred where its configuration says ``layernorm_zero_centered_gamma``."""
     kind = ZeroCentredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     return kind(config, hidden_size, eps)
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """y = (x − mean) / std · w + b over the last axis, for encoders (Ba et al. 2016).
+    """LayerNorm for encoders (Ba et al. 2016): y = (x − mean) / std · w + b over the last axis.
 
     Args:
         config: Megatron's ``TransformerConfig``; gives the dtype and whether sequence parallelism is on.

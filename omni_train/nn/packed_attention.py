@@ -1,4 +1,4 @@
-"""Causal and bidirectional attention over the sequences of a packed row, in memory proportional to the row.
+"""Causal and bidirectional attention within the sequences of a packed row, in memory proportional to the row.
 
 Axis letters: T tokens, H query heads, K key/value heads, D head dimension, N sequences.
 """
@@ -30,18 +30,18 @@ def packed_causal_attention(
     scale: float | None = None,
     longest: int | None = None,
 ) -> torch.Tensor:
-    """softmax(q·kᵀ·scale)·v within each sequence; its last query sees all its keys, the one before all but one, ….
+    """Causal attention softmax(q·kᵀ·scale)·v within each sequence, the last query aligned with the last key.
 
-    Never holds a matrix of queries by keys, forward or backward.
+    Never holds a matrix of queries by keys, forward or backward. Axes Tq and Tk: tokens of queries and of keys.
 
     Args:
         query: (Tq, H, D).
         key: (Tk, K, D); query head h belongs to key/value head h // (H/K).
         value: (Tk, K, D).
-        boundaries_q: (N+1,) where each sequence's queries begin and end.
-        boundaries_k: (N+1,) the same of its keys, which are at least as many.
+        boundaries_q: (N+1,) boundaries of the sequences in the queries (cu_seqlens).
+        boundaries_k: (N+1,) the same in the keys, of which a sequence has at least as many.
         scale: D^-½ by default.
-        longest: no sequence has more keys; where it is known, a GPU need not be waited for.
+        longest: upper bound of a sequence's keys; without it the host waits for the GPU.
 
     Returns:
         (Tq, H, D).
@@ -63,16 +63,16 @@ def packed_bidirectional_attention(
     scale: float | None = None,
     longest: int | None = None,
 ) -> torch.Tensor:
-    """softmax(q·kᵀ·scale)·v within each sequence; every query sees all keys of its sequence.
+    """Bidirectional attention softmax(q·kᵀ·scale)·v within each sequence.
 
     Neighbouring sequences of equal length are one batch of one kernel call: a row of many short ones is fast when it is
     in order of their lengths. None of torch's kernels that this comes to holds a matrix of queries by keys.
 
     Args:
         query, key, value: (T, H, D).
-        boundaries: (N+1,) where each sequence begins and ends.
+        boundaries: (N+1,) boundaries of the sequences (cu_seqlens).
         scale: D^-½ by default.
-        longest: no sequence is longer; where it is known, a GPU need not be waited for.
+        longest: upper bound of a sequence's tokens; without it the host waits for the GPU.
 
     Returns:
         (T, H, D).
@@ -95,7 +95,7 @@ def _varlen_takes(query: torch.Tensor) -> bool:
 
 
 def _varlen(query, key, value, boundaries_q, boundaries_k, scale, longest, causal):
-    """One kernel for all sequences; its causal triangle ends at the last key, as ours does."""
+    """Attention by one kernel for all sequences, whose causal mask is aligned with the last key, too."""
     if longest is None:
         longest = int(boundaries_k.diff().max())
     if _GROUPED is None:
@@ -107,7 +107,7 @@ def _varlen(query, key, value, boundaries_q, boundaries_k, scale, longest, causa
 
 
 def _sequence_by_sequence(query, key, value, queries, keys, scale):
-    """Torch's own choice of kernel for each sequence, for fp32 on a GPU: none of those holds the whole matrix."""
+    """Attention sequence by sequence, for fp32 on a GPU, with kernels of torch that do not hold the whole matrix."""
     # Not enable_gqa: the memory-efficient kernel, the one for fp32, does not know it.
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -179,11 +179,11 @@ class _FlashOnCPU(torch.autograd.Function):
 
 
 def _halves(queries: int, start: int, end: int) -> list[tuple[int, int, bool]]:
-    """(first key, end of keys, causal) of a sequence's triangle and of what comes before it, where there is any."""
+    """(first key, end of keys, causal) of a sequence's causal triangle, and of the keys before it if there are any."""
     halves = [(end - queries, end, True), (start, end - queries, False)]
     return [half for half in halves if queries and half[0] < half[1]]
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(T, heads, D) -> (1, heads, T, D), a view."""
+    """View with heads first, (T, heads, D) -> (1, heads, T, D)."""
     return x.transpose(0, 1).unsqueeze(0)

@@ -1,8 +1,8 @@
-"""Activations computed anew in the backward pass, of parameters behind any inputs.
+"""Activation recomputation that gives parameters their gradients whatever their inputs.
 
 Megatron's function to do so (and torch's own of the reentrant kind) runs the layers without a graph and gives no
 gradient to any parameter in them when none of their inputs needs one: behind a frozen embedding nothing would train,
-and nothing would say so. Here the graph is that of the plain forward pass, and only what it keeps is computed anew.
+and nothing would say so. Here the graph is that of the plain forward pass, and only what it saves is recomputed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _again = ContextVar("again", default=False)
 
 
 def checkpoint(function: Callable, *arguments: Any) -> Any:
-    """``function(*arguments)``, of which the graph keeps nothing but the arguments until its backward pass.
+    """Result of ``function(*arguments)``, whose graph saves only the arguments and recomputes the rest in backward.
 
-    Nothing may be drawn at random in `function`. It is always run anew to its end: ranks that kept different tensors
-    would otherwise stop at different places, before or behind a collective.
+    Nothing may be drawn at random in `function`. It is always rerun to its end: ranks that saved different tensors
+    would otherwise stop at different points, before or behind a collective.
     """
     return checkpointing.checkpoint(
         function,
@@ -34,12 +34,12 @@ def checkpoint(function: Callable, *arguments: Any) -> Any:
 
 
 def recomputing() -> bool:
-    """Whether the caller runs for the backward pass alone, and has run before: what it counts has been counted."""
+    """Whether the caller is being recomputed for the backward pass, so that what it counts has been counted."""
     return _again.get()
 
 
 def install() -> None:
-    """Put :func:`checkpoint` in the place of Megatron's, in all of its layers that recompute."""
+    """Let all of Megatron's layers that recompute call :func:`checkpoint`. Idempotent."""
     from megatron.core import tensor_parallel
 
     tensor_parallel.checkpoint = _as_megatron_calls_it
@@ -47,7 +47,7 @@ def install() -> None:
 
 def _as_megatron_calls_it(function: Callable, distribute_saved_activations: bool, *arguments: Any) -> Any:
     if distribute_saved_activations:
-        raise NotImplementedError("distribute_saved_activations: what is kept here stays on its rank")
+        raise NotImplementedError("distribute_saved_activations must be off: saved tensors stay on their rank")
     return checkpoint(function, *arguments)
 
 

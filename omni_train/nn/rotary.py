@@ -15,10 +15,10 @@ import torch
 
 
 class TMRotaryEmbedding:
-    """Angles of a row's tokens from their ids.
+    """Interleaved TM-RoPE: cosines and sines of a row's tokens from their ids of time, height and width.
 
-    The F frequencies are dealt to the axes in turn, time, height, width, time, …, until height and width have the
-    number that `sections` gives them; the rest are time's. Equal ids make it the ordinary rotary embedding.
+    The F frequencies are assigned to the axes in turn, time, height, width, time, …, until height and width have the
+    number that `sections` gives them; the rest are time's. With equal ids it is the ordinary rotary embedding.
 
     Not a ``torch.nn.Module``: converting a model to bf16 would convert the frequencies.
 
@@ -28,7 +28,7 @@ class TMRotaryEmbedding:
         sections: number of frequencies for time, height and width; they sum to R/2.
 
     Raises:
-        ValueError: sections that cannot be dealt so.
+        ValueError: sections that cannot be interleaved so.
     """
 
     def __init__(self, rotary_dim: int, base: float, sections: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class TMRotaryEmbedding:
         self._frequency_F = 1.0 / base**exponents
 
     def __call__(self, position_ids_3T: torch.Tensor) -> torch.Tensor:
-        """cos and sin of each token's angles.
+        """Cosines and sines of each token's rotary angles.
 
         Args:
             position_ids_3T: (3, T) ids, integer or float, of the tokens this rank holds.
@@ -58,11 +58,14 @@ class TMRotaryEmbedding:
 
 
 def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R of each head's dimensions, dimension i together with i + R/2.
+    """Rotary embedding of the first R of each head's dimensions, dimension i together with i + R/2.
 
     Args:
         x: (T, heads, D) queries or keys.
         rotary: (T, 1, R) from :class:`TMRotaryEmbedding`.
+
+    Returns:
+        (T, heads, D) in x's type.
     """
     half = rotary.shape[-1] // 2
     cos, sin = rotary.split(half, dim=-1)

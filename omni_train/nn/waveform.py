@@ -1,4 +1,4 @@
-"""Causal convolutions for waveforms and their features, whole or as a stream, and the activation between them.
+"""Causal convolutions for waveforms and their features, whole or streaming, and the SnakeBeta activation.
 
 Axis letters: B batch, C channels, T time steps.
 """
@@ -13,22 +13,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RESIDUAL_GAIN = 0.1
-"""What a residual branch begins with, so that a sum of many is not larger than what came."""
+"""Initial scale of a residual branch, so that a sum of many is not larger than the input."""
 
 StreamingState = dict[torch.nn.Module, Any]
-"""What a network remembers of a signal that it sees in pieces: an empty dictionary at its beginning, and from then on
-what each module put there. The pieces' outputs, one after another, are the output of the whole."""
+"""State of a network over a signal that comes in pieces: pass an empty dictionary with the first, the same one with the
+others. Convolutions keep their left context there, attention its KV cache. The outputs of the pieces, one after
+another, are the output of the whole."""
 
 
 class CausalConv1d(torch.nn.Conv1d):
-    """A convolution whose output at a step sees no later step; of T steps it makes ceil(T / stride).
+    """Causal convolution: T steps become ceil(T / stride), none of which depends on later input steps.
 
-    Before the signal, and after it where its length is no multiple of the stride, are zeros; or, with `replicate`, the
-    first and the last step over and over.
+    The signal is padded before, and where its length is no multiple of the stride after it, with zeros, or with its
+    first and last step (`replicate`).
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``torch.nn.Conv1d``.
-        replicate: see above.
+        replicate: whether to pad with the first and last step.
     """
 
     def __init__(
@@ -50,50 +51,63 @@ class CausalConv1d(torch.nn.Conv1d):
         self.replicate = replicate
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, in_channels, T) -> (B, out_channels, ceil(T / stride)).
+        """Convolve, (B, in_channels, T) -> (B, out_channels, ceil(T / stride)).
 
         Args:
-            state: of a signal in pieces; all but the last are multiples of the stride long.
+            x: signal, or a piece of it.
+            state: streaming state, where the signal comes in pieces; all but the last are multiples of the stride long.
         """
         missing = -x.shape[-1] % self.stride[0]
         if state is None and not self.replicate and missing <= self.left:
-            # Zeros at both ends, which the convolution itself adds, and without what the later ones made.
+            # torch pads both ends with zeros; the outputs that the right ones add are dropped.
             y = F.conv1d(x, self.weight, self.bias, self.stride, self.left, self.dilation, self.groups)
             return y[..., : -(-x.shape[-1] // self.stride[0])]
         parts = [x]
         if self.left:
-            past = state.get(self) if state is not None else None
-            parts.insert(0, self._beyond(x[..., :1], self.left) if past is None else past)
+            context = state.get(self) if state is not None else None
+            parts.insert(0, self._padding(x[..., :1], self.left) if context is None else context)
         if missing:
-            parts.append(self._beyond(x[..., -1:], missing))
+            parts.append(self._padding(x[..., -1:], missing))
         if len(parts) > 1:  # not F.pad, which goes over the memory twice
             x = torch.cat(parts, dim=-1)
         if state is not None and self.left:
             state[self] = x[..., x.shape[-1] - self.left :]
         return super().forward(x)
 
-    def _beyond(self, nearest: Tensor, steps: int) -> Tensor:
-        """What lies before or after the signal, whose nearest step is (B, C, 1)."""
+    def _padding(self, nearest: Tensor, steps: int) -> Tensor:
+        """Padding (B, C, steps) beside the end of a signal whose outermost step is (B, C, 1)."""
         value = nearest if self.replicate else nearest.new_zeros(())
         return value.expand(*nearest.shape[:-1], steps)
 
 
 class CausalTransposedConv1d(torch.nn.ConvTranspose1d):
-    """A convolution that makes `stride` steps of one, its kernel as long as the stride or twice as long.
+    """Transposed convolution that upsamples by `stride`, its kernel as long as the stride or twice as long.
 
-    With the longer kernel a step's output reaches into the next step's, and both ends, where there is but one of the
-    two, are cut off as in the released Qwen3-Omni: T steps become stride·(T − 1). With the shorter they become
-    stride·T.
+    With the longer kernel outputs of neighbouring steps overlap, and both ends, where nothing overlaps, are cut off as
+    in the released Qwen3-Omni: T steps become stride·(T − 1). With the shorter they become stride·T.
+
+    Args:
+        in_channels, out_channels: C of input and output.
+        kernel_size: stride or 2·stride.
+        stride: output steps of each input step.
+
+    Raises:
+        ValueError: another kernel size.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         if kernel_size not in (stride, 2 * stride):
-            raise ValueError(f"kernel_size={kernel_size} is neither stride={stride} nor twice as long")
+            raise ValueError(f"kernel_size={kernel_size}: must be stride={stride} or twice that")
         super().__init__(in_channels, out_channels, kernel_size, stride=stride)
         self.overlap = kernel_size - stride
 
     def forward(self, x: Tensor, state: StreamingState | None = None) -> Tensor:
-        """(B, in_channels, T) -> (B, out_channels, stride·T) or, in all pieces together, stride less."""
+        """Upsample, (B, in_channels, T) -> (B, out_channels, stride·T), less stride steps with the longer kernel.
+
+        Args:
+            x: signal, or a piece of it.
+            state: streaming state, where the signal comes in pieces; only the first is then shorter.
+        """
         if not self.overlap:
             return super().forward(x)
         if state is not None:
@@ -106,10 +120,10 @@ class CausalTransposedConv1d(torch.nn.ConvTranspose1d):
 
 @torch.no_grad()
 def variance_preserving_init(network: torch.nn.Module) -> None:
-    """Let every convolution of a network begin so that a signal leaves it as large as it came, and biases at 0.
+    """Initialise every convolution of a network so that it preserves the variance of a signal, with biases at 0.
 
-    With torch's own weights a signal shrinks by a factor at each layer. Behind the dozens of a codec it is a trace on
-    the constant of the biases, and training finds that constant long before it finds the signal.
+    With torch's own initialisation a signal shrinks by a factor at each layer. After the dozens of layers of a codec it
+    vanishes beside the constant of the biases, and training finds that constant long before it finds the signal.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
@@ -153,8 +167,9 @@ def _snake_factors(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SnakeBeta(torch.nn.Module):
-    """y = x + sin²(e^α·x) / e^β, with an α and a β for each channel, for what repeats in time (Ziyin et al. 2020; the
-    form with two parameters is BigVGAN's, Lee et al. 2023).
+    """SnakeBeta activation y = x + sin²(e^α·x) / e^β, with an α and a β for each channel, for periodic signals.
+
+    Snake is of Ziyin et al. 2020, section 3; the form with two parameters is BigVGAN's (Lee et al. 2023).
 
     Args:
         channels: C.
@@ -166,5 +181,5 @@ class SnakeBeta(torch.nn.Module):
         self.beta = torch.nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+        """Activation, (B, C, T) -> (B, C, T)."""
         return _SnakeBeta.apply(x, self.alpha, self.beta)

@@ -1,4 +1,4 @@
-"""Where we run: CUDA with NCCL, or the CPU with gloo."""
+"""Device and ranks of this process: CUDA with NCCL, or the CPU with gloo."""
 
 from omni_train.platform import parallel
 from omni_train.platform.device import (

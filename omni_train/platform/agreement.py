@@ -1,4 +1,4 @@
-"""What the ranks agree on before they go on together, so that none waits for one that has stopped."""
+"""Agreement among the ranks, so that none waits in a collective for one that has stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_train.platform.device import device
 
 
 def agree(problem: str | None) -> str | None:
-    """The problem of the first rank that has one, on all ranks; None where none has. Collective."""
+    """Problem of the first rank that has one, on all ranks; None where none has. Collective."""
     if not torch.distributed.is_initialized():
         return problem
     if not anywhere(problem is not None):
@@ -22,7 +22,7 @@ def agree(problem: str | None) -> str | None:
 
 
 def anywhere(value: bool) -> bool:
-    """Whether it is so on any rank. Collective."""
+    """Whether `value` is true on any rank. Collective."""
     if not torch.distributed.is_initialized():
         return value
     flag = torch.tensor(float(value), device=device())
@@ -31,7 +31,14 @@ def anywhere(value: bool) -> bool:
 
 
 def on_first_rank[T](call: Callable[[], T]) -> T:
-    """What a call returns on the first rank, on all ranks; a ``UserError`` of it, likewise. Collective."""
+    """Result of a call that only the first rank makes, on all ranks. Collective.
+
+    Args:
+        call: its result must be picklable.
+
+    Raises:
+        UserError: the call raised it, on all ranks.
+    """
     if not torch.distributed.is_initialized():
         return call()
     outcome: object = _Waiting()
@@ -50,13 +57,13 @@ def on_first_rank[T](call: Callable[[], T]) -> T:
 
 
 def wait_on() -> None:
-    """Say in a long call of :func:`on_first_rank` that it takes longer, since collectives have their time limits."""
+    """Keep the other ranks waiting in a long call of :func:`on_first_rank`, as collectives have time limits."""
     if torch.distributed.is_initialized():
         _broadcast(_Waiting())
 
 
 class _Waiting:
-    """What the first rank says while it has nothing else to say."""
+    """Message of the first rank while its call is running."""
 
 
 def _broadcast(message: object) -> object:
@@ -66,7 +73,7 @@ def _broadcast(message: object) -> object:
 
 
 def gathered[T](value: T) -> list[T] | None:
-    """The values of all ranks, in their order, on the first; None on the others. Collective."""
+    """Values of all ranks, in their order, on the first rank; None on the others. Collective."""
     if not torch.distributed.is_initialized():
         return [value]
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Lets Megatron's CUDA-only code run on a machine without CUDA.
+"""Emulation that lets Megatron's CUDA-only code run on a machine without CUDA.
 
 Megatron asks for CUDA devices, streams and generators by name. Where there is none, :func:`install` answers those
 questions with the CPU (or with ``meta``, for planning), once for the process. Everything the emulation touches is in
@@ -35,7 +35,7 @@ def _is_cuda(value) -> bool:
 
 
 def _redirect_devices() -> None:
-    """Send what asks for a CUDA device to the device that stands in for it.
+    """Let functions that take a CUDA device take the one that stands in for it.
 
     Only functions that take a device are wrapped. A ``TorchFunctionMode`` would be shorter, but it stands before every
     torch call, and made the small products of Gated DeltaNet several times slower.
@@ -80,7 +80,7 @@ def _redirect_devices() -> None:
 
 @contextlib.contextmanager
 def _fork(self, name="model-parallel-rng"):
-    """Random numbers from the tracked state `name`, as ``CudaRNGStatesTracker.fork``.
+    """Draw from the tracked random state `name`, as ``CudaRNGStatesTracker.fork`` does.
 
     The original also warns when the CPU generator moves, which is exactly what must happen here.
     """

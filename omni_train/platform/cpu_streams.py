@@ -1,10 +1,10 @@
-"""Streams, events and copies that do not block, of the CPU that stands in for a GPU.
+"""CUDA streams, events and non-blocking copies on the CPU that stands in for a GPU.
 
-A GPU works off what it is asked for later, stream by stream, and nothing tells whoever reads a result too early. The
-CPU has finished when a call returns, so a missing wait would first show on a cluster. Where :data:`strict` is set, as
-the tests set it, it shows here: what nobody has waited for reads as poison, NaN or a number far out of any range.
+A GPU runs kernels after the call, stream by stream, and reading a result too early is no error. The CPU has finished
+when a call returns, so a missing wait would first show on a cluster. Where :data:`strict` is set, as the tests set it,
+it shows here: what nobody has waited for reads as poison, NaN or a number far out of any range.
 
-What is held to is what CUDA promises:
+It gives exactly the guarantees that CUDA gives:
 
 - A copy to the host that does not block (``.to("cpu", non_blocking=True)``, or ``copy_`` into pinned memory) has
   arrived once the host has waited for an event recorded after it, for its stream, or for the device. That another
@@ -32,14 +32,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CARD = torch.device("cpu")
-"""The platform's device where there is no GPU."""
+"""Device of the platform where there is no GPU."""
 
 strict = False
 """Whether unfinished work reads as poison. Set before the platform is set up."""
 
 
 class _Write:
-    """A tensor that work under way writes. Poison stands in it while hidden; once it has arrived it stays as it is."""
+    """Pending write to a tensor, which holds poison while hidden, and its values once the write has arrived."""
 
     def __init__(self, tensor: Tensor, to_host: bool) -> None:
         self.tensor = tensor.data  # the same memory, whose changes autograd does not count
@@ -63,7 +63,7 @@ class _Write:
 
 
 def poison(dtype: torch.dtype) -> float | int | bool:
-    """What stands in a tensor of this type that has not been written yet."""
+    """Value of the elements of a tensor of this type that has not been written yet."""
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     if dtype is torch.bool:
@@ -73,7 +73,7 @@ def poison(dtype: torch.dtype) -> float | int | bool:
 
 
 class Stream:
-    """``torch.cuda.Stream``."""
+    """Emulation of ``torch.cuda.Stream``."""
 
     def __init__(self, *_, **__) -> None:
         self.writes: list[_Write] = []
@@ -88,7 +88,7 @@ class Stream:
         return self._contexts.pop().__exit__(*error)
 
     def add(self, tensor: Tensor, to_host: bool) -> _Write:
-        """The stream writes `tensor`."""
+        """Record that the stream writes `tensor`."""
         kept = [write for write in self.writes if not write.arrived]
         for earlier in kept:  # of what is written twice there is only the second writing to wait for
             if earlier.tensor.data_ptr() == tensor.data_ptr() and earlier.tensor.shape == tensor.shape:
@@ -125,7 +125,7 @@ class Stream:
 
 
 class Event:
-    """``torch.cuda.Event``."""
+    """Emulation of ``torch.cuda.Event``."""
 
     def __init__(self, *_, **__) -> None:
         self.writes: list[_Write] = []
@@ -155,17 +155,17 @@ def _arrive(writes: list[_Write]) -> None:
 
 
 def synchronize(device=None) -> None:
-    """``torch.cuda.synchronize``."""
+    """Emulation of ``torch.cuda.synchronize``."""
     _arrive(_on_the_way)
 
 
 def current_stream(device=None) -> Stream:
-    """``torch.cuda.current_stream``."""
+    """Emulation of ``torch.cuda.current_stream``."""
     return _current
 
 
 def set_stream(stream: Stream) -> None:
-    """``torch.cuda.set_stream``. What is written after it is hidden only within :func:`on_stream`."""
+    """Emulation of ``torch.cuda.set_stream``. What is written after it is hidden only within :func:`on_stream`."""
     global _current
     if _current is not _default:
         for write in _current.writes:
@@ -179,7 +179,7 @@ def set_stream(stream: Stream) -> None:
 
 @contextlib.contextmanager
 def on_stream(stream: Stream | None) -> Iterator[None]:
-    """``torch.cuda.stream``."""
+    """Emulation of ``torch.cuda.stream``."""
     if stream is None or stream is _current:
         yield
         return
@@ -193,7 +193,7 @@ def on_stream(stream: Stream | None) -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what a stream writes: results that are no views, and arguments that an operation changes."""
+    """Records what a stream writes: results that are no views, and arguments that an operation changes."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that does not block."""
+    """Non-blocking copy of a tensor to the host."""
     with _disable_current_modes():
         copy = tensor.clone()
         _current.add(copy, to_host=True).hide()
@@ -225,12 +225,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def _to_card(tensor: Tensor) -> Tensor:
-    """A copy on the device: of its own where a stream other than the default one makes it, which others wait for."""
+    """Copy of a tensor on the device, in its own memory if a stream makes it that others have to wait for."""
     return tensor if _current is _default else tensor.clone()
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """`tensor` in pinned memory."""
+    """Mark `tensor` as in pinned memory, and return it."""
     tensor._pinned = True
     return tensor
 
@@ -247,12 +247,12 @@ def _names_the_host(device) -> bool:
 
 
 def _is_deepspeed() -> bool:
-    """Whether the caller's caller is DeepSpeed."""
+    """Whether the caller of the emulated function is DeepSpeed."""
     return sys._getframe(2).f_globals.get("__name__", "").startswith("deepspeed.")
 
 
 def _copy_as_a_gpu_does() -> None:
-    """Let copies that do not block arrive when they are waited for."""
+    """Let non-blocking copies arrive when they are waited for."""
     to, copy_ = torch.Tensor.to, torch.Tensor.copy_
 
     @functools.wraps(to)
@@ -291,7 +291,7 @@ def _move_counts_as_a_gpu_does() -> None:
 
 
 def install() -> None:
-    """Put streams, events and copies in place of CUDA's."""
+    """Replace CUDA's streams, events and copies by these."""
     cuda = torch.cuda
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream, cuda.default_stream = current_stream, lambda device=None: _default

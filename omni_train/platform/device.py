@@ -1,4 +1,4 @@
-"""Which device this process computes on, and how its ranks talk. The only place that asks for CUDA."""
+"""Device of this process, and the process group of its ranks. The only module that asks for CUDA."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def setup() -> None:
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CARD
 
 
 def rank() -> int:
-    """This process among all, 0 without a launcher."""
+    """Rank of this process among all, 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """This process among those of its machine, 0 without a launcher."""
+    """Rank of this process on its machine, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -62,10 +62,12 @@ def world_size() -> int:
 
 
 def init_distributed(timeout_seconds: int = 1800) -> None:
-    """Join the other processes: NCCL between GPUs, gloo otherwise. A lone process needs no launcher.
+    """Initialise the process group: NCCL between GPUs, gloo otherwise. A lone process needs no launcher.
 
-    `timeout_seconds` bounds every collective, so that a lost rank ends the run instead of hanging it. After
-    :func:`leave_distributed` the same processes may join again.
+    After :func:`leave_distributed` the same processes may join again.
+
+    Args:
+        timeout_seconds: bound on every collective, so that a lost rank ends the run instead of hanging it.
     """
     global _store, _joined
     setup()
@@ -76,7 +78,7 @@ def init_distributed(timeout_seconds: int = 1800) -> None:
         launched = "RANK" in os.environ
         _store = next(torch.distributed.rendezvous("env://"))[0] if launched else torch.distributed.HashStore()
     _joined += 1
-    # The ranks find each other by what they write there, which must not be what they wrote the time before.
+    # A prefix of its own: what the ranks wrote in an earlier rendezvous must not be read in this one.
     store = torch.distributed.PrefixStore(f"joined_{_joined}", _store)
     store.set_timeout(timeout)
     torch.distributed.init_process_group(
@@ -89,14 +91,18 @@ def init_distributed(timeout_seconds: int = 1800) -> None:
 
 
 def store() -> torch.distributed.Store:
-    """Where the ranks found each other. They have joined."""
+    """Key-value store of the ranks' rendezvous.
+
+    Raises:
+        RuntimeError: :func:`init_distributed` has not been called.
+    """
     if _store is None:
-        raise RuntimeError("this process has not joined the others")
+        raise RuntimeError("init_distributed() must come first: this process has not joined the others")
     return _store
 
 
 def leave_distributed() -> None:
-    """Part from the other processes, and give back the memory that nothing refers to any more."""
+    """Destroy the process group, and free the memory that nothing refers to any more."""
     torch.distributed.destroy_process_group()
     gc.collect()  # Megatron's modules and their hooks refer to each other
     if has_cuda():

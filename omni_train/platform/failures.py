@@ -1,4 +1,4 @@
-"""Which rank failed first, and why, for the others: what they see themselves is only a connection that is lost."""
+"""First failure among the ranks, for the others, which themselves only see a lost connection."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from omni_train.errors import FAILED, RankFailed, UserError, described
 from omni_train.platform.device import store, world_size
 from omni_train.processes import Exit
 
-_PATIENCE = 2.0  # seconds in which whoever failed first, or whoever started us, says so
+_PATIENCE = 2.0  # seconds in which the rank that failed first, or the launcher, says so
 
 
 def listen() -> None:
-    """Let a signal that comes because a rank has failed end this process with that reason. The ranks have joined."""
-    other = store().clone()  # a connection of its own: the other one may wait for something
+    """Let a signal that comes because a rank has failed end this process with that rank's error. After joining."""
+    other = store().clone()  # a connection of its own: the other one may be waiting
     stopping.unless_lost(lambda: _read(other))
 
 
 def first_failure(error: Exception) -> Exception:
-    """The error that this rank ends with: its own, which the others are told, or RankFailed where another was first.
+    """Error that this rank ends with: its own, which the others are told, or RankFailed where another rank was first.
 
-    Before the connections are closed, which is what the other ranks notice.
+    To be called before the connections are closed, which is what the other ranks notice.
+
+    Args:
+        error: of this rank.
     """
     code = error.status if isinstance(error, UserError) else Exit.failed
     mine = f"{int(code)} {described(error)}"

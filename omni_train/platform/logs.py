@@ -1,4 +1,4 @@
-"""What the run says: from rank 0 only, on standard error, as `omni_train.lines` writes it."""
+"""Log lines of the run: from rank 0 only, on standard error, as `omni_train.lines` writes them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from omni_train.platform.device import rank
 
 
 def say(message: str) -> None:
-    """Print a line once for the whole run."""
+    """Log a line, once for the whole run."""
     if rank() == 0:
         lines.write(message)
 
 
 def warn(message: str) -> None:
-    """Print a warning that cannot be overlooked, once for the whole run."""
+    """Log a warning, once for the whole run."""
     say(f"WARNING: {message}")

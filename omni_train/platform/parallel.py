@@ -17,6 +17,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Create Megatron's process groups for the layout and seed every generator.
 
     Ranks that hold the same parameters draw the same initial values; tensor, expert and pipeline ranks different ones.
+
+    Args:
+        parallel: a validated layout.
+        seed: of the run.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -38,7 +42,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def destroy() -> None:
-    """Forget the layout, so that another can be initialised in this process."""
+    """Destroy the layout's process groups, so that another layout can be initialised in this process."""
     global _model_group
     from megatron.core import parallel_state
 
@@ -58,28 +62,32 @@ def _create_model_group() -> None:
 
 
 def data_rank() -> int:
-    """Which slice of the data this rank reads; ranks of one tensor, pipeline and context group share it."""
+    """Data-parallel rank: the slice of the data that this rank reads, as do all ranks of its model group."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank()
 
 
 def data_world_size() -> int:
-    """Number of slices the data is read in."""
+    """Data-parallel size: the number of slices that the data is read in."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_world_size()
 
 
 def model_group() -> torch.distributed.ProcessGroup:
-    """The ranks that work on the same row: tensor, pipeline and context parallel together."""
+    """Ranks that work on the same row: tensor, pipeline and context parallel together.
+
+    Raises:
+        RuntimeError: :func:`initialize` has not been called.
+    """
     if _model_group is None:
-        raise RuntimeError("the parallel layout is not initialised")
+        raise RuntimeError("initialize() must come first: there is no parallel layout yet")
     return _model_group
 
 
 def first_stage_group() -> torch.distributed.ProcessGroup | None:
-    """The tensor and context parallel ranks of the first pipeline stage, its members' own; None on other stages."""
+    """Tensor and context-parallel ranks of this rank's first pipeline stage; None on the other stages."""
     from megatron.core import parallel_state
 
     if parallel_state.get_pipeline_model_parallel_rank() > 0:
@@ -88,7 +96,7 @@ def first_stage_group() -> torch.distributed.ProcessGroup | None:
 
 
 def gather_over_data_ranks(value) -> list:
-    """`value` of every data rank, in their order. Collective."""
+    """Values of all data-parallel ranks, in their order. Collective."""
     from megatron.core import parallel_state
 
     values: list = [None] * data_world_size()

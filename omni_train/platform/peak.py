@@ -1,4 +1,4 @@
-"""Peak arithmetic rates of the devices we know, for model FLOPs utilisation."""
+"""Peak FLOP/s of known GPUs, for model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BF16 = {
 
 
 def peak_flops() -> float | None:
-    """Dense bf16 FLOP/s of this process's device, None where it is not known (a CPU has no single figure)."""
+    """Peak dense bf16 FLOP/s of this process's GPU; None of an unknown one, or a CPU."""
     if not has_cuda():
         return None
     name = torch.cuda.get_device_name()

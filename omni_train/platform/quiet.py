@@ -1,7 +1,7 @@
-"""Silence for what Megatron says on every run, about packages not needed here and about itself.
+"""Filters for messages that libraries write on every run, about packages not needed here and about themselves.
 
-Every entry is one message that was seen and found to be no news to the user; nothing else is silenced. Whether
-Transformer Engine is missing where it matters is for `omni_train.nn.backend` to say, once and loudly.
+Every entry is one message that was seen and found to be no news to the user; nothing else is dropped. Where Transformer
+Engine is missing and matters, `omni_train.nn.backend` warns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOG_MESSAGES: dict[str, str] = {
 
 
 def quiet() -> None:
-    """Drop these messages in this process. Must run before the first import of Megatron; calling again is harmless."""
+    """Filter these messages in this process. Must run before the first import of Megatron. Idempotent."""
     for category, patterns in _WARNINGS.items():
         for pattern in patterns:
             warnings.filterwarnings("ignore", message=pattern, category=category)

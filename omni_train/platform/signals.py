@@ -1,4 +1,4 @@
-"""The ranks agree on whether a signal stops them, and the watchdog over what hangs."""
+"""Agreement of the ranks on a signal that stops the run, and the watchdog over what hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEFT_TO_THE_LIBRARY = 30.0  # seconds that the watchdog has for its own line, s
 
 
 def stop_agreed(group: torch.distributed.ProcessGroup | None = None) -> signal.Signals | None:
-    """The signal that stops the run, whichever rank of the group had it; without a group, of all. Collective."""
+    """Signal that stops the run, whichever rank of the group received it, or None. Collective."""
     asked = stopping.asked()
     flag = torch.tensor([float(asked or 0)], device=device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -30,9 +30,12 @@ def stop_agreed(group: torch.distributed.ProcessGroup | None = None) -> signal.S
 
 
 def cut_short(group: torch.distributed.ProcessGroup | None = None) -> bool:
-    """Between two pieces of an evaluation: whether the rest is left, as a signal stops the run. The watchdog hears it.
+    """Whether a signal stops the run, so that the rest of an evaluation is left. Resets the watchdog.
 
-    Collective over the ranks that share the work; without a group this rank works alone.
+    To be called between two pieces of work. Collective over the group; without one this rank decides alone.
+
+    Args:
+        group: the ranks that share the work.
     """
     alive()
     if group is None or group.size() == 1:
@@ -41,7 +44,7 @@ def cut_short(group: torch.distributed.ProcessGroup | None = None) -> bool:
 
 
 def alive() -> None:
-    """Something moved: the watchdog, if there is one, starts counting again."""
+    """Reset the watchdog, if there is one, as the run makes progress."""
     if _watchdog is not None:
         _watchdog.alive()
 
@@ -50,7 +53,7 @@ _watchdog: Watchdog | None = None
 
 
 class Watchdog:
-    """Dumps the stacks of all threads, says why, and ends the process with a failure when nothing moves for too long.
+    """Watchdog that ends a process that makes no progress, after it has dumped the stacks of all threads.
 
     Args:
         seconds: longest time between two calls of :func:`alive`, and before the first.
@@ -65,12 +68,12 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def alive(self) -> None:
-        """Something moved: start counting again."""
+        """Reset the time, as the run makes progress."""
         self._deadline = time.monotonic() + self.seconds
         faulthandler.dump_traceback_later(self.seconds + _LEFT_TO_THE_LIBRARY, exit=True, file=sys.stderr)
 
     def stop(self) -> None:
-        """Nothing is watched from here on."""
+        """Stop watching."""
         global _watchdog
         _watchdog = None
         self._stopped.set()

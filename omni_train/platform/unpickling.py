@@ -1,4 +1,4 @@
-"""What ``torch.load`` may make of a file."""
+"""Classes that ``torch.load`` may create from a file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @contextlib.contextmanager
 def tensors_and(*classes: type) -> Iterator[None]:
-    """Let ``torch.load``, with ``weights_only``, make tensors, plain containers and objects of these classes.
+    """Let ``torch.load`` with ``weights_only`` create only tensors, plain containers and objects of these classes.
 
-    Not of those that libraries have registered. Megatron's thirty, numpy's arrays and types among them, were not made
-    to be read from strangers: a type of numpy's takes an array's bytes for pointers to objects where its state says so.
+    Those that libraries have registered are not among them. Megatron's thirty, numpy's arrays and types included, are
+    not safe with untrusted files: a numpy type takes an array's bytes for pointers to objects where its state says so.
 
     Args:
-        classes: none of which does more than hold data when one is made.
+        classes: classes whose construction does no more than hold data.
     """
     registered = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()

@@ -1,4 +1,4 @@
-"""Texts before they are compared: what two writers may write differently, and nothing that is another answer."""
+"""Text normalisation before answers are compared: differences of spelling vanish, other answers stay different."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from omni_train.recipe.schema import Normalizer
 
-_ALIKE = str.maketrans("−‐–’‘“”„", '---\'\'"""')  # of minus and hyphen, apostrophe and quotation mark
+_ALIKE = str.maketrans("−‐–’‘“”„", '---\'\'"""')  # variants of hyphen, apostrophe and quotation mark
 _SPACED_SIGN = re.compile(r"(?<=\d)\s+(?=[%‰°])")
 _RAISED = ("<super>", "<sub>", "<fraction>")  # 2² is not 22, nor 5½ 51/2
 _CLOSING = ".,;:!?。、"
@@ -17,7 +17,8 @@ _OPENING = "¿¡"
 
 
 def answer_form(text: str) -> str:
-    """A text for exact match: small letters, single spaces, no quotation marks around it, no marks that end a clause.
+    """Normal form of an answer for exact match: lower case, single spaces, no quotation marks around it or marks that
+    end a clause.
 
     All else stays: -5, 50%, .5, 1/2, $5, 5!, C# and "we're" are not 5, 50, 5, 12, C and "were".
     """
@@ -28,12 +29,12 @@ def answer_form(text: str) -> str:
 
 
 def transcript_form(text: str, language: str, normalizer: Normalizer) -> str:
-    """A transcript for word errors.
+    """Normal form of a transcript for word error rates.
 
     Args:
-        text: what was said, or heard.
+        text: reference or hypothesis.
         language: ISO 639 code.
-        normalizer: ``basic`` leaves small letters, digits, apostrophes within words and the signs of numbers (3.5,
+        normalizer: ``basic`` keeps lower-case letters, digits, apostrophes within words and the signs of numbers (3.5,
             10:30, -5, $5, 50%), with single spaces; ``whisper`` does so too, but writes English as Whisper's normalizer
             does (Radford et al. 2022, appendix C): 1,000 and "one thousand" are 1000, "we're" is "we are".
     """
@@ -52,7 +53,7 @@ def _whisper_english() -> Callable[[str], str]:
 
 
 def _unified(text: str) -> str:
-    """Small letters, of which each is written in one way."""
+    """Lower-case text with one spelling of each character."""
     compatible = (
         letter if unicodedata.decomposition(letter).startswith(_RAISED) else unicodedata.normalize("NFKC", letter)
         for letter in text
@@ -62,7 +63,7 @@ def _unified(text: str) -> str:
 
 
 def _bare(word: str) -> str:
-    """A word without the marks of its clause, unless it is nothing but marks, or a factorial."""
+    """A word without the punctuation of its clause, unless it is nothing but punctuation, or a factorial."""
     word = word.lstrip(_OPENING) or word
     bare = word.rstrip(_CLOSING)
     factorial = bare[-1:].isdecimal() and word.startswith("!", len(bare))
@@ -70,7 +71,7 @@ def _bare(word: str) -> str:
 
 
 def _is_said(text: str, index: int) -> bool:
-    """Whether a character of a text is of a word or a number."""
+    """Whether the character at `index` belongs to a word or a number."""
     letter, before, behind = text[index], text[max(index - 1, 0) : index], text[index + 1 : index + 2]
     category = unicodedata.category(letter)
     if category[0] not in "PS":

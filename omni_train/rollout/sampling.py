@@ -1,4 +1,4 @@
-"""Which token comes next.
+"""Sampling of the next token.
 
 Axis letters: N sequences, V vocabulary.
 """
@@ -13,34 +13,34 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from a model's distribution.
+    """Sampling parameters: temperature, top-k, and then nucleus sampling (top-p, Holtzman et al. 2020).
 
     Raises:
-        ValueError: a figure out of its range.
+        ValueError: a parameter out of its range.
     """
 
-    temperature: float = 0.0  # 0: always the likeliest
-    top_p: float = 1.0  # of the likeliest tokens, as few as hold this much probability
-    top_k: int = 0  # of the k likeliest; 0 of all
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # sample from the fewest most probable tokens that hold this much probability
+    top_k: int = 0  # sample from the k most probable tokens; 0 from all
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"{self}: temperature and top_k are at least 0, top_p is above 0 and at most 1")
+            raise ValueError(f"{self}: temperature and top_k must be at least 0, top_p above 0 and at most 1")
 
     def choose(self, logits_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-        """A token for each sequence.
+        """Next token of each sequence.
 
         Args:
-            logits_NV: of the model.
-            uniform_N: a number from [0, 1) for each sequence: which quantile of its distribution is drawn.
+            logits_NV: logits of the next tokens.
+            uniform_N: a number from [0, 1) for each sequence, the quantile of its distribution that is drawn.
 
         Returns:
-            (N,) int64.
+            (N,) int64 token ids.
         """
         if self.temperature == 0:
             return logits_NV.argmax(-1)
         size = min(self.top_k or logits_NV.shape[1], logits_NV.shape[1])
-        logits, tokens = logits_NV.topk(size)  # from the likeliest on
+        logits, tokens = logits_NV.topk(size)  # in descending order
         probabilities = (logits.double() / self.temperature).softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         upto = torch.where(before < self.top_p, probabilities, 0).cumsum(-1)
@@ -50,5 +50,14 @@ class Sampling:
 
 
 def uniforms(seed: int, prompt: int, count: int) -> np.ndarray:
-    """(count,) numbers from [0, 1) that depend on nothing but the seed and the number of the prompt."""
+    """Uniform numbers from [0, 1) that depend on nothing but the seed and the prompt.
+
+    Args:
+        seed: of the run.
+        prompt: index of the prompt.
+        count: how many.
+
+    Returns:
+        (count,) float64.
+    """
     return np.random.default_rng([seed, prompt]).random(count)

@@ -1,4 +1,4 @@
-"""How good an answer is, by what was asked: errors of transcripts, exact matches, seconds."""
+"""Scores of answers by their task: word and character error rates, exact match, errors in seconds."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from omni_train.rollout.normalisation import answer_form, transcript_form
 from omni_train.rollout.seconds import seconds
 
 CLOSE_SECONDS = 1.0
-"""How near the right time an answer must be to be right."""
+"""Largest error of a time that counts as right, in seconds."""
 
 
 @dataclass
 class Tally:
-    """Sums over answers, which add up over ranks; a figure with a weight is a mean, one without a count."""
+    """Metrics summed over answers, which add up over ranks: a metric with weights is a mean, one without a count."""
 
     sums: Counter[str] = field(default_factory=Counter)
     weights: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of_refused(cls, reasons: Mapping[str, int]) -> Tally:
-        """How many samples cannot be read, as ``skipped_REASON``."""
+        """Tally of the samples that cannot be read, counted as ``skipped_REASON``."""
         return cls(Counter({f"skipped_{reason}": count for reason, count in reasons.items()}))
 
     def add(self, name: str, value: float, weight: float | None = None) -> None:
-        """Count `value` under `name`, towards a mean where it has a weight."""
+        """Add `value` to the count `name`, or with a weight to the mean `name`."""
         self.sums[name] += value
         if weight is not None:
             self.weights[name] += weight
@@ -43,13 +43,13 @@ class Tally:
         return self
 
     def pooled(self, kind: str) -> float | None:
-        """The mean over all names ``KIND_...`` together; None of nothing."""
+        """Weighted mean over all metrics named ``KIND_…`` together; None without any."""
         names = [name for name in self.weights if name.startswith(f"{kind}_")]
         weight = sum(self.weights[name] for name in names)
         return sum(self.sums[name] for name in names) / weight if weight else None
 
     def metrics(self) -> dict[str, float]:
-        """Means and counts by name, in the order of the names; no mean of nothing."""
+        """Means and counts by name, in the order of the names; means without weight are left out."""
         return {
             name: self.sums[name] / self.weights[name] if name in self.weights else float(self.sums[name])
             for name in sorted(self.sums)
@@ -64,16 +64,23 @@ def score(
     answer: str,
     normalizer: Normalizer = Normalizer.basic,
 ) -> None:
-    """Add one answer to the tally.
+    """Add the score of one answer to a tally.
 
-    ``meta["task"]`` says what is counted, beside ``answers_TASK``, how many there were:
+    ``meta["task"]`` says which metrics, beside the number of answers ``answers_TASK``:
 
     - ``transcribe``: ``cer_LANGUAGE``, and ``wer_LANGUAGE`` where words are spaced: edits per character or word of all
-      references together. LANGUAGE is the code of ``meta["language"]``; where that says nothing that is understood,
-      it is ``unknown``, words are not counted, and ``unknown_language`` says how often
-    - ``when``: ``when_seconds_error``, mean over the answers that hold a time; ``when_close``, how many of all are
-      within CLOSE_SECONDS; ``when_unparsable``, how many hold none
-    - any other: ``exact_TASK``, how many equal the reference in :func:`answer_form`
+      references together. LANGUAGE is the code of ``meta["language"]``; where that is not understood it is ``unknown``,
+      words are not counted, and ``unknown_language`` says how often
+    - ``when``: ``when_seconds_error``, mean over the answers that hold a time; ``when_close``, the fraction of all
+      within CLOSE_SECONDS; ``when_unparsable``, how many hold no time
+    - any other: ``exact_TASK``, the fraction that equal the reference in :func:`answer_form`
+
+    Args:
+        tally: what the score is added to.
+        meta: of the sample.
+        reference: the right answer.
+        answer: the model's answer.
+        normalizer: of transcripts, see :func:`transcript_form`.
     """
     task = re.sub(r"[^\w.-]+", "_", str(meta.get("task") or "answer"))
     tally.add(f"answers_{task}", 1)

@@ -1,4 +1,4 @@
-"""Seconds that a text names: 12.5, 1,234 seconds, 2 minutes 3 seconds, 1:15, 00:01:15.5."""
+"""Times written in text, in seconds: 12.5, 1,234 seconds, 2 minutes 3 seconds, 1:15, 00:01:15.5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _JOINT = re.compile(r"\.?[\s,]*(?:(?:and|und|et|y|e)\s+)?")
 
 
 def seconds(text: str) -> float | None:
-    """The first time in a text, or, where no number has a unit of time, the first number, taken as seconds; or None.
+    """First time in a text, in seconds; where no number has a unit of time, the first number; or None.
 
     A comma before exactly three digits groups them (1,234 is a thousand and more) unless a zero alone is before it; any
     other is a decimal comma (10,5). A point is a decimal point, but groups where a decimal comma or another follows.
@@ -48,7 +48,7 @@ def _finite(value: float) -> float | None:
 
 
 def _with_units(text: str, number: re.Match[str] | None) -> float | None:
-    """The sum of a number and of those behind it, each with a smaller unit of time; None where the first has none."""
+    """Seconds of a number and of those behind it, each with a smaller unit of time; None where the first has none."""
     total, last, end = None, float("inf"), None
     while number is not None:
         glued = end == number.start()
@@ -62,12 +62,12 @@ def _with_units(text: str, number: re.Match[str] | None) -> float | None:
     return total
 
 
-def _unit(text: str, place: int) -> tuple[float, int] | tuple[None, int]:
-    """Seconds of the unit of time that stands at a place, with or without a space before it, and where it ends."""
-    while text[place : place + 1].isspace():
-        place += 1
-    found = ((length, match.end()) for names, length in _LENGTHS if (match := names.match(text, place)))
-    return next(found, (None, place))
+def _unit(text: str, index: int) -> tuple[float, int] | tuple[None, int]:
+    """Seconds of the unit of time at an index of the text, behind spaces or not, and the index of its end."""
+    while text[index : index + 1].isspace():
+        index += 1
+    found = ((length, match.end()) for names, length in _LENGTHS if (match := names.match(text, index)))
+    return next(found, (None, index))
 
 
 def _decimal(fraction: re.Match[str]) -> str:

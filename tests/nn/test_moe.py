@@ -158,7 +158,7 @@ def test_the_host_reads_nothing_where_no_rows_are_exchanged(distributed):
 
 
 def unsupported(rank, world_size):
-    with pytest.raises(ValueError, match="moe_expert_capacity_factor is not supported by RowDispatcher"):
+    with pytest.raises(ValueError, match="moe_expert_capacity_factor must be unset with RowDispatcher"):
         moe.build_layer(ParallelConfig(), moe_expert_capacity_factor=1.5)
 
 

@@ -48,7 +48,7 @@ def test_a_transposed_convolution_whole_and_of_a_stream(kernel, stride):
 
 
 def test_another_kernel_than_one_or_two_strides_is_refused():
-    with pytest.raises(ValueError, match="kernel_size=7 is neither stride=5 nor twice as long"):
+    with pytest.raises(ValueError, match="kernel_size=7: must be stride=5 or twice that"):
         CausalTransposedConv1d(1, 1, 7, 5)
 
 
