@@ -1,7 +1,7 @@
-"""Which key of a ``config.json`` is which of ours, in both directions.
+"""Correspondence of ``config.json`` and our model configuration, in both directions.
 
-A key keeps its name wherever it can. Different are the list of layers, the rotary embedding's keys, and the coefficient
-of the balancing loss: at perfect balance transformers' loss equals num_experts_per_tok and ours 1, so our coefficient
+A key keeps its name wherever it can. The list of layers, the rotary embedding's keys and the coefficient of the
+balancing loss differ: at perfect balance transformers' loss equals num_experts_per_tok and ours 1, so our coefficient
 is theirs times num_experts_per_tok.
 """
 
@@ -14,8 +14,8 @@ from omni_train.errors import UserError
 from omni_train.interop.encoder_config import (
     audio_from_hugging_face,
     audio_to_hugging_face,
-    need,
-    only,
+    require,
+    require_values,
     vision_from_hugging_face,
     vision_to_hugging_face,
 )
@@ -34,7 +34,7 @@ _SAME = (
 )
 _OF_ALL_PARTS = ("vocab_size", "initializer_range")
 _LAYER_TYPES = {"linear_attention": "G", "full_attention": "*"}
-# Keys that change the numbers, and the only value that this model computes. A key that is left out has it.
+# Keys that change the numbers, and the only value that this model computes, which a missing key has.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -53,17 +53,17 @@ _FIXED = {
 
 
 def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: Collection[str]) -> ModelConfig:
-    """Our configuration of the model that a ``config.json`` describes.
+    """Model configuration from a ``config.json``.
 
     Args:
         format: a key of ``FAMILIES``.
         config: the file's content.
-        name: of the model.
-        tensors: names of the folder's tensors. They say whether there is a vision encoder and a multi-token-prediction
-            layer; the file says so even where ``save_pretrained`` has dropped them.
+        name: name of the model.
+        tensors: names of the folder's tensors, which tell whether there are a vision encoder and a
+            multi-token-prediction layer; the file says so even where ``save_pretrained`` has dropped them.
 
     Raises:
-        UserError: it is another family, a key is missing, or a key has a value that this model does not compute.
+        UserError: the file is of another family, lacks a key, or has a value that this model does not compute.
     """
     family = FAMILIES[format]
     thinker = config.get(family.thinker, {}) if family.thinker else config
@@ -71,27 +71,27 @@ def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: C
     if text.get("model_type") != family.text_type:
         given = text.get("model_type", config.get("model_type"))
         raise UserError(f"config.json: model_type={given}; format={format} reads {family.text_type}")
-    only(config, {"quantization_config": None})
-    text = {**family.left_out, **text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    only(text, {**_FIXED, "attn_output_gate": family.fixed["attention_output_gate"], **family.fixed})
-    hidden = need(text, "hidden_size")
+    require_values(config, {"quantization_config": None})
+    text = {**family.defaults, **text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    require_values(text, {**_FIXED, "attn_output_gate": family.fixed["attention_output_gate"], **family.fixed})
+    hidden = require(text, "hidden_size")
     if family.thinker:
-        text.setdefault("head_dim", hidden // need(text, "num_attention_heads"))
-    values = {key: need(text, key) for key in (*_SAME, *family.sizes)}
+        text.setdefault("head_dim", hidden // require(text, "num_attention_heads"))
+    values = {key: require(text, key) for key in (*_SAME, *family.sizes)}
     if family.feed_forward == "E":
-        values["router_aux_loss_coef"] = need(text, "router_aux_loss_coef") * values["num_experts_per_tok"]
+        values["router_aux_loss_coef"] = require(text, "router_aux_loss_coef") * values["num_experts_per_tok"]
     values["pattern"], values["repeats"] = _shortest(_layers(text, family))
     values["mtp_num_hidden_layers"] = int(any(tensor.startswith("mtp.") for tensor in tensors))
     if family.names.audio:
-        values["audio"] = audio_from_hugging_face(need(thinker, "audio_config"), hidden)
+        values["audio"] = audio_from_hugging_face(require(thinker, "audio_config"), hidden)
     if family.names.audio or any(tensor.startswith(family.names.vision) for tensor in tensors):
         deepstack = family.names.deepstack is not None
-        values["vision"] = vision_from_hugging_face(need(thinker, "vision_config"), hidden, deepstack)
+        values["vision"] = vision_from_hugging_face(require(thinker, "vision_config"), hidden, deepstack)
     thinker = ThinkerConfig(
         **{key: value for key, value in values.items() if key not in (*_OF_ALL_PARTS, "audio", "vision")}
         | dict(
             tie_word_embeddings=thinker.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            rope_theta=float(need(text, "rope_theta")),
+            rope_theta=float(require(text, "rope_theta")),
             partial_rotary_factor=text["partial_rotary_factor"],
             mrope_section=list(text["mrope_section"]),
         )
@@ -102,15 +102,15 @@ def from_hugging_face(format: str, config: dict[str, Any], name: str, tensors: C
 
 
 def to_hugging_face(format: str, model: ModelConfig, whole: bool) -> dict[str, Any]:
-    """What a ``config.json`` says of our model, without the type of its parameters.
+    """``config.json`` of a model, without the type of its parameters.
 
     Args:
         format: a key of ``FAMILIES``.
-        model: our model.
-        whole: whether the language model is a part of it, or all there is.
+        model: our configuration.
+        whole: whether the folder is of a whole model, rather than of a language model alone.
 
     Raises:
-        UserError: the family has no such model.
+        UserError: the format cannot hold this model.
     """
     family = FAMILIES[format]
     _check(format, family, model)
@@ -128,7 +128,7 @@ def to_hugging_face(format: str, model: ModelConfig, whole: bool) -> dict[str, A
 
 
 def merged(ours: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` with our values, and what the original has beside them."""
+    """A ``config.json`` with our values over the original's, nested keys included."""
     out = dict(original)
     for key, value in ours.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -141,20 +141,21 @@ def _check(format: str, family: Family, model: ModelConfig) -> None:
     symbols = thinker.pattern.replace("|", "") * thinker.repeats
     if set(symbols[::2]) - set(family.mixers) or set(symbols[1::2]) != {family.feed_forward}:
         raise UserError(
-            f"model.thinker.pattern={thinker.pattern}: format={format} has layers {' or '.join(family.mixers)}, each "
-            f"followed by {family.feed_forward}"
+            f"model.thinker.pattern={thinker.pattern}: must be layers {' or '.join(family.mixers)}, each followed by "
+            f"{family.feed_forward}, with format={format}"
         )
     for key, value in family.fixed.items():
         if (given := getattr(thinker, key)) != value:
-            raise UserError(f"model.thinker.{key}={given}: format={format} has only {value}")
+            raise UserError(f"model.thinker.{key}={given}: must be {value} with format={format}")
     if "shared_expert_intermediate_size" in family.sizes and not thinker.shared_expert_intermediate_size:
         raise UserError(
-            f"model.thinker.shared_expert_intermediate_size=0: format={format} has a shared expert in every layer"
+            f"model.thinker.shared_expert_intermediate_size=0: must be above 0 with format={format}, whose every layer "
+            "has a shared expert"
         )
     if model.audio and not family.names.audio:
-        raise UserError(f"model.audio: format={format} has no audio encoder")
+        raise UserError(f"model.audio: must be null with format={format}, which has no audio encoder")
     if family.names.audio and not (model.audio and model.vision):
-        raise UserError(f"model={model.name}: format={format} has an audio and a vision encoder; this model does not")
+        raise UserError(f"model={model.name}: must have an audio and a vision encoder with format={format}")
 
 
 def _text_to_hugging_face(family: Family, model: ModelConfig) -> dict[str, Any]:
@@ -192,16 +193,16 @@ def _layers(text: Mapping[str, Any], family: Family) -> str:
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(count or 0)
     ]
     if not kinds or len(kinds) != count:
-        raise UserError(f"config.json: num_hidden_layers={count} but layer_types has {len(kinds)}")
+        raise UserError(f"config.json: num_hidden_layers={count} must be the number of layer_types, {len(kinds)}")
     for kind in kinds:
         if _LAYER_TYPES.get(kind, " ") not in family.mixers:
-            known = " and ".join(name for name, symbol in _LAYER_TYPES.items() if symbol in family.mixers)
-            raise UserError(f"config.json: layer_types has {kind}; only {known} is supported")
+            known = " or ".join(name for name, symbol in _LAYER_TYPES.items() if symbol in family.mixers)
+            raise UserError(f"config.json: layer_types has {kind}; must be {known}")
     return "".join(_LAYER_TYPES[kind] + family.feed_forward for kind in kinds)
 
 
 def _shortest(symbols: str) -> tuple[str, int]:
-    """The shortest pattern that gives these layers when repeated, and how often."""
+    """Shortest pattern that gives these layers when repeated, and how often."""
     for length in range(2, len(symbols) + 1, 2):
         repeats, rest = divmod(len(symbols), length)
         if not rest and symbols[:length] * repeats == symbols:

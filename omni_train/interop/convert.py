@@ -1,4 +1,4 @@
-"""``omni-train convert``: Hugging Face folders to our checkpoints and back, one tensor's part at a time.
+"""``omni-train convert``: Hugging Face folders to our checkpoints and back, a part of a tensor at a time.
 
 Import builds the model in any layout, each rank its own part, and reads just the rows that this part needs. Export
 builds no model: it reads the tensors of the checkpoint, whatever layout wrote it, for one file of the folder at a time.
@@ -70,10 +70,11 @@ def import_checkpoint(
         hf: folder with config.json and safetensors files.
         checkpoint: folder to write step_00000000 into.
         parallel: layout to convert in; the checkpoint does not depend on it.
-        num_quantizers: of a Mimi, take the first so many codebooks.
+        num_quantizers: number of a Mimi's codebooks to take, from the first; None for all.
 
     Raises:
-        UserError: the folder is not of this format, or has a tensor too many or too few, or of another shape.
+        UserError: the folder is not of this format, or has a tensor too many, too few or of another shape; or
+            `checkpoint` holds checkpoints already.
     """
     _refuse_checkpoints(checkpoint)
     if format in speech_convert.FORMATS:
@@ -82,14 +83,14 @@ def import_checkpoint(
         return
     family = _family(format)
     if num_quantizers is not None:
-        raise UserError(f"num_quantizers={num_quantizers}: only format=mimi can leave codebooks; leave it out")
+        raise UserError(f"num_quantizers={num_quantizers}: must be left out unless format=mimi")
     folder = Folder(hf, carries=family.carries)
     model = from_hugging_face(format, folder.config, hf.resolve().name, folder.names)
     table = _table(family, model, folder.names)
     embedding = table["embedding.word_embeddings.weight"][0].name
     head = f"{family.names.head}weight"
     if model.thinker.tie_word_embeddings and head in folder.names:
-        folder.leave(head, embedding)
+        folder.drop_tied(head, embedding)
     folder.check(table)
     precision = Precision.bf16 if folder.dtype(embedding) is torch.bfloat16 else Precision.fp32
     recipe = _recipe(model, parallel or ParallelConfig(), precision)
@@ -131,7 +132,8 @@ def export_checkpoint(format: str, hf: Path, checkpoint: Path, max_file_gigabyte
             for one file and its largest tensor is needed.
 
     Raises:
-        UserError: the checkpoint is damaged or not of this format, or lacks a tensor or has one too many.
+        UserError: the checkpoint is damaged, not of this format, lacks a tensor or has one too many; or `hf` holds a
+            model already.
     """
     from omni_train.checkpoint.sharded import read_model_config
 
@@ -192,13 +194,13 @@ def _whole(family: Family, model: ModelConfig, tensors: Collection[str]) -> bool
 
 
 def _table(family: Family, model: ModelConfig, tensors: Collection[str]) -> TensorMap:
-    """The tensors of a folder; without any, those of one to write."""
+    """Tensor map of a folder with these tensors; without any, of a folder to write."""
     names = family.names if _whole(family, model, tensors) else family.text_names
     return tensor_map(model, names, tensors)
 
 
 def _recipe(model: ModelConfig, parallel: ParallelConfig, precision: Precision) -> Recipe:
-    """What building the model needs, around it what validation asks of a run of any layout."""
+    """Recipe to build the model with, and the least beside it that validation requires of a run in any layout."""
     row = 2 * parallel.context * parallel.tensor
     return Recipe(
         stage="convert",
@@ -233,12 +235,12 @@ def _process_group() -> Iterator[None]:
 
 @torch.no_grad()
 def _read_state(chunks: list[torch.nn.Module], table: TensorMap, folder: Folder) -> dict:
-    """Sharded state of this rank's part of the model, with the folder's values and types.
+    """Sharded state dict of this rank's part of the model, with the folder's values and types.
 
-    The model's own parameters give their memory back one by one, so that nothing is there twice; they are spent.
+    The model's own parameters are emptied one by one, so that no tensor is held twice; the model cannot be used after.
 
     Raises:
-        UserError: a parameter that the table does not have, or a tensor of another shape.
+        UserError: a parameter is not in the table, or a tensor has another shape.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -259,9 +261,9 @@ def _read_state(chunks: list[torch.nn.Module], table: TensorMap, folder: Folder)
 
 
 def _read_part(part, table: TensorMap, folder: Folder):
-    """The ``ShardedTensor`` with what the folder has for it."""
+    """A ``ShardedTensor`` filled from the folder."""
     if part.key not in table:
-        raise UserError(f"{part.key}: a parameter of the model that {folder.path} has nothing for")
+        raise UserError(f"{folder.path}: has nothing for {part.key}, a parameter of the model")
     if not table[part.key]:
         return part
     for rows in table[part.key]:
@@ -281,8 +283,8 @@ def _read_part(part, table: TensorMap, folder: Folder):
 def _write_side_files(
     format: str, hf: Path, carried: Path, config: dict[str, Any], tensors: Collection[str], dtype: str
 ) -> None:
-    """Tokenizer and the like as they came, and a config.json that says what the checkpoint is now."""
-    original = dict(FAMILIES[format].own)
+    """Write the tokenizer and other files as they were imported, and a config.json of the exported model."""
+    original = dict(FAMILIES[format].config_extras)
     if carried.is_dir():
         for file in carried.iterdir():
             if file.name != _TENSORS and file.suffix != ".safetensors":
@@ -292,5 +294,5 @@ def _write_side_files(
         if to_hugging_face(format, came_from, whole=_whole(FAMILIES[format], came_from, tensors)) == config:
             return
         if "text_config" in config and "text_config" not in original:
-            original = {"text_config": original}  # a language model that has learned to see
+            original = {"text_config": original}  # a language model that was given a vision encoder
     (hf / "config.json").write_text(json.dumps(merged({**config, "dtype": dtype}, original), indent=2) + "\n")

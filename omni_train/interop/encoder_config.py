@@ -1,4 +1,4 @@
-"""Which key of ``audio_config`` and ``vision_config`` of a ``config.json`` is which of ours, in both directions."""
+"""Correspondence of ``audio_config``, ``vision_config`` and our encoders' configurations, in both directions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VISION = (
     "spatial_merge_size",
     "num_position_embeddings",
 )
-# Keys that change the numbers, and the only value that our encoders compute. A key that is left out has it.
+# Keys that change the numbers, and the only value that our encoders compute, which a missing key has.
 _FIXED_AUDIO = {
     "activation_function": "gelu",
     "scale_embedding": False,
@@ -44,56 +44,64 @@ _FIXED_VISION = {
 }
 
 
-def need(source: Mapping[str, Any], key: str, where: str = "") -> Any:
-    """A key's value.
+def require(source: Mapping[str, Any], key: str, where: str = "") -> Any:
+    """Value of a key that must be there.
+
+    Args:
+        source: a ``config.json``, or a part of it.
+        key: the key.
+        where: path of the part, for the message.
 
     Raises:
-        UserError: there is none.
+        UserError: the key is missing, or null.
     """
     if source.get(key) is None:
         raise UserError(f"config.json: {where}{key} is missing")
     return source[key]
 
 
-def only(source: Mapping[str, Any], fixed: Mapping[str, Any], where: str = "") -> None:
-    """Refuse a key with another value than the one that is computed here.
+def require_values(source: Mapping[str, Any], fixed: Mapping[str, Any], where: str = "") -> None:
+    """Refuse keys whose value is not the only one that is computed here.
+
+    Args:
+        source: a ``config.json``, or a part of it.
+        fixed: value of each key; a missing key has it.
+        where: path of the part, for the message.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the first key with another value.
     """
     for key, value in fixed.items():
         if source.get(key, value) != value:
-            raise UserError(f"config.json: {where}{key}={source[key]}: only {value} is supported")
+            raise UserError(f"config.json: {where}{key}={source[key]}: must be {value}")
 
 
 def audio_from_hugging_face(config: Mapping[str, Any], output_size: int) -> AudioEncoderConfig:
-    """Our audio encoder of an ``audio_config``, trained with the window that it is released with.
+    """Configuration of our audio encoder from an ``audio_config``, its training window being the released one.
 
     Args:
-        config: its content.
-        output_size: the language model's width.
+        config: that part of the file.
+        output_size: hidden size of the language model.
 
     Raises:
         UserError: a key is missing, or has a value that our encoder does not compute.
     """
     where = "audio_config."
-    only(config, {**_FIXED_AUDIO, "output_dim": output_size}, where)
-    values = {ours: need(config, theirs, where) for ours, theirs in _AUDIO.items()}
-    chunk, window = 2 * need(config, "n_window", where), values["eval_window_frames"]
+    require_values(config, {**_FIXED_AUDIO, "output_dim": output_size}, where)
+    values = {ours: require(config, theirs, where) for ours, theirs in _AUDIO.items()}
+    chunk, window = 2 * require(config, "n_window", where), values["eval_window_frames"]
     if window % chunk:
-        raise UserError(
-            f"config.json: {where}n_window_infer={window}: only multiples of 2·n_window={chunk} are supported"
-        )
+        raise UserError(f"config.json: {where}n_window_infer={window}: must be a multiple of 2·n_window={chunk}")
     return AudioEncoderConfig(
         num_convolutions=_AUDIO_CONVOLUTIONS, chunk_frames=chunk, train_window_frames=[window], **values
     )
 
 
 def audio_to_hugging_face(audio: AudioEncoderConfig, output_size: int) -> dict[str, Any]:
-    """The ``audio_config`` of our audio encoder.
+    """``audio_config`` of our audio encoder.
 
     Raises:
-        UserError: transformers has no such encoder.
+        UserError: the format cannot hold this encoder.
     """
     expressible = {
         "num_convolutions": audio.num_convolutions == _AUDIO_CONVOLUTIONS,
@@ -103,8 +111,8 @@ def audio_to_hugging_face(audio: AudioEncoderConfig, output_size: int) -> dict[s
     for key, yes in expressible.items():
         if not yes:
             raise UserError(
-                f"model.audio.{key}={getattr(audio, key)}: the format has {_AUDIO_CONVOLUTIONS} convolutions, chunks "
-                "of an even number of frames and windows of whole chunks"
+                f"model.audio.{key}={getattr(audio, key)}: the format needs {_AUDIO_CONVOLUTIONS} convolutions, chunks "
+                "of an even number of frames, and windows of whole chunks"
             )
     return {theirs: getattr(audio, ours) for ours, theirs in _AUDIO.items()} | {
         "n_window": audio.chunk_frames // 2,
@@ -113,42 +121,42 @@ def audio_to_hugging_face(audio: AudioEncoderConfig, output_size: int) -> dict[s
 
 
 def vision_from_hugging_face(config: Mapping[str, Any], output_size: int, deepstack: bool) -> VisionEncoderConfig:
-    """Our vision encoder of a ``vision_config``.
+    """Configuration of our vision encoder from a ``vision_config``.
 
     Args:
-        config: its content.
-        output_size: the language model's width.
+        config: that part of the file.
+        output_size: hidden size of the language model.
         deepstack: whether the family has DeepStack.
 
     Raises:
         UserError: a key is missing, or has a value that our encoder does not compute.
     """
     where = "vision_config."
-    only(config, {**_FIXED_VISION, "out_hidden_size": output_size}, where)
-    values = {key: need(config, key, where) for key in _VISION}
+    require_values(config, {**_FIXED_VISION, "out_hidden_size": output_size}, where)
+    values = {key: require(config, key, where) for key in _VISION}
     for key in ("patch_size", "temporal_patch_size"):
         if not isinstance(values[key], int):
-            raise UserError(f"config.json: {where}{key}={values[key]}: only one number is supported")
+            raise UserError(f"config.json: {where}{key}={values[key]}: must be one number")
     if deepstack:
-        levels = list(need(config, "deepstack_visual_indexes", where))
+        levels = list(require(config, "deepstack_visual_indexes", where))
         if levels != sorted(set(levels)):
-            raise UserError(f"config.json: {where}deepstack_visual_indexes={levels}: only rising layers are supported")
+            raise UserError(f"config.json: {where}deepstack_visual_indexes={levels}: must be rising layers")
         values["deepstack_visual_indexes"] = levels
     else:
-        only(config, {"deepstack_visual_indexes": []}, where)
+        require_values(config, {"deepstack_visual_indexes": []}, where)
     return VisionEncoderConfig(**values)
 
 
 def vision_to_hugging_face(vision: VisionEncoderConfig, output_size: int, deepstack: bool) -> dict[str, Any]:
-    """The ``vision_config`` of our vision encoder.
+    """``vision_config`` of our vision encoder.
 
     Raises:
-        UserError: the family has no DeepStack, and the encoder has.
+        UserError: the encoder has DeepStack, and the format does not.
     """
     config = {key: getattr(vision, key) for key in _VISION} | {"out_hidden_size": output_size}
     levels = list(vision.deepstack_visual_indexes)
     if deepstack:
         config["deepstack_visual_indexes"] = levels
     elif levels:
-        raise UserError(f"model.vision.deepstack_visual_indexes={levels}: the format has no DeepStack")
+        raise UserError(f"model.vision.deepstack_visual_indexes={levels}: must be [] in this format, without DeepStack")
     return config

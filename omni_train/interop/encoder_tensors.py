@@ -1,6 +1,6 @@
-"""Which tensor of our encoders and adapters is which of transformers' Qwen3-Omni and Qwen3.5 towers.
+"""Correspondence of tensors of our encoders and adapters with transformers' Qwen3-Omni and Qwen3.5 towers.
 
-Theirs hold an adapter inside its tower. Otherwise only queries, keys and values differ: ours lie head by head.
+Theirs hold the adapter inside the tower. Otherwise only queries, keys and values differ: ours are ordered by head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from omni_train.recipe.schema import AudioEncoderConfig, VisionEncoderConfig
 
 
 def audio_map(audio: AudioEncoderConfig, tower: str) -> TensorMap:
-    """``audio_encoder`` and ``audio_adapter``; `tower` is what the names of theirs begin with."""
+    """Tensor map of ``audio_encoder`` and ``audio_adapter``.
+
+    Args:
+        audio: sizes of the encoder.
+        tower: prefix of the tower's names in the folder.
+    """
     table: TensorMap = {"audio_encoder.conv_out.weight": [Rows(f"{tower}conv_out.weight")]}
     for i in range(audio.num_convolutions):
         table |= _weight_and_bias(f"audio_encoder.convolutions.{i}", f"{tower}conv2d{i + 1}")
@@ -36,7 +41,12 @@ def audio_map(audio: AudioEncoderConfig, tower: str) -> TensorMap:
 
 
 def vision_map(vision: VisionEncoderConfig, names: Names) -> TensorMap:
-    """``vision_encoder`` and ``vision_adapter``."""
+    """Tensor map of ``vision_encoder`` and ``vision_adapter``.
+
+    Args:
+        vision: sizes of the encoder.
+        names: names of the folder's parts.
+    """
     tower = names.vision
     table = _weight_and_bias("vision_encoder.patch_embedding", f"{tower}patch_embed.proj")
     table["vision_encoder.position_embedding.weight"] = [Rows(f"{tower}pos_embed.weight")]

@@ -1,4 +1,4 @@
-"""The formats of ``omni-train convert``: how each family names its parts, and what is the same in all of its models."""
+"""Formats of ``omni-train convert``: names of each family's parts, and what all of its models have in common."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Names:
-    """What the names of a folder's tensors begin with, by part, and what a vision adapter's three parts are called."""
+    """Prefixes of a folder's tensor names by part, and names of a vision adapter's three modules."""
 
     text: str
     head: str
     vision: str
     audio: str | None = None
     merger: tuple[str, str, str] = ("norm", "linear_fc1", "linear_fc2")
-    deepstack: str | None = None  # list of the mergers of DeepStack
+    deepstack: str | None = None  # name of the list of DeepStack's mergers
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models of transformers.
+    """Family of models in transformers.
 
     The ``config.json`` of a whole model has a part for the language model and one for each encoder. Some families also
-    have a language model alone, with a flat one.
+    have a language model alone, whose ``config.json`` is flat.
     """
 
     model_type: str
     architecture: str
     names: Names
     text_type: str  # model_type of the language model
-    mixers: str  # letters of its layers, each of which `feed_forward` follows
+    mixers: str  # symbols of its token mixers, each of which `feed_forward` follows
     feed_forward: str
-    sizes: tuple[str, ...]  # keys that its language model has, and not every family's
-    left_out: Mapping[str, Any]  # the values of keys that its language model's config.json need not have
-    fixed: Mapping[str, Any]  # of our ThinkerConfig
-    text_architecture: str | None = None  # of a language model alone
+    sizes: tuple[str, ...]  # keys of its language model that not every family has
+    defaults: Mapping[str, Any]  # values of keys that may be missing in the language model's part
+    fixed: Mapping[str, Any]  # values of our ThinkerConfig that all of its models have
+    text_architecture: str | None = None  # architecture of a language model alone
     text_names: Names | None = None
-    thinker: str | None = None  # the key of config.json that everything but the Talker is under
-    own: Mapping[str, Any] = field(default_factory=dict)  # in a config.json that is not made from another
+    thinker: str | None = None  # key of config.json that holds everything but the Talker
+    config_extras: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keys of a config.json that is not made from another
 
     def whole(self, tensors: Collection[str], encoders: bool) -> bool:
-        """Whether a folder with these tensors is of a whole model, which one with encoders is."""
+        """Whether a folder with these tensors is of a whole model, rather than of a language model alone."""
         return encoders or not self.text_names or any(name.startswith(self.names.text) for name in tensors)
 
     def carries(self, tensor: str) -> bool:
-        """Whether a tensor is of a part that has no model here, and travels as it is."""
+        """Whether a tensor is of a part that has no model here, and is carried along unread."""
         return self.thinker is not None and not tensor.startswith("thinker.")
 
 
@@ -54,7 +56,7 @@ _QWEN3_5 = dict(
     names=Names(text="model.language_model.", head="lm_head.", vision="model.visual."),
     text_names=Names(text="model.", head="lm_head.", vision="model.visual."),
     mixers="G*",
-    left_out={"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10], "full_attention_interval": 4},
+    defaults={"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10], "full_attention_interval": 4},
     fixed={"attention_output_gate": True, "zero_centered_norm": True},
 )
 _DELTA_NET = (
@@ -100,7 +102,7 @@ FAMILIES = {
         mixers="*",
         feed_forward="E",
         sizes=_EXPERTS,
-        left_out={"partial_rotary_factor": 1.0, "mrope_section": [24, 20, 20], "full_attention_interval": 1},
+        defaults={"partial_rotary_factor": 1.0, "mrope_section": [24, 20, 20], "full_attention_interval": 1},
         fixed={
             "attention_output_gate": False,
             "zero_centered_norm": False,
@@ -109,7 +111,7 @@ FAMILIES = {
             "mtp_num_hidden_layers": 0,
         },
         thinker="thinker_config",
-        own={  # without a Talker; ids of the released tokenizer
+        config_extras={  # without a Talker; ids of the released tokenizer
             "enable_audio_output": False,
             "thinker_config": {
                 "model_type": "qwen3_omni_moe_thinker",

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: its tensors, read as slices without loading the rest, and the files beside them."""
+"""Hugging Face model folder: tensors, read as slices without loading the rest, and the files beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omni_train.errors import UserError
 from omni_train.interop.rows import TensorMap, row_count
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_ROWS = 1024  # of two tensors that are compared
+_ROWS = 1024  # compared at a time
 _INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 LARGEST_JSON = 1 << 28  # bytes; the index of 100,000 tensors has 10 MB
@@ -24,11 +24,11 @@ _SIDE_FILES = {".json", ".jinja", ".txt", ".model"}
 
 
 class Folder:
-    """The tensors of a folder of safetensors files.
+    """Tensors of a folder of safetensors files.
 
     Args:
         path: the folder.
-        carries: which tensors are not read, but travel as they are.
+        carries: whether the tensor of a name is not read, but carried along as it is.
 
     Raises:
         UserError: there is no ``config.json`` or no tensor, a file is missing or damaged, or two hold different tensors
@@ -76,17 +76,23 @@ class Folder:
         """Type of a tensor.
 
         Raises:
-            UserError: it is neither fp32 nor bf16.
+            UserError: the type is neither fp32 nor bf16.
         """
         code = self._where[name].get_slice(name).get_dtype()
         if code not in DTYPES:
-            raise UserError(f"{self.path}: {name} is {code}; only {' and '.join(DTYPES)} are supported")
+            raise UserError(f"{self.path}: {name} is {code}; must be {' or '.join(DTYPES)}")
         return DTYPES[code]
 
     def read(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor (see :mod:`omni_train.interop.rows`), (rows, columns).
+        """Rows of a tensor, as :mod:`omni_train.interop.rows` counts them.
 
-        They are rows of one expert, or whole experts.
+        Args:
+            name: the tensor.
+            start, stop: the rows, all of one expert, or of whole experts.
+            columns: of each row.
+
+        Returns:
+            (stop − start, columns).
         """
         tensor, shape = self._where[name].get_slice(name), self.shape(name)
         if len(shape) not in (2, 3):
@@ -103,16 +109,20 @@ class Folder:
         """A whole tensor.
 
         Raises:
-            UserError: it is neither fp32 nor bf16.
+            UserError: its type is neither fp32 nor bf16.
         """
         self.dtype(name)
         return self._where[name].get_tensor(name)
 
-    def leave(self, name: str, kept: str) -> None:
-        """Leave a tensor that says what another one says.
+    def drop_tied(self, name: str, kept: str) -> None:
+        """Drop a tensor that ``config.json`` ties to another one.
+
+        Args:
+            name: the tensor to drop.
+            kept: the tensor that it is tied to.
 
         Raises:
-            UserError: it says something else.
+            UserError: their values differ.
         """
         if not _same(self._where[name], name, self._where[kept], kept):
             raise UserError(f"{self.path}: {name} is not {kept}, to which config.json ties it; correct one of them")
@@ -122,7 +132,7 @@ class Folder:
         """Refuse a folder that is not exactly what the table reads.
 
         Raises:
-            UserError: naming the first tensor that is left over, missing, or of another number of rows.
+            UserError: naming the first tensor that is superfluous, missing, or of another number of rows.
         """
         wanted: dict[str, int | None] = {}
         for parts in table.values():
@@ -139,7 +149,7 @@ class Folder:
                 )
 
     def copy_carried(self, to: Path) -> None:
-        """Write the tensors that travel as they are to safetensors files, one for each that holds some."""
+        """Write the carried tensors to safetensors files in the folder `to`, one for each file that holds some."""
         files: dict[int, list[str]] = {}
         for name, opened in self._carried.items():
             files.setdefault(id(opened), []).append(name)
@@ -148,28 +158,32 @@ class Folder:
             save_file(tensors, to / f"carried-{number:05d}.safetensors", metadata={"format": "pt"})
 
     def side_files(self) -> Iterator[Path]:
-        """Configuration, tokenizer, chat template and generation files."""
+        """Paths of configuration, tokenizer, chat template and generation files."""
         for file in sorted(self.path.iterdir()):
             if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
                 yield file
 
 
 def tensor_bytes(file: Path) -> dict[str, int]:
-    """Tensors of a safetensors file, and the bytes of each."""
+    """Bytes of each tensor of a safetensors file.
+
+    Raises:
+        UserError: the file is not a safetensors file.
+    """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         if size > LARGEST_HEADER:
-            raise UserError(f"{file}: a header of {size:,} bytes; it is no safetensors file")
+            raise UserError(f"{file}: a header of {size:,} bytes; must be a safetensors file")
         header = json.loads(opened.read(size))
     header.pop("__metadata__", None)
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content.
+    """Content of a JSON file.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: the file is missing, cannot be read or is not JSON.
     """
     try:
         return json.loads(read_regular(path, LARGEST_JSON).decode("utf-8-sig"))
@@ -182,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _same(one: Any, name: str, other: Any, its_name: str) -> bool:
-    """Whether tensors of two open files are of one shape and value, whatever their types; a few rows at a time."""
+    """Whether tensors of two open files are equal in shape and values, whatever their types; a few rows at a time."""
     if one is other and name == its_name:
         return True
     ours, theirs = one.get_slice(name), other.get_slice(its_name)

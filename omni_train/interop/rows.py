@@ -1,4 +1,4 @@
-"""How tensors of two formats correspond: each of ours is rows of theirs, laid one after the other.
+"""Correspondence of tensors in two formats: each of ours is a concatenation of rows of theirs.
 
 A row runs along a tensor's last axis: a matrix (R, H) has R rows, a vector has rows of one number, and stacked experts
 (E, R, H) are E·R rows, expert after expert. A convolution of four or more axes has a row for each output channel.
@@ -20,7 +20,7 @@ from omni_train.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start` to `stop` of the tensor `name` of the other format; without `stop`, all of them."""
+    """Rows `start` to `stop` of the tensor `name` in the other format; without `stop`, all of them."""
 
     name: str
     start: int = 0
@@ -28,27 +28,27 @@ class Rows:
 
 
 TensorMap = dict[str, list[Rows]]
-"""Our tensor's name in a checkpoint -> what it is laid together from. An empty list: it has no counterpart."""
+"""Our tensor's name in a checkpoint -> the rows that it is concatenated from; none where it has no counterpart."""
 
 
 def row_count(shape: Sequence[int]) -> int:
-    """Rows of a tensor of this shape."""
+    """Number of rows of a tensor of this shape."""
     return prod(shape[:-1]) if len(shape) in (2, 3) else shape[0]
 
 
 def row_size(shape: Sequence[int]) -> int:
-    """Numbers in a row of a tensor of this shape."""
+    """Number of elements in a row of a tensor of this shape."""
     return prod(shape) // row_count(shape)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """-> (rows, row size), sharing memory."""
+    """View of a tensor as (rows, row size)."""
     return tensor.view(row_count(tensor.shape), -1)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `start` to `stop` of one of our tensors are those of the tensor `name` from `source` on."""
+    """Rows `start` to `stop` of one of our tensors, which are those of the tensor `name` from row `source` on."""
 
     start: int
     stop: int
@@ -57,10 +57,15 @@ class Span:
 
 
 def spans(ours: str, shape: Sequence[int], parts: list[Rows]) -> list[Span]:
-    """The parts of our tensor with their places in it.
+    """Spans of the rows of one of our tensors.
+
+    Args:
+        ours: its name.
+        shape: its shape.
+        parts: the rows that it is concatenated from.
 
     Raises:
-        UserError: they do not add up to the tensor.
+        UserError: the parts do not add up to the tensor.
     """
     rows, end, out = row_count(shape), 0, []
     for part in parts:
@@ -68,15 +73,15 @@ def spans(ours: str, shape: Sequence[int], parts: list[Rows]) -> list[Span]:
         out.append(Span(end, end + length, part.name, part.start))
         end += length
     if parts and end != rows:
-        raise UserError(f"{ours} has {rows} rows but {', '.join(p.name for p in parts[:3])} … give {end}")
+        raise UserError(f"{ours}: must have {rows} rows, but {', '.join(p.name for p in parts[:3])} … give {end}")
     return out
 
 
 def overlaps(all_spans: list[Span], start: int, stop: int) -> Iterator[tuple[slice, str, int]]:
-    """What rows `start` to `stop` of our tensor are.
+    """Sources of rows `start` to `stop` of one of our tensors.
 
     Yields:
-        a slice counted from `start`, and the name and first row of the tensor that it equals.
+        slice of those rows, counted from `start`, and the name and first row of the tensor that it equals.
     """
     first = bisect_right(all_spans, start, key=lambda span: span.start) - 1
     for span in all_spans[max(first, 0) :]:
@@ -88,12 +93,12 @@ def overlaps(all_spans: list[Span], start: int, stop: int) -> Iterator[tuple[sli
 
 
 def boxes(data: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, slice]]:
-    """A rank's part of a tensor, cut so that each piece is consecutive rows of the whole.
+    """Pieces of a rank's part of a tensor, each of consecutive rows of the whole.
 
     Args:
-        data: the part.
-        offset: of the part in the whole tensor.
-        shape: of the whole tensor.
+        data: the rank's part.
+        offset: indices of its first element in the whole tensor.
+        shape: shape of the whole tensor.
 
     Yields:
         (rows, columns) views of `data`, the first row of each in the whole tensor, and its columns.

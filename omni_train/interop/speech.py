@@ -1,4 +1,4 @@
-"""Codec and Code2Wav as folders of transformers: read into the state of our networks, and written from it.
+"""Codec and Code2Wav as Hugging Face folders: read into state dicts of our networks, and written from them.
 
 These networks are small enough to be read whole.
 """
@@ -34,17 +34,17 @@ _CODE2WAV = "code2wav."
 
 
 def read_mimi(path: Path, num_quantizers: int | None = None) -> tuple[CodecConfig, State]:
-    """Encoder and quantiser of a MimiModel; its decoder is left.
+    """Encoder and quantiser of a MimiModel folder; its decoder is not read.
 
     Args:
         path: a folder with config.json and safetensors files.
-        num_quantizers: take the first so many codebooks alone; None for all.
+        num_quantizers: number of codebooks to take, from the first; None for all.
 
     Returns:
-        The sizes, and the state of ``SpeechCodec(sizes, None)`` with the folder's types.
+        sizes, and the state dict of ``SpeechCodec(sizes, None)`` in the folder's types.
 
     Raises:
-        UserError: the folder is not a MimiModel's, or lacks a tensor or has one too many.
+        UserError: the folder is not a MimiModel's, lacks a tensor, has one too many, or has fewer codebooks.
     """
     folder = Folder(path, carries=lambda name: name.startswith(_MIMI_DECODER))
     config = codec_from_hugging_face(folder.config)
@@ -65,8 +65,8 @@ def write_mimi(path: Path, config: CodecConfig, state: Mapping[str, Tensor], ori
 
     Args:
         path: folder to write.
-        config: their sizes.
-        state: of a :class:`SpeechCodec`; what is not of encoder and quantiser is left.
+        config: sizes of encoder and quantiser.
+        state: state dict of a :class:`SpeechCodec`, of which only encoder and quantiser are written.
         original: a ``config.json`` whose other keys are kept.
     """
     state = {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "quantizer."))}
@@ -74,13 +74,16 @@ def write_mimi(path: Path, config: CodecConfig, state: Mapping[str, Tensor], ori
 
 
 def read_code2wav(path: Path) -> tuple[Code2WavConfig, State]:
-    """A Code2Wav: a folder of its own, or a whole Qwen3-Omni's, of which the rest is left.
+    """Code2Wav from a folder of its own, or from a whole Qwen3-Omni's, of which the rest is not read.
+
+    Args:
+        path: a folder with config.json and safetensors files.
 
     Returns:
-        The sizes, and the state of ``Code2Wav(sizes)`` with the folder's types.
+        sizes, and the state dict of ``Code2Wav(sizes)`` in the folder's types.
 
     Raises:
-        UserError: the folder has no Code2Wav, or lacks a tensor or has one too many.
+        UserError: the folder has no Code2Wav, lacks a tensor or has one too many.
     """
     folder = Folder(path)
     prefix = _CODE2WAV if any(name.startswith(_CODE2WAV) for name in folder.names) else ""
@@ -97,8 +100,8 @@ def write_code2wav(
 
     Args:
         path: folder to write.
-        config: its sizes.
-        state: of a :class:`Code2Wav`.
+        config: sizes of Code2Wav.
+        state: state dict of a :class:`Code2Wav`.
         original: a ``config.json`` whose other keys are kept.
     """
     original = (original or {}).get("code2wav_config", original)
@@ -106,14 +109,14 @@ def write_code2wav(
 
 
 def mimi_tensors(config: CodecConfig, ours: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Tensor of ours -> those of MimiModel that it is a stack of, or the one that it is."""
+    """Name of each of our tensors -> names of the MimiModel's that it is a stack of, or of the one it is."""
     codebooks = mimi_codebooks(config)
     rest = [name for name in ours if name not in codebooks]
     return {**_tensors(mimi_modules(config), rest), **codebooks}
 
 
 def code2wav_tensors(config: Code2WavConfig, ours: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Tensor of ours -> the one of Qwen3-Omni's Code2Wav."""
+    """Name of each of our tensors -> name of the one of Qwen3-Omni's Code2Wav, in a list."""
     return _tensors(code2wav_modules(config), ours)
 
 
@@ -128,10 +131,10 @@ def _shapes(network, *sizes) -> dict[str, tuple[int, ...]]:
 
 
 def _read(folder: Folder, names: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]], present) -> State:
-    """The tensors that the names say, of the shapes that they must have.
+    """State dict read from a folder.
 
     Raises:
-        UserError: naming the first tensor that is missing, left over or of another shape.
+        UserError: naming the first tensor that is missing, superfluous or of another shape.
     """
     present, wanted = set(present), {their for theirs in names.values() for their in theirs}
     for missing in sorted(wanted - present):

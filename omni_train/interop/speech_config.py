@@ -1,4 +1,4 @@
-"""Which key of a Mimi's or a Code2Wav's ``config.json`` is which of ours, in both directions."""
+"""Correspondence of Mimi's or Code2Wav's ``config.json`` and our configurations, in both directions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from omni_train.errors import UserError
-from omni_train.interop.encoder_config import need, only
+from omni_train.interop.encoder_config import require, require_values
 from omni_train.models.codec.encoder import frame_samples
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig
 
-# Keys that change the numbers, and the only value that our networks compute. A key that is left out has it.
+# Keys that change the numbers, and the only value that our networks compute, which a missing key has.
 _FIXED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -36,29 +36,29 @@ def codec_from_hugging_face(config: Mapping[str, Any]) -> CodecConfig:
     """Sizes of encoder and quantiser, from a MimiModel's ``config.json``.
 
     Raises:
-        UserError: another model's, a key is missing, or a key has a value that our codec does not compute.
+        UserError: the file is another model's, lacks a key, or has a value that our codec does not compute.
     """
     if config.get("model_type") != "mimi":
-        raise UserError(f"config.json: model_type={config.get('model_type')}; format=mimi reads mimi")
+        raise UserError(f"config.json: model_type={config.get('model_type')}; must be mimi with format=mimi")
     config = _flat(config)
-    config.setdefault("head_dim", need(config, "hidden_size") // need(config, "num_attention_heads"))
-    dim = need(config, "codebook_dim")
-    only(config, {**_FIXED_MIMI, "vector_quantization_hidden_dimension": dim})
-    codec = CodecConfig(**{key: need(config, key) for key in _CODEC})
+    config.setdefault("head_dim", require(config, "hidden_size") // require(config, "num_attention_heads"))
+    dim = require(config, "codebook_dim")
+    require_values(config, {**_FIXED_MIMI, "vector_quantization_hidden_dimension": dim})
+    codec = CodecConfig(**{key: require(config, key) for key in _CODEC})
     if dim == codec.hidden_size:
-        raise UserError(f"config.json: codebook_dim={dim}: as wide as the latents, without projections: not supported")
-    only(config, {"frame_rate": codec.sampling_rate / frame_samples(codec)})
+        raise UserError(f"config.json: codebook_dim={dim}: must differ from hidden_size, as codebooks need projections")
+    require_values(config, {"frame_rate": codec.sampling_rate / frame_samples(codec)})
     return codec
 
 
 def codec_to_hugging_face(codec: CodecConfig) -> dict[str, Any]:
-    """A ``config.json`` of a MimiModel without a decoder.
+    """``config.json`` of a MimiModel without a decoder.
 
     Raises:
         UserError: a MimiModel cannot have these sizes.
     """
     if codec.codebook_size & (codec.codebook_size - 1):
-        raise UserError(f"model.codec.codebook_size={codec.codebook_size}: format=mimi has powers of 2")
+        raise UserError(f"model.codec.codebook_size={codec.codebook_size}: must be a power of 2 with format=mimi")
     return {
         "architectures": ["MimiModel"],
         "model_type": "mimi",
@@ -76,14 +76,14 @@ def code2wav_from_hugging_face(config: Mapping[str, Any]) -> Code2WavConfig:
         UserError: a key is missing, or has a value that our Code2Wav does not compute.
     """
     config = _flat(config.get("code2wav_config", config))
-    only(config, _FIXED_CODE2WAV)
+    require_values(config, _FIXED_CODE2WAV)
     if config.get("head_dim"):
-        only(config, {"head_dim": need(config, "hidden_size") // need(config, "num_attention_heads")})
-    return Code2WavConfig(**{key: need(config, key) for key in _CODE2WAV})
+        require_values(config, {"head_dim": require(config, "hidden_size") // require(config, "num_attention_heads")})
+    return Code2WavConfig(**{key: require(config, key) for key in _CODE2WAV})
 
 
 def code2wav_to_hugging_face(code2wav: Code2WavConfig) -> dict[str, Any]:
-    """A ``config.json`` of a Code2Wav alone."""
+    """``config.json`` of a Code2Wav alone."""
     return {
         "architectures": ["Qwen3OmniMoeCode2Wav"],
         "hidden_act": "silu",
@@ -92,7 +92,7 @@ def code2wav_to_hugging_face(code2wav: Code2WavConfig) -> dict[str, Any]:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With the rotary embedding's keys among the others, and the lists as lists."""
+    """Configuration with the rotary embedding's keys among the others, tuples as lists, and nulls left out."""
     flat = {"rope_theta": 10000.0, **config, **(config.get("rope_parameters") or {})}
     flat["rope_theta"] = float(flat["rope_theta"])
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items() if value is not None}

@@ -1,4 +1,4 @@
-"""``omni-train convert`` for the networks of speech: folders of transformers to whole-network checkpoints and back."""
+"""``omni-train convert`` for speech networks: Hugging Face folders to whole-network checkpoints and back."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from omni_train.recipe.schema import ModelConfig, Verify
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
 _NETWORK = "generator"
-"""What training calls the network that speaks, beside those that judge it."""
+"""Name of the network in checkpoints of training, beside the discriminators."""
 
 
 def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int | None = None) -> None:
-    """Write a checkpoint of one network from a folder: of encoder and quantiser (mimi), or of Code2Wav.
+    """Write a checkpoint of one network from a Hugging Face folder: encoder and quantiser (mimi), or Code2Wav.
 
     Args:
         format: one of ``FORMATS``.
         hf: folder with config.json and safetensors files.
         checkpoint: folder to write step_00000000 into.
-        num_quantizers: of a Mimi, take the first so many codebooks; None for all.
+        num_quantizers: number of a Mimi's codebooks to take, from the first; None for all.
 
     Raises:
-        UserError: the folder is not of this format.
+        UserError: the folder is not of this format, or `num_quantizers` is given for another format than mimi.
     """
     if format == "mimi":
         config, state = read_mimi(hf, num_quantizers)
         model = {"codec": asdict(config)}
     elif num_quantizers is not None:
-        raise UserError(f"num_quantizers={num_quantizers}: only format=mimi can leave codebooks; leave it out")
+        raise UserError(f"num_quantizers={num_quantizers}: must be left out unless format=mimi")
     else:
         config, state = read_code2wav(hf)
         model = {"code2wav": asdict(config)}
@@ -65,7 +65,7 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
 
 
 def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
-    """Write a folder from a checkpoint of network=codec or network=code2wav, or an imported one; averaged where it is.
+    """Write a Hugging Face folder from a checkpoint of a codec or Code2Wav, with averaged weights where it has some.
 
     A codec's decoder becomes a Code2Wav, with the quantiser's codewords folded into its embedding.
 
@@ -75,7 +75,7 @@ def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
         checkpoint: a step_XXXXXXXX folder, or a run's (its latest).
 
     Raises:
-        UserError: the checkpoint is damaged, or has no such network.
+        UserError: the checkpoint is damaged, or lacks the network that the format needs.
     """
     checkpoint = resolve(checkpoint)
     only = ("model.pt", f"{_NETWORK}*.safetensors", "hf/config.json")
@@ -98,7 +98,7 @@ def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
 
 
 def _folded(checkpoint: Path, model: ModelConfig, state: State) -> State:
-    """The Code2Wav of a codec."""
+    """State dict of the Code2Wav that a codec's decoder and codebooks make."""
     if not any(name.startswith("decoder.") for name in state):
         raise UserError(f"checkpoint={checkpoint}: has no decoder; format=qwen3_omni_code2wav needs one")
     codec = SpeechCodec(model.codec, model.code2wav)

@@ -1,13 +1,13 @@
-"""Which module of the codec's networks is which of transformers', in both directions.
+"""Correspondence of module names of codec and Code2Wav with transformers', in both directions.
 
-Parameters keep their names within a module. Different are the codebooks: theirs are one by one, ours stacked.
+Parameters keep their names within a module. Only codebooks differ: theirs are one by one, ours stacked.
 """
 
 from __future__ import annotations
 
 from omni_train.recipe.speech import Code2WavConfig, CodecConfig
 
-# Ours -> theirs, of a layer of either Transformer.
+# Ours -> theirs, within a layer of either Transformer.
 _LAYER = {
     "attention.query": "self_attn.q_proj",
     "attention.key": "self_attn.k_proj",
@@ -22,7 +22,7 @@ CODEBOOK_BUFFERS = ("initialized", "cluster_usage", "embed_sum")
 
 
 def mimi_modules(config: CodecConfig) -> dict[str, str]:
-    """Ours -> MimiModel's, of encoder and quantiser without its codebooks."""
+    """Our module names -> MimiModel's, of the encoder and the quantiser's projections."""
     # Theirs is one flat list, with the activations in it.
     names = {"encoder.first": "encoder.layers.0.conv"}
     position = 1
@@ -45,7 +45,7 @@ def mimi_modules(config: CodecConfig) -> dict[str, str]:
 
 
 def mimi_codebooks(config: CodecConfig) -> dict[str, list[str]]:
-    """Ours -> MimiModel's in order, of the codebooks."""
+    """Our names of stacked codebook buffers -> MimiModel's names of each codebook's, in order."""
     counts = {
         "semantic": config.num_semantic_quantizers,
         "acoustic": config.num_quantizers - config.num_semantic_quantizers,
@@ -60,7 +60,7 @@ def mimi_codebooks(config: CodecConfig) -> dict[str, list[str]]:
 
 
 def code2wav_modules(config: Code2WavConfig) -> dict[str, str]:
-    """Ours -> Qwen3-Omni's, of Code2Wav."""
+    """Our module names of Code2Wav -> Qwen3-Omni's."""
     layer = {**_LAYER, "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
     names = {"embedding": "code_embedding", "decoder.transformer.norm": "pre_transformer.norm"}
     names |= _layers("decoder.transformer", "pre_transformer", config.num_hidden_layers, layer)

@@ -1,4 +1,4 @@
-"""Which tensor of ours is which of Qwen3.5's, MoE and dense, and of Qwen3-Omni's Thinker.
+"""Correspondence of our tensors with Qwen3.5's, MoE and dense, and with Qwen3-Omni's Thinker's.
 
 Layer i of their language models is two of ours: 2i, attention or Gated DeltaNet, and 2i + 1, MoE or dense MLP. Norms
 are zero-centred in both formats, or plain in both. Nothing is added, scaled or transposed: import and export read this
@@ -16,13 +16,13 @@ from omni_train.recipe.schema import ModelConfig, ThinkerConfig
 
 
 def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) -> TensorMap:
-    """Every tensor of our checkpoints, and the rows of Hugging Face tensors that it is laid together from.
+    """Tensor map of a whole model: each tensor of our checkpoints, and the rows of the folder's that it consists of.
 
     Args:
-        model: sizes and layers.
-        names: how the folder names its parts.
-        tensors: of the folder at hand. They decide whether experts are stacked or one by one; without them it is what
-            ``save_pretrained`` writes.
+        model: our configuration.
+        names: names of the folder's parts.
+        tensors: names of the folder's tensors, which tell whether experts are stacked or one by one; without any they
+            are as ``save_pretrained`` writes them.
     """
     thinker = model.thinker
     table: TensorMap = {
@@ -69,9 +69,9 @@ def _layer(thinker: ThinkerConfig, symbol: str, ours: str, theirs: str, stacked:
 
 
 def _attention(thinker: ThinkerConfig) -> TensorMap:
-    """Ours: for each key/value head its queries, gates, key, value. Theirs: q_proj holds each head's query and gate.
+    """Tensor map of attention. Ours is ordered by key/value head: queries, gates, key, value; their q_proj by head.
 
-    Without an output gate there are no gates in either.
+    Each head's gate follows its query in their q_proj. Without an output gate there are no gates in either.
     """
     heads, groups, width = thinker.num_attention_heads, thinker.num_key_value_heads, thinker.head_dim
 
@@ -96,7 +96,7 @@ def _attention(thinker: ThinkerConfig) -> TensorMap:
 
 
 def _gated_delta_net(thinker: ThinkerConfig) -> TensorMap:
-    """Ours is one matrix in the model, but the checkpoint keeps its six parts under names of their own."""
+    """Tensor map of Gated DeltaNet. Our checkpoints keep the six parts of `in_proj` under names of their own."""
     k = thinker.linear_num_key_heads * thinker.linear_key_head_dim
     v = thinker.linear_num_value_heads * thinker.linear_value_head_dim
     return {

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's tensors, written file by file from a sharded checkpoint."""
+"""Writer of a Hugging Face folder's tensors, file by file, from a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _NOT_OF_THE_MODEL = ("optimizer.", "progress")
 
 @dataclass
 class Target:
-    """A tensor to write, and where its rows come from."""
+    """Tensor to write, and the sources of its rows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    rows: list[tuple[str, int, int, int]] = field(
-        default_factory=list
-    )  # our tensor, first row in it, in this one, count
+    # Name of our tensor, first row in it, first row in this one, number of rows.
+    rows: list[tuple[str, int, int, int]] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor in its type."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointReader:
-    """The model's tensors in a sharded checkpoint, without process groups and without the model."""
+    """Reader of the model's tensors in a sharded checkpoint, without process groups and without the model."""
 
     def __init__(self, checkpoint: Path) -> None:
         from omni_train.checkpoint.sharded_files import Reader
@@ -65,14 +65,14 @@ class CheckpointReader:
         return tuple(self._tensors[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type that it was saved in."""
+        """Type of a tensor in the checkpoint."""
         return self._tensors[name].properties.dtype
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, put together from the parts of all ranks.
 
         Raises:
-            DamagedCheckpoint: it cannot be read.
+            DamagedCheckpoint: the tensor cannot be read.
         """
         from torch.distributed import checkpoint
 
@@ -95,13 +95,13 @@ File = dict[str, Target] | Path
 def plan_files(
     checkpoint: CheckpointReader, table: TensorMap, dtypes: Mapping[str, torch.dtype], max_bytes: int
 ) -> list[File]:
-    """The tensors of each file to write, in the table's order, none larger than `max_bytes` unless one tensor is.
+    """Tensors of each file to write, in the table's order, none larger than `max_bytes` unless one tensor is.
 
     Args:
-        checkpoint: where the tensors are.
-        table: what corresponds to what.
-        dtypes: types to write, by Hugging Face name; those not named keep the checkpoint's.
-        max_bytes: of one file.
+        checkpoint: the checkpoint to export.
+        table: tensor map of the format.
+        dtypes: type of each tensor to write, by its name in the folder; others keep the checkpoint's.
+        max_bytes: largest size of a file.
     """
     targets: dict[str, Target] = {}
     for ours, parts in table.items():
@@ -127,7 +127,14 @@ def plan_files(
 
 
 def write_files(checkpoint: CheckpointReader, files: list[File], folder: Path, rank: int, world_size: int) -> None:
-    """Write this rank's share of the files."""
+    """Write this rank's share of the files.
+
+    Args:
+        checkpoint: the checkpoint to export.
+        files: from :func:`plan_files`, and paths of files to copy.
+        folder: the folder to write.
+        rank, world_size: every world_size-th file from the rank-th on is this rank's.
+    """
     for name, targets in list(zip(_file_names(files), files, strict=True))[rank::world_size]:
         partial = folder / f".{name}.partial"
         if isinstance(targets, Path):
@@ -135,25 +142,25 @@ def write_files(checkpoint: CheckpointReader, files: list[File], folder: Path, r
             os.replace(partial, folder / name)
             continue
         tensors = {key: torch.empty(target.shape, dtype=target.dtype) for key, target in targets.items()}
-        places: dict[str, list[tuple[torch.Tensor, int]]] = {}  # where each of our tensors' rows go
+        targets_of: dict[str, list[tuple[torch.Tensor, int]]] = {}  # views to fill from each of our tensors
         for key, target in targets.items():
             assert sum(count for *_, count in target.rows) == row_count(target.shape)
             for ours, start, to, count in target.rows:
-                places.setdefault(ours, []).append((as_rows(tensors[key])[to : to + count], start))
-        for ours, mine in places.items():
+                targets_of.setdefault(ours, []).append((as_rows(tensors[key])[to : to + count], start))
+        for ours, views in targets_of.items():
             source = as_rows(checkpoint.read(ours))
-            for place, start in mine:
-                place.copy_(source[start : start + len(place)])
+            for view, start in views:
+                view.copy_(source[start : start + len(view)])
         save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, folder / name)
-        del tensors, places, mine, place, source
+        del tensors, targets_of, views, view, source
 
 
 def write_index(files: list[File], folder: Path) -> int:
-    """Say which file holds which tensor, where there are several.
+    """Write the index of which file holds which tensor, where there are several files.
 
     Returns:
-        the number of tensors.
+        the number of tensors in all files.
     """
     sizes = {name: _sizes(file) for name, file in zip(_file_names(files), files, strict=True)}
     if len(files) > 1:
@@ -166,7 +173,7 @@ def write_index(files: list[File], folder: Path) -> int:
 
 
 def _sizes(file: File) -> dict[str, int]:
-    """Tensors of a file, and their bytes."""
+    """Bytes of each tensor of a file."""
     return tensor_bytes(file) if isinstance(file, Path) else {key: target.num_bytes for key, target in file.items()}
 
 

@@ -1,1 +1,1 @@
-"""A run under SLURM, as launchers/slurm.sh starts it: submitted, and in its job started, stopped and queued again."""
+"""Runs under SLURM, as launchers/slurm.sh starts them: submission, and start, stop and requeue within the job."""

@@ -1,4 +1,4 @@
-"""``python -m omni_train.slurm submit SCRIPT …`` where launchers/slurm.sh is run, ``… job …`` where SLURM runs it."""
+"""``python -m omni_train.slurm submit SCRIPT …`` on the login node, ``… job …`` in the batch script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from omni_train.processes import Exit
 
 
 def main(arguments: list[str]) -> int:
-    """Do one of the two; returns the exit code."""
+    """Run one of the two actions.
+
+    Args:
+        arguments: the action and its arguments.
+
+    Returns:
+        the exit code.
+    """
     action, *rest = arguments
     try:
         if action == "submit":

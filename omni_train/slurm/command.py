@@ -1,4 +1,4 @@
-"""The command that a job runs on every rank: what it may be, and which directory it trains in."""
+"""Command that a job runs on every rank: validation, and the directory of its run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from omni_train.errors import UserError
 
 TASK = "%a"
-"""In a job array, the number of the task; as in sbatch's names of files."""
+"""Placeholder of the task's number in a job array, as in sbatch's file names."""
 
 
 def run_directory(command: Sequence[str], ranks: int | None) -> Path:
-    """Compose and validate a command, and say where its run is.
+    """Directory of a command's run, after its recipe has been composed and validated.
 
     Args:
-        command: ``train`` or ``pipeline`` and its words.
-        ranks: that will run it; None where nobody knows yet.
+        command: ``train`` or ``pipeline`` and its arguments.
+        ranks: number of ranks that will run it; None where it is not known yet.
 
     Raises:
-        UserError: it is another command, has flags, or its recipe cannot be composed or cannot work.
+        UserError: the command is another one or has flags, or its recipe cannot be composed or cannot work.
     """
     name, words = command[0] if command else "", list(command[1:])
     if name not in ("train", "pipeline"):
-        raise UserError(f"{name or 'no command'}: launchers/slurm.sh runs train and pipeline")
+        raise UserError(f"{name or 'no command'}: must be train or pipeline under launchers/slurm.sh")
     if flags := [word for word in words if word.startswith("-")]:
-        raise UserError(f"{flags[0]}: a command under SLURM has no flags; an array of jobs with run=NAME-{TASK} sweeps")
+        raise UserError(f"{flags[0]}: must be left out under SLURM; to sweep, submit an array with run=NAME-{TASK}")
     if name == "pipeline":
         from omni_train.recipe.pipeline import load_pipeline
 
@@ -39,11 +39,17 @@ def run_directory(command: Sequence[str], ranks: int | None) -> Path:
 
 
 def of_task(command: Sequence[str], task: str) -> list[str]:
-    """The command of one task of a job array.
+    """Command of one task of a job array.
+
+    Args:
+        command: with TASK where the task's number belongs.
+        task: the task's number.
 
     Raises:
         UserError: all tasks would train in one directory.
     """
     if not any(word.startswith(("run=", "runs_dir=")) and TASK in word for word in command):
-        raise UserError(f"an array needs a run for each job: give run=NAME-{TASK}, where {TASK} is the task's number")
+        raise UserError(
+            f"run= must differ between an array's jobs: give run=NAME-{TASK}, {TASK} being the task's number"
+        )
     return [word.replace(TASK, task) for word in command]

@@ -1,6 +1,6 @@
-"""What the batch script does: start the ranks, hand signals on, and queue the job again where another try can help.
+"""The batch script's work: start the ranks, pass signals on, and requeue the job where another try can help.
 
-Facts of SLURM (22.05, seen by tests/launchers/test_slurm.py) that it rests on:
+It relies on these facts of SLURM (22.05, checked by tests/launchers/test_slurm.py):
 
 - ``scancel`` and the time limit send SIGTERM to every process of the job, this one too, and SIGKILL after ``KillWait``.
   The job is COMPLETING meanwhile, and a requeue then would bring a cancelled job back.
@@ -29,14 +29,14 @@ _RANK = """
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 exec "$0" -m omni_train "$@"
 """
-_OTHERS_SECONDS = 120  # that the other ranks have to end after the first one did, with whatever code
-_DEAF_SECONDS = 1.0  # from the start of srun
+_OTHERS_SECONDS = 120  # for the other ranks to end after the first one did, with whatever code
+_DEAF_SECONDS = 1.0  # after the start of srun, in which it must not be sent a signal
 _RESEND_SECONDS = 5.0
 _TASKS_ENDED = re.compile(rb"srun: error: (\S+): tasks? (\d+)\S*: (?:Exited with exit code (\d+)|([A-Z][^(:]*))")
 
 
 class StopSignals:
-    """The signals of the batch script, from its first moment on: SIGUSR1 to go on later, SIGTERM to end for good."""
+    """Stop signals of the batch script, from its start on: SIGUSR1 to continue later, SIGTERM to end for good."""
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
@@ -48,7 +48,7 @@ class StopSignals:
         signal.signal(signal.SIGALRM, self._pass_on)
 
     def pass_to(self, ranks: subprocess.Popen | None) -> None:
-        """Hand signals on to srun from here on, also one that came before; None: to nobody any more."""
+        """Pass signals to the process of srun from here on, also one that came before; None: to no process."""
         self._ranks, self._deaf_until = ranks, time.monotonic() + _DEAF_SECONDS
         if ranks is None:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -76,8 +76,8 @@ class End:
     """How the ranks ended.
 
     Attributes:
-        code: of the first that failed, 128 + n where signal n killed it; else what all have in common.
-        why: the same in words.
+        code: exit code of the first rank that failed, 128 + n where signal n killed it; else that of all ranks.
+        why: the reason, in words.
     """
 
     code: int
@@ -86,37 +86,40 @@ class End:
 
 @dataclass(frozen=True)
 class Limits:
-    """How often a job is queued again: in all, and in a row without a newer checkpoint."""
+    """Limits on requeues of a job: in all, and in a row without a newer checkpoint."""
 
     total: int = 100
     idle: int = 3
 
     @classmethod
     def from_environment(cls) -> Limits:
-        """As the variables say that launchers/slurm.sh documents.
+        """Limits from the environment variables that launchers/slurm.sh documents.
 
         Raises:
-            UserError: one is not a number.
+            UserError: a variable is not a whole number.
         """
         names = {"total": "OMNI_TRAIN_REQUEUES", "idle": "OMNI_TRAIN_REQUEUES_WITHOUT_PROGRESS"}
         given = {field: os.environ[name] for field, name in names.items() if name in os.environ}
         for field, text in given.items():
             if not text.isdecimal():
-                raise UserError(f"{names[field]}={text}: not a number of times")
+                raise UserError(f"{names[field]}={text}: must be a whole number of requeues")
         return cls(**{field: int(text) for field, text in given.items()})
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command on the ranks of this job, to its end or to the next start; the exit code of the batch script.
+    """Run a command on the ranks of this job, and requeue the job where another try can help.
 
     Args:
-        command: ``train`` or ``pipeline`` and its words.
+        command: ``train`` or ``pipeline`` and its arguments.
+
+    Returns:
+        exit code of the batch script.
 
     Raises:
         UserError: the command cannot work.
     """
     asked = StopSignals()
-    # Not before: a signal that comes while they are imported counts.
+    # Imported after the handlers are set: a signal that comes meanwhile counts.
     from omni_train.slurm.command import of_task, run_directory
     from omni_train.slurm.progress import Starts, steps
 
@@ -149,7 +152,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def say(line: str) -> None:
-    """One line of the job's log."""
+    """Write a line to the job's log."""
     _write(f"{lines.stamp()}{line}\n".encode())
 
 
@@ -192,7 +195,7 @@ def _run_ranks(command: Sequence[str], asked: StopSignals) -> End:
 
 
 def _failure(line: bytes) -> End | None:
-    """How a rank failed, if this line of srun says so."""
+    """How a rank failed, if this line of srun's output says so."""
     if not (match := _TASKS_ENDED.match(line)):
         return None
     host, rank, code, killed = (part.decode() if part else "" for part in match.groups())
@@ -204,7 +207,7 @@ def _failure(line: bytes) -> End | None:
 
 
 def _against(end: End, idle: int, limits: Limits) -> str | None:
-    """What speaks against another try."""
+    """Reason against a requeue, or None."""
     if end.code == Exit.wrong:
         return "something given is wrong"
     if idle > limits.idle:
@@ -215,7 +218,7 @@ def _against(end: End, idle: int, limits: Limits) -> str | None:
 
 
 def _is_ended_by_others(job: str, asked: StopSignals) -> bool:
-    """Whether somebody wants the job to end, and not its time limit alone."""
+    """Whether the job was cancelled or preempted, rather than ended by its time limit alone."""
     state = _show("job", job)
     if state.get("Reason") == "TimeLimit":
         return False
@@ -223,7 +226,7 @@ def _is_ended_by_others(job: str, asked: StopSignals) -> bool:
 
 
 def _requeue(job: str) -> str | None:
-    """Queue the job again; what SLURM has against it."""
+    """Requeue the job; SLURM's error, or None."""
     for _ in range(20):
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if done.returncode == 0:
@@ -235,6 +238,6 @@ def _requeue(job: str) -> str | None:
 
 
 def _show(what: str, name: str) -> dict[str, str]:
-    """What SLURM says of a job or node; empty where it does not answer."""
+    """Fields that SLURM shows of a job or node; empty where it does not answer."""
     shown = subprocess.run(["scontrol", "show", what, "--oneliner", name], capture_output=True, text=True).stdout
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)

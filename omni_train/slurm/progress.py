@@ -1,4 +1,4 @@
-"""Whether a job that is started again and again gets on: its starts, and the checkpoints in between."""
+"""Progress of a job that is started again and again: its starts, and the checkpoints in between."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from omni_train.errors import UserError
 
 
 class Starts:
-    """The starts of one job, in a small file in its run's directory, of which this is one.
+    """Counter of the starts of a job, kept in a small file in its run's directory; making one counts a start.
 
     Args:
-        directory: of a run, or of a pipeline; made where it is not there.
-        job: its id.
+        directory: directory of a run, or of a pipeline; created where it is missing.
+        job: id of the job.
 
     Attributes:
-        idle: starts in a row without a newer checkpoint, up to this one, of which none is known yet.
+        idle: number of starts in a row without a newer checkpoint, this one included.
 
     Raises:
         UserError: the directory cannot be written.
@@ -29,21 +29,21 @@ class Starts:
             before = json.loads(self._file.read_text()) if self._file.exists() else {"steps": 0, "idle": 0}
             directory.mkdir(parents=True, exist_ok=True)
             self._steps, self.idle = before["steps"], before["idle"]
-            self.look()  # what the start before has left behind that ended without a word
+            self.look()  # the start before may have ended without counting its checkpoints
             self.idle += 1
             self._write()
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; runs_dir= takes another place") from error
+            raise UserError(f"{error.filename}: {error.strerror}; must be writable, or give runs_dir=") from error
 
     def look(self) -> int:
-        """See whether there is a newer checkpoint; ``idle`` as it is then."""
+        """Number of starts in a row without a newer checkpoint, now: 0 once there is one."""
         if (now := steps(self._directory)) > self._steps:
             self._steps, self.idle = now, 0
             self._write()
         return self.idle
 
     def forget(self) -> None:
-        """The job will not start again."""
+        """Delete the file, as the job will not start again."""
         self._file.unlink(missing_ok=True)
 
     def _write(self) -> None:
@@ -53,7 +53,7 @@ class Starts:
 
 
 def steps(directory: Path) -> int:
-    """The steps behind the newest complete checkpoint of a run, or of all runs of a pipeline together."""
+    """Steps of the newest complete checkpoint of a run, or summed over all runs of a pipeline."""
     newest: dict[Path, int] = {}
     for pattern in ("checkpoints", "*/checkpoints"):
         for file in directory.glob(f"{pattern}/step_*/metadata.json"):

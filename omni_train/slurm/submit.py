@@ -1,4 +1,4 @@
-"""Submit a run: refuse what cannot work before it is queued, and give sbatch the rest."""
+"""Submission of a run to SLURM: commands that cannot work are refused before they are queued."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from omni_train.slurm.command import of_task, run_directory
 
 
 def submit(script: str, *arguments: str) -> NoReturn:
-    """Become ``sbatch OPTIONS script COMMAND``.
+    """Validate a command and replace this process by ``sbatch OPTIONS script COMMAND``.
 
     Args:
-        script: the batch script, whose ``#SBATCH`` lines are the defaults.
+        script: path of the batch script, whose ``#SBATCH`` lines are default options.
         arguments: options of sbatch, ``--``, and the command.
 
     Raises:
         UserError: there is no command, no SLURM, or the command cannot work on that many ranks.
     """
     if "--" not in arguments:
-        raise UserError("no -- before the command: launchers/slurm.sh [options of sbatch] -- train key=value …")
+        raise UserError("-- must come before the command: launchers/slurm.sh [options of sbatch] -- train key=value …")
     options, command = arguments[: arguments.index("--")], list(arguments[arguments.index("--") + 1 :])
     header = [line.split()[1] for line in Path(script).read_text().splitlines() if line.startswith("#SBATCH ")]
     asked = _asked([*header, *options])
     run_directory(of_task(command, "0") if asked.array else command, _ranks(asked))
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch: not on PATH; is this a machine that submits to SLURM? launchers/local.sh runs on one")
+        raise UserError("sbatch: must be on PATH; submit from a login node, or use launchers/local.sh on one machine")
     for name in [name for name in os.environ if name.startswith(("SLURM_ARRAY_", "SLURM_RESTART_"))]:
         del os.environ[name]  # of the job that submits this one
     os.environ["OMNI_TRAIN_PYTHON"] = sys.executable
@@ -39,7 +39,7 @@ def submit(script: str, *arguments: str) -> NoReturn:
 
 
 def _asked(options: Sequence[str]) -> argparse.Namespace:
-    """Those of sbatch's options that say how many ranks there will be, and whether there are many jobs."""
+    """Options of sbatch that determine the number of ranks, and whether it is a job array."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.error = _refuse
     for names in (("-N", "--nodes"), ("-n", "--ntasks"), ("--ntasks-per-node",), ("-a", "--array")):

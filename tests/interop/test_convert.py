@@ -314,11 +314,11 @@ def test_a_tensor_with_other_columns_is_named(distributed, copy, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=True: only False"),
-        ({"hidden_act": "gelu"}, "hidden_act=gelu: only silu"),
+        ({"attention_bias": True}, "attention_bias=True: must be False"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu: must be silu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["linear_attention"] * 3 + ["sliding_attention"]}, "sliding_attention"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn: only default"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn: must be default"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
         ({"num_hidden_layers": 5}, "num_hidden_layers=5"),
         ({"hidden_size": None}, "hidden_size is missing"),

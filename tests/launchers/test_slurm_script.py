@@ -184,7 +184,7 @@ def test_in_all_it_is_requeued_as_often_as_the_variable_says(fakes):
     assert "; 2 times it was\n" in fakes.ranks(f"{saves(30)}; {CRASH}")[1]
     fakes.monkeypatch.setenv("OMNI_TRAIN_REQUEUES", "many")
     code, err = fakes.ranks("exit 0")
-    assert (code, said(err)) == (2, "error: OMNI_TRAIN_REQUEUES=many: not a number of times\n")
+    assert (code, said(err)) == (2, "error: OMNI_TRAIN_REQUEUES=many: must be a whole number of requeues\n")
 
 
 UNTIL_USR1 = "trap 'exit 75' USR1; for _ in {1..600}; do sleep .1; done"
@@ -265,7 +265,7 @@ def test_an_array_names_the_task_and_requeues_it_alone(fakes):
     code, err = fakes.ranks("exit 0")
     assert (code, said(err)) == (
         2,
-        "error: an array needs a run for each job: give run=NAME-%a, where %a is the task's number\n",
+        "error: run= must differ between an array's jobs: give run=NAME-%a, %a being the task's number\n",
     )
     assert not fakes.calls("srun")
     fakes.ranks(CRASH, "run=of-%a", "seed=%a")
@@ -277,7 +277,7 @@ def test_an_array_names_the_task_and_requeues_it_alone(fakes):
     ("words", "line"),
     [
         (["parallel.tensor=2", "parallel.pipeline=2"], "error: parallel."),
-        (["--multirun", "seed=1,2"], "error: --multirun: a command under SLURM has no flags"),
+        (["--multirun", "seed=1,2"], "error: --multirun: must be left out under SLURM"),
     ],
 )
 def test_what_cannot_work_is_refused_before_srun(fakes, words, line):
@@ -316,10 +316,10 @@ def test_it_submits_itself_from_any_folder(fakes, tmp_path):
     ("arguments", "line"),
     [
         (["--nodes=3", "--ntasks-per-node=1", "--", *TRAIN, "parallel.tensor=2"], "error: parallel"),
-        (["--array=0-3", "--", *TRAIN, "run=one"], "error: an array needs a run for each job"),
-        (TRAIN, "error: no -- before the command"),
+        (["--array=0-3", "--", *TRAIN, "run=one"], "error: run= must differ between an array's jobs"),
+        (TRAIN, "error: -- must come before the command"),
         (["--nodes", "--", *TRAIN], "error: options of sbatch: argument -N/--nodes: expected one argument"),
-        (["--", "data", "pack"], "error: data: launchers/slurm.sh runs train and pipeline"),
+        (["--", "data", "pack"], "error: data: must be train or pipeline under launchers/slurm.sh"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_is_queued(fakes, arguments, line):
@@ -340,7 +340,7 @@ def test_there_is_no_other_python_than_that_named(fakes, tmp_path):
     fakes.monkeypatch.setenv("OMNI_TRAIN_PYTHON", sys.executable)
     fakes.monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = subprocess.run([copy, "data"], capture_output=True, text=True, timeout=60)
-    assert said(done.stderr) == "error: data: launchers/slurm.sh runs train and pipeline\n"
+    assert said(done.stderr) == "error: data: must be train or pipeline under launchers/slurm.sh\n"
 
 
 @pytest.mark.parametrize("name", ["local.sh", "gpu_check.sh"])
