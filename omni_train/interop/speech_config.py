@@ -39,7 +39,7 @@ def codec_from_hugging_face(config: Mapping[str, Any]) -> CodecConfig:
         UserError: the file is another model's, lacks a key, or has a value that our codec does not compute.
     """
     if config.get("model_type") != "mimi":
-        raise UserError(f"config.json: model_type={config.get('model_type')}; must be mimi with format=mimi")
+        raise UserError(f"config.json: model_type={config.get('model_type')}: must be mimi with format=mimi")
     config = _flat(config)
     config.setdefault("head_dim", require(config, "hidden_size") // require(config, "num_attention_heads"))
     dim = require(config, "codebook_dim")

@@ -136,7 +136,7 @@ def test_keys_that_change_nothing_here_are_kept(code2wav_folder, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(model_type="encodec"), "model_type=encodec; must be mimi with format=mimi"),
+        (dict(model_type="encodec"), "model_type=encodec: must be mimi with format=mimi"),
         (dict(use_conv_shortcut=True), "use_conv_shortcut=True: must be False"),
         (dict(vector_quantization_hidden_dimension=7), "vector_quantization_hidden_dimension=7: must be 5"),
         (dict(frame_rate=25.0), "frame_rate=25.0: must be 12.5"),

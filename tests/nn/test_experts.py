@@ -105,7 +105,7 @@ def refused(rank, world_size):
 
     parallel = ParallelConfig()
     pg = moe.groups(parallel)
-    with pytest.raises(ValueError, match="SwiGLU without biases only"):
+    with pytest.raises(ValueError, match="must be SwiGLU without biases"):
         GroupedExperts(moe.EXPERTS, moe.config(parallel, activation_func=F.gelu), pg_collection=pg)
     with pytest.raises(ValueError, match="hidden size 20 and the experts' width per rank 20 must be multiples of 8"):
         GroupedExperts(
