@@ -4,7 +4,7 @@ PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(s
 	2>/dev/null && echo $$p && break; done)
 SMOKE = pipeline name=smoke
 
-.PHONY: help setup gpu smoke test lint bench faults gpu-wheels gpu-check clean
+.PHONY: help setup gpu smoke test docs lint bench faults gpu-wheels gpu-check clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,10 +39,14 @@ smoke: setup rehearsal ## train a tiny Thinker through every stage, on every GPU
 test: setup ## all tests
 	.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
 
-lint: setup ## style, formatting and the walls between the rooms
+docs: setup ## write the tables of keys in docs/recipes.md
+	.venv/bin/python -m omni_train.recipe.tables
+
+lint: setup ## style, formatting, the walls between the rooms, and whether the tables of keys are the schema's
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
+	.venv/bin/python -m omni_train.recipe.tables --check
 
 bench: setup ## run benchmarks/ and write the results into docs/performance.md
 	.venv/bin/python -m benchmarks

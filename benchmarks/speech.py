@@ -18,7 +18,7 @@ from data_pipelines.rehearsal import build
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 SECONDS = 8  # of speech
 RATE, FRAMES = 24000, 100  # samples a second, and frames in those seconds

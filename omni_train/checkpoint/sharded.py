@@ -20,41 +20,17 @@ from omni_train.checkpoint.state_files import read_state, write_state
 from omni_train.checkpoint.store import Store, attempt, describe, step_of
 from omni_train.errors import UserError, first_line
 from omni_train.platform.agreement import agree, anywhere
+from omni_train.recipe.extensions import model_type, recipe_type
+from omni_train.recipe.keys import Change
+from omni_train.recipe.keys import described as keys_of
 from omni_train.recipe.old_names import model_of_today
-from omni_train.recipe.schema import (
-    AudioEncoderConfig,
-    CheckpointConfig,
-    Code2WavConfig,
-    CodecConfig,
-    ModelConfig,
-    RecognizerConfig,
-    ThinkerConfig,
-    VisionEncoderConfig,
-)
+from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 
 if TYPE_CHECKING:
     from omni_train.checkpoint.sharded_write import Plan, Write
 
 # What a damaged file makes the libraries that read it raise.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
-_PARTS = {
-    "thinker": ThinkerConfig,
-    "audio": AudioEncoderConfig,
-    "vision": VisionEncoderConfig,
-    "recognizer": RecognizerConfig,
-    "codec": CodecConfig,
-    "code2wav": Code2WavConfig,
-}
-# Keys that a checkpoint and the recipe that reads it need not share: they change no tensor's shape or meaning.
-_FREE_KEYS = {
-    "thinker.router_aux_loss_coef",
-    "thinker.mtp_loss_weight",
-    "thinker.max_position_embeddings",
-    "thinker.pattern",  # `layers` says the same however it is written
-    "thinker.repeats",
-    "audio.train_window_frames",
-    "audio.eval_window_frames",
-}
 
 
 def read_progress(checkpoint: Path) -> dict:
@@ -146,11 +122,13 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         UserError: the checkpoint does not say it.
     """
     written = model_of_today(read_state(checkpoint / "model.pt"))
-    config = ModelConfig(**{key: written[key] for key in ModelConfig.__dataclass_fields__ if key in written})
-    for name, kind in _PARTS.items():
-        if part := getattr(config, name):
-            setattr(config, name, kind(**part))
-    return config
+    kind = model_type()
+    found = {}
+    for key, entry in keys_of(kind).items():
+        if key in written:  # no dotted one is
+            part = entry.group and written[key]
+            found[key] = entry.group(**part) if part else written[key]
+    return kind(**found)
 
 
 def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] | None = None) -> None:
@@ -185,7 +163,11 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
     for name, value in described(model).items():
         flat[name] = "there" if isinstance(value, dict) else value
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
-    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+    flat.pop("thinker.pattern", None)  # `layers` says the same however it is written
+    flat.pop("thinker.repeats", None)
+    # A key that may change when a run goes on changes no tensor's shape or meaning.
+    keys = keys_of(recipe_type())
+    return {key: flat[key] for key in flat if f"model.{key}" not in keys or keys[f"model.{key}"].change is Change.kept}
 
 
 def described(model: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from omni_train.interop.speech_config import (
 from omni_train.interop.speech_names import code2wav_modules, mimi_codebooks, mimi_modules
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 State = dict[str, Tensor]
 _MIMI_DECODER = ("decoder.", "decoder_transformer.", "upsample.")

@@ -9,7 +9,7 @@ from typing import Any
 from omni_train.errors import UserError
 from omni_train.interop.encoder_config import require, require_values
 from omni_train.models.codec.encoder import frame_samples
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 # Keys that change the numbers, and the only value that our networks compute, which a missing key has.
 _FIXED = {

@@ -5,7 +5,7 @@ Parameters keep their names within a module. Only codebooks differ: theirs are o
 
 from __future__ import annotations
 
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 # Ours -> theirs, within a layer of either Transformer.
 _LAYER = {

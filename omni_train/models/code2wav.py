@@ -21,7 +21,7 @@ from omni_train.nn.waveform import (
     StreamingState,
     variance_preserving_init,
 )
-from omni_train.recipe.speech import Code2WavConfig
+from omni_train.recipe.schema import Code2WavConfig
 
 DILATIONS = (1, 3, 9)
 OUTPUT_GAIN = 0.01

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from omni_train.recipe.speech import DiscriminatorConfig
+from omni_train.recipe.schema import DiscriminatorConfig
 
 DiscriminatorOutput = tuple[torch.Tensor, list[torch.Tensor]]
 """Logits (B, 1, T, F or P), high for real speech, and the feature maps (B, C, T, F or P) of the hidden layers."""

@@ -5,30 +5,8 @@ from __future__ import annotations
 from math import isqrt
 
 from omni_train.errors import UserError
-from omni_train.recipe.refusals import bounds, divides, refuse
+from omni_train.recipe.refusals import divides, refuse
 from omni_train.recipe.schema import Positions, Recipe
-
-_AUDIO_AT_LEAST = {
-    "model.audio.hidden_size": 1,
-    "model.audio.num_hidden_layers": 1,
-    "model.audio.num_attention_heads": 1,
-    "model.audio.intermediate_size": 1,
-    "model.audio.num_mel_bins": 1,
-    "model.audio.conv_channels": 1,
-    "model.audio.num_convolutions": 1,
-    "model.audio.chunk_frames": 1,
-    "model.audio.eval_window_frames": 0,
-}
-_VISION_AT_LEAST = {
-    "model.vision.hidden_size": 1,
-    "model.vision.depth": 1,
-    "model.vision.num_heads": 1,
-    "model.vision.intermediate_size": 1,
-    "model.vision.patch_size": 1,
-    "model.vision.temporal_patch_size": 1,
-    "model.vision.spatial_merge_size": 1,
-    "model.vision.num_position_embeddings": 1,
-}
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -55,14 +33,11 @@ def check_audio(recipe: Recipe) -> None:
         UserError: the first thing found, in one line.
     """
     audio, tensor = recipe.model.audio, recipe.parallel.tensor
-    bounds(recipe, at_least=_AUDIO_AT_LEAST)
     divides(recipe, audio.num_attention_heads, "model.audio.num_attention_heads", "model.audio.hidden_size")
     # Sines for one half of the width, cosines for the other.
     divides(recipe, 2, "the two halves of its positions", "model.audio.hidden_size")
     split = ("model.audio.num_attention_heads", "model.audio.intermediate_size")
     divides(recipe, tensor, "parallel.tensor", *split)
-    if not audio.train_window_frames or min(audio.train_window_frames) < 0:
-        refuse(recipe, "model.audio.train_window_frames", "must be frames, or 0 for a whole clip, one at least")
     frames_per_token = 2**audio.num_convolutions
     if recipe.data.media.positions is Positions.absolute and audio.chunk_frames % frames_per_token:
         refuse(
@@ -80,7 +55,6 @@ def check_vision(recipe: Recipe) -> None:
         UserError: the first thing found, in one line.
     """
     thinker, vision, tensor = recipe.model.thinker, recipe.model.vision, recipe.parallel.tensor
-    bounds(recipe, at_least=_VISION_AT_LEAST)
     # Half of a head's dimensions turn with the row of a patch, half with its column, in pairs.
     divides(recipe, 4 * vision.num_heads, "4·model.vision.num_heads", "model.vision.hidden_size")
     divides(recipe, tensor, "parallel.tensor", "model.vision.num_heads", "model.vision.intermediate_size")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from omni_train.models.discriminators import DiscriminatorOutput
-from omni_train.recipe.speech import AdversarialLoss, CodecTrainingConfig
+from omni_train.recipe.schema import AdversarialLoss, CodecTrainingConfig
 
 
 @dataclass

@@ -22,7 +22,7 @@ from omni_train.objectives.adversarial import play
 from omni_train.objectives.base import Forward, GlobalBatch, NetworksObjective, Outcome
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE, Teacher, cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, resampled
-from omni_train.recipe.speech import CodecTrainingConfig
+from omni_train.recipe.schema import CodecTrainingConfig
 
 
 class WaveTraining(NetworksObjective):

@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
 from omni_train.errors import UserError
+from omni_train.recipe.extensions import recipe_type
+from omni_train.recipe.keys import described
 from omni_train.recipe.messages import one_line
 from omni_train.recipe.networks import unused_groups
 from omni_train.recipe.old_names import recipe_of_today
@@ -26,10 +28,6 @@ from omni_train.recipe.schema import Recipe
 
 CONFIG_NAME = "config"
 PACKAGE = Path(__file__).resolve().parent.parent
-
-_SCHEMA = OmegaConf.structured(Recipe)
-OmegaConf.set_struct(_SCHEMA.init_parts, False)  # its keys are patterns, the user's own
-ConfigStore.instance().store(name="recipe_schema", node=_SCHEMA)
 
 
 def recipes_dir() -> Path:
@@ -53,7 +51,7 @@ def to_recipe(config: DictConfig) -> Recipe:
     """
     try:
         # Merged onto the bare schema once more, because Hydra's `+key=value` adds keys past the schema's strictness.
-        strict = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.to_container(config))
+        strict = OmegaConf.merge(OmegaConf.structured(recipe_type()), OmegaConf.to_container(config))
         recipe = OmegaConf.to_object(strict)
     except Exception as error:
         raise one_line(error) from error
@@ -112,13 +110,32 @@ class Tree:
         except UserError:
             raise
         except Exception as error:
+            if type(error) in (AssertionError, AttributeError):  # what OmegaConf comes to within a group that is null
+                self._refuse_null_groups(overrides)
             raise one_line(error) from error
         with open_dict(config):
             del config["hydra"]
         return config
 
+    def options(self) -> dict[str, list[str]]:
+        """The recipes of each group that words choose among."""
+        loader = self.hydra.config_loader
+        groups = sorted(set(loader.list_groups("")) - {"hydra", "pipeline"})
+        return {group: sorted(loader.get_group_options(group)) for group in groups}
+
     def _composed(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         return self.hydra.compose_config(CONFIG_NAME, list(overrides), mode)
+
+    def _refuse_null_groups(self, overrides: Sequence[str]) -> None:
+        """Refuse the first word that sets what is in a group that the chosen recipes leave null."""
+        words = OverridesParser.create().parse_overrides(list(overrides))
+        chosen = self._composed([word.input_line for word in words if "." not in word.key_or_group])
+        for word in words:
+            steps = word.key_or_group.split(".")
+            for group in (".".join(steps[: i + 1]) for i in range(len(steps))):
+                if group in described(recipe_type()) and OmegaConf.select(chosen, group) is None:
+                    why = f"{group} is null; choose a recipe that has it, or write one (--config-dir)"
+                    raise UserError(f"{word.input_line}: {why}")
 
     def _refuse_hydra_files(self, found: DictConfig, own: DictConfig) -> None:
         """Refuse what a recipe says to Hydra itself."""
@@ -155,6 +172,9 @@ def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
     main = recipes_dir()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder; give one laid out like {main}")
+    schema = OmegaConf.structured(recipe_type())
+    OmegaConf.set_struct(schema.init_parts, False)  # its keys are patterns, the user's own
+    ConfigStore.instance().store(name="recipe_schema", node=schema)
     with initialize_config_dir(config_dir=str(main), version_base="1.3"):
         if config_dir is not None:
             path = GlobalHydra.instance().config_loader().get_search_path()

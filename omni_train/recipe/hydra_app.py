@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from omni_train.errors import UserError, announce
 from omni_train.processes import Exit
-from omni_train.recipe.compose import CONFIG_NAME, opened_tree, refuse_hydra_words, to_recipe, used
+from omni_train.recipe.compose import CONFIG_NAME, Tree, opened_tree, refuse_hydra_words, to_recipe, used
+from omni_train.recipe.help import overview, page
 from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
@@ -52,12 +53,14 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
     """
     options = parse(arguments)
     with opened_tree(options.config_dir) as tree:
-        if options.help or options.hydra_help or not options.multirun:
+        if options.help:
+            print(_help(tree, options.overrides))
+            return Exit.finished
+        if options.hydra_help or not options.multirun:
             composed = tree.compose(options.overrides)
             recipes = [to_recipe(composed)]
-            if options.help or options.hydra_help:
-                show = tree.hydra.app_help if options.help else tree.hydra.hydra_help
-                show(config_name=CONFIG_NAME, args_parser=get_args_parser(), args=options)
+            if options.hydra_help:
+                tree.hydra.hydra_help(config_name=CONFIG_NAME, args_parser=get_args_parser(), args=options)
                 return Exit.finished
             if options.cfg:
                 validate(*recipes, world_size=None)
@@ -88,8 +91,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
         _refuse_flag(f"{' and '.join(given)}: give one of them")
     if options.cfg in ("hydra", "all"):
         _refuse_flag(f"--cfg {options.cfg}: there is nothing of Hydra's to show; write --cfg job")
-    if options.resolve and not (options.cfg or options.help):
-        _refuse_flag("--resolve goes with --cfg or --help")
+    if options.resolve and not options.cfg:
+        _refuse_flag("--resolve goes with --cfg")
     if options.package and not options.cfg:
         _refuse_flag("--package goes with --cfg")
     return options
@@ -97,6 +100,14 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def _refuse_flag(message: str) -> NoReturn:
     raise UserError(f"{message}; omni-train train --hydra-help lists the flags, everything else is key=value")
+
+
+def _help(tree: Tree, words: Sequence[str]) -> str:
+    """The pages of the keys that words name, else the first page; overrides among the words are checked."""
+    names = [word for word in words if "=" not in word]
+    if overrides := [word for word in words if "=" in word]:
+        to_recipe(tree.compose(overrides))
+    return "\n\n".join(map(page, names)) if names else overview(tree.options())
 
 
 def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:

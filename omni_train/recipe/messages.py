@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import get_args, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from omni_train.errors import UserError, first_line
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.extensions import recipe_type
+from omni_train.recipe.keys import described
+from omni_train.recipe.old_names import key_of_today
 
 _HELP = "omni-train train --help lists them"
 
@@ -26,21 +26,13 @@ _SENTENCES = (
 )
 
 
-def recipe_keys(schema: type = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the recipe, those of list entries included."""
-    types = get_type_hints(schema)
-    for entry in fields(schema):
-        key = prefix + entry.name
-        yield key
-        for inner in (types[entry.name], *get_args(types[entry.name])):
-            if is_dataclass(inner):
-                yield from recipe_keys(inner, f"{key}.")
-
-
 def unknown_key(key: str) -> UserError:
-    """``key`` is not in the schema; name the nearest one that is."""
-    near = difflib.get_close_matches(key, list(recipe_keys()), n=1)
-    remedy = f"did you mean {near[0]}?" if near else _HELP
+    """``key`` is not in the schema; name those that may be meant."""
+    keys = described(recipe_type())
+    if (today := key_of_today(key)) in keys:
+        return UserError(f"{key} is not a key of the recipe; it is {today} now")
+    near = [name for name in keys if name.endswith(f".{key}")] or difflib.get_close_matches(key, keys, n=1)
+    remedy = f"did you mean {' or '.join(near)}?" if near else _HELP
     return UserError(f"{key} is not a key of the recipe; {remedy}")
 
 
@@ -93,6 +85,8 @@ def _full_key(cause: OmegaConfBaseException, error: BaseException) -> str:
     """The key from the root of the recipe. OmegaConf names an entry of a list from the entry; Hydra names the list."""
     key = re.sub(r"\[\d+\]", "", cause.full_key or str(cause.key or ""))
     override = re.search(r"override '?[~+]*([\w./]+)", str(error))
+    if override and override[1].startswith(f"{key}."):  # which knows only where the path ends
+        return override[1]
     if override and not key.startswith(override[1]):
         return f"{override[1]}.{key}".rstrip(".")
     return key

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from omni_train import plugins
 from omni_train.errors import UserError
+from omni_train.recipe.keys import described
 from omni_train.recipe.schema import EngineName, ModelConfig, Recipe
 
 
@@ -28,7 +29,7 @@ class NetworkKeys:
     settings: tuple[str, ...] = ()
     """Groups of the recipe's keys that are of this network, and of others that name them."""
     keys: Mapping[str, type] = field(default_factory=dict)
-    """Groups that it adds to the recipe: ``model.PART`` or ``GROUP`` -> dataclass."""
+    """Groups that it adds to the recipe: ``model.PART`` or ``GROUP`` -> dataclass with keys, see `recipe.keys`."""
     check: Callable[[Recipe], None]
     """Refuses what cannot work, with a UserError of one line."""
 
@@ -48,8 +49,11 @@ def register(network: NetworkKeys) -> None:
     """Add a network, its keys among the recipe's.
 
     Raises:
-        ValueError: there is one of this name, which is not the same.
+        ValueError: there is one of this name, which is not the same, or one of its groups has a name that is taken.
     """
+    for group, schema in network.keys.items():
+        if group in described(Recipe) or any(one.keys.get(group, schema) is not schema for one in _TABLE.values()):
+            raise ValueError(f"network {network.name}: the recipe has a {group} already")
     if _TABLE.setdefault(network.name, network) is not network:
         raise ValueError(f"a network of the name {network.name} is registered already")
 
@@ -73,13 +77,14 @@ def registered() -> Mapping[str, NetworkKeys]:
     return _TABLE
 
 
-def unused_groups(network: str) -> Iterable[str]:
+def unused_groups(network: str) -> list[str]:
     """Groups of keys, dotted, that are of other networks: a run of this one neither prints nor checks them."""
-    mine = network_of(network)
-    parts = {entry.name for entry in fields(ModelConfig) if entry.default is None}
-    parts |= {key.removeprefix("model.") for one in _TABLE.values() for key in one.keys if key.startswith("model.")}
-    settings = {group for one in _TABLE.values() for group in one.settings}
-    yield from sorted(f"model.{part}" for part in parts - {*mine.parts, *mine.optional_parts})
-    yield from sorted(settings - {*mine.settings})
+    mine, all_of_them = network_of(network), registered().values()
+    added = {group for one in all_of_them for group in one.keys}
+    own = {name for name, entry in described(ModelConfig).items() if entry.group and "." not in name}
+    parts = {f"model.{part}" for part in own} | {group for group in added if group.startswith("model.")}
+    settings = {group for one in all_of_them for group in one.settings} | (added - parts)
     if EngineName.deepspeed not in mine.engines:
-        yield "zero"
+        settings.add("zero")
+    used = {f"model.{part}" for part in (*mine.parts, *mine.optional_parts)} | {*mine.settings, *mine.keys}
+    return sorted((parts | settings) - used)

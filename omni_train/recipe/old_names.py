@@ -26,3 +26,9 @@ def recipe_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("model"), Mapping):
         found["model"] = model_of_today(found["model"])
     return found
+
+
+def key_of_today(key: str) -> str | None:
+    """The key that was once written like this."""
+    group, _, name = key.rpartition(".")
+    return f"model.thinker.{name}" if group == "model" and name in _THINKER else None

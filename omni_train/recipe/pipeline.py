@@ -7,24 +7,27 @@
       text_pretrain: []
       s2_general: [data=rehearsal_omni, init_from=text_pretrain]
 
-A stage takes the recipe ``stage=`` of its own name, unless its words choose another. `init_from`, the checkpoints of
-`init_parts`, `codec_training.teacher` and `evaluation.recognizer` may name an earlier stage; a stage without an
-`init_from` starts from the one before that trains the same network.
+A stage takes the recipe ``stage=`` of its own name, unless its words choose another. A key that names a checkpoint
+(`init_from`, the values of `init_parts`, …) may name an earlier stage; a stage without an `init_from` starts from the
+one before that trains the same network.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe, recipes_dir
+from omni_train.recipe.extensions import recipe_type
 from omni_train.recipe.hydra_app import parse
+from omni_train.recipe.keys import key_of
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
 
@@ -41,8 +44,6 @@ for every stage, with STAGE. before it for that stage alone; --cfg job shows the
 
 Pipelines and their stages:
 """
-
-_KEYS = {entry.name for entry in fields(Recipe)}
 
 
 @dataclass
@@ -148,7 +149,8 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
         raise UserError(
             f"{path}: not a pipeline; write `stages:`, each a name with a list of key=value words"
         ) from None
-    if taken := next((name for name in stages if name in _KEYS or "." in name), None):
+    keys = {entry.name for entry in fields(recipe_type())}
+    if taken := next((name for name in stages if name in keys or "." in name), None):
         raise UserError(f"{path}: a stage cannot be called {taken}: that is a key of the recipe, or has a dot")
     return shared, stages
 
@@ -156,6 +158,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The typed words for all stages, and those for each."""
     for_all, for_one = [], {stage: [] for stage in stages}
+    keys = {entry.name for entry in fields(recipe_type())}
     for word in words:
         stage, _, rest = word.partition(".")
         key = word.partition("=")[0]
@@ -163,7 +166,7 @@ def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[
             for_one[stage].append(rest)
         elif key in ("init_from", "stage"):
             raise UserError(f"{word}: is for one stage; write STAGE.{word}, STAGE one of {', '.join(for_one)}")
-        elif "." in key and key.partition(".")[0] not in _KEYS:
+        elif "." in key and key.partition(".")[0] not in keys:
             raise UserError(f"{word}: {stage} is neither a stage nor a key of the recipe; stages: {', '.join(for_one)}")
         elif key not in ("name", "run"):
             for_all.append(word)
@@ -183,11 +186,16 @@ def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
 
 def with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """The recipe with every checkpoint that it names changed."""
-    teacher, recognizer = recipe.codec_training.teacher, recipe.evaluation.recognizer
-    return replace(
-        recipe,
-        init_from=recipe.init_from and change(recipe.init_from),
-        init_parts={pattern: change(source) for pattern, source in recipe.init_parts.items()},
-        codec_training=replace(recipe.codec_training, teacher=teacher and change(teacher)),
-        evaluation=replace(recipe.evaluation, recognizer=recognizer and change(recognizer)),
-    )
+
+    def within(group: Any) -> Any:
+        changed: dict[str, Any] = {}
+        for one in fields(group):
+            found = getattr(group, one.name)
+            if is_dataclass(found):
+                changed[one.name] = within(found)
+            elif key_of(one).checkpoint and found:
+                named = {name: change(source) for name, source in found.items()} if isinstance(found, dict) else None
+                changed[one.name] = change(found) if named is None else named
+        return replace(group, **changed)
+
+    return within(recipe)

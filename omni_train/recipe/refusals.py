@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from omni_train.errors import UserError
@@ -35,37 +33,8 @@ def keeps_activations(recipe: Recipe) -> None:
         refuse(recipe, "recompute", f"network={recipe.network} keeps its activations; set recompute=none")
 
 
-def finite(found: object, key: str = "") -> None:
-    """Refuse the first number of a recipe, as dictionaries, that is none: NaN passes every comparison with a bound."""
-    if isinstance(found, dict | list | tuple):
-        for name, inner in found.items() if isinstance(found, dict) else enumerate(found):
-            finite(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(found, float) and not math.isfinite(found):
-        raise UserError(f"{key}={found}: must be a finite number")
-
-
 def divides(recipe: Recipe, divisor: int, name: str, *keys: str) -> None:
     """Refuse the first of ``keys`` that is not a multiple of ``divisor``, which is called ``name``."""
     for key in keys:
         if value(recipe, key) % divisor:
             refuse(recipe, key, f"not a multiple of {name}={divisor}; change one of the two")
-
-
-def bounds(
-    recipe: Recipe,
-    *,
-    at_least: Mapping[str, float],
-    above_zero: Iterable[str] = (),
-    at_most: Mapping[str, float] | None = None,
-) -> None:
-    """Refuse the first number out of its bounds, `None` values passing."""
-    for key, least in at_least.items():
-        found = value(recipe, key)
-        if found is not None and found < least:
-            refuse(recipe, key, f"must be at least {least}")
-    for key in above_zero:
-        if value(recipe, key) <= 0:
-            refuse(recipe, key, "must be above 0")
-    for key, most in (at_most or {}).items():
-        if value(recipe, key) > most:
-            refuse(recipe, key, f"must be at most {most}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omni_train.recipe.networks import network_of
-from omni_train.recipe.refusals import bounds, refuse, value
+from omni_train.recipe.refusals import refuse, value
 from omni_train.recipe.schema import EngineName, OptimizerName, Precision, Recipe
 
 _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
@@ -22,14 +22,9 @@ def check_engine(recipe: Recipe) -> None:
         if recipe.optimizer.ema_decay:
             refuse(recipe, "optimizer.ema_decay", "only engine=deepspeed averages weights; set 0")
         return
-    bounds(
-        recipe, at_least={"zero.stage": 0, "zero.whole_below": 0, "optimizer.ema_decay": 0}, at_most={"zero.stage": 3}
-    )
     for axis in _AXES:
         if value(recipe, f"parallel.{axis}") > 1:
             refuse(recipe, f"parallel.{axis}", f"engine=deepspeed has data ranks alone; set parallel.{axis}=1")
-    if recipe.optimizer.ema_decay >= 1:
-        refuse(recipe, "optimizer.ema_decay", "must be below 1")
     if recipe.optimizer.name is OptimizerName.muon:
         refuse(recipe, "optimizer.name", "engine=deepspeed trains with adamw; set optimizer=adamw")
     if recipe.zero.stage == 0 and recipe.precision is Precision.bf16:

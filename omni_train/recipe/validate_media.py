@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from omni_train.recipe.refusals import bounds, refuse
+from omni_train.recipe.refusals import refuse
 from omni_train.recipe.schema import Positions, Recipe
 
-_MEDIA_AT_LEAST = {
-    "data.media.image_min_pixels": 1,
-    "data.media.video_min_frames": 1,
-    "data.media.video_min_pixels": 1,
-    "data.media.max_source_pixels": 1,
-    "data.media.max_source_frames": 1,
-    "data.media.max_media": 1,
-    "data.max_sample_bytes": 1,
-    "data.max_text_bytes": 1,
-}
 _PAIRS = (
     ("image_min_pixels", "image_max_pixels"),
     ("video_min_pixels", "video_max_pixels"),
@@ -29,7 +19,6 @@ def check_media(recipe: Recipe) -> None:
         UserError: the first thing found, in one line.
     """
     media, vision = recipe.data.media, recipe.model.vision
-    bounds(recipe, at_least=_MEDIA_AT_LEAST, above_zero=("data.media.video_fps", "data.media.max_audio_seconds"))
     for least, most in _PAIRS:
         if getattr(media, least) > getattr(media, most):
             refuse(recipe, f"data.media.{least}", f"above data.media.{most}={getattr(media, most)}; lower it")

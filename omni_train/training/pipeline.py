@@ -12,7 +12,7 @@ from omni_train.data.rows.kinds import check_rows
 from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
-from omni_train.recipe.changes import Kind
+from omni_train.recipe.keys import Change
 from omni_train.recipe.pipeline import Pipeline, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.tracking.report import report
@@ -115,7 +115,7 @@ def is_complete(recipe: Recipe) -> bool:
         if not Schedule(recipe.schedule, recipe.optimizer).done(step, tokens):
             return False  # what may change then, its own start says
     for change in changes(recipe, directory):
-        if change.kind is not Kind.free:
+        if change.kind is not Change.free:
             refuse_change(directory, change)
     return True
 

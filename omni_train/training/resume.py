@@ -9,8 +9,10 @@ from omni_train.checkpoint.store import newest
 from omni_train.errors import UserError
 from omni_train.platform.agreement import on_first_rank
 from omni_train.platform.logs import say, warn
-from omni_train.recipe.changes import Difference, Kind, differences
+from omni_train.recipe.changes import Difference, differences
 from omni_train.recipe.compose import read_recipe
+from omni_train.recipe.extensions import recipe_type
+from omni_train.recipe.keys import Change, described
 from omni_train.recipe.schema import Recipe
 
 
@@ -25,7 +27,7 @@ def check_resume(recipe: Recipe, directory: Path) -> None:
         if newest(directory / "checkpoints") is None:
             return
         changed = changes(recipe, directory)
-        if kept := next((one for one in changed if one.kind is Kind.kept), None):
+        if kept := next((one for one in changed if one.kind is Change.kept), None):
             refuse_change(directory, kept)
         if changed:
             words = ", ".join(f"{one.key}={one.now} instead of {one.before}" for one in changed)
@@ -53,7 +55,7 @@ def changes(recipe: Recipe, directory: Path) -> list[Difference]:
 
 def refuse_change(directory: Path, change: Difference) -> NoReturn:
     """Refuse to go on with the run in a directory."""
-    moved = change.key.startswith(("data.sources", "data.tokenizer", "data.codec", "codec_training.teacher"))
+    moved = described(recipe_type())[change.key].key.linkable
     links = "; where data were moved, leave links" if moved else ""
     raise UserError(
         f"{directory}: was made with {change.key}={change.before}, now it is {change.now}; give another run=, or "

@@ -22,8 +22,14 @@ from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, SourceConfig
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import (
+    Code2WavConfig,
+    CodecConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    SourceConfig,
+)
 from tests.data.media.test_audio import encoded, noise
 from tests.data.test_loader import take, through_a_file
 from tests.support.ffmpeg import ffmpeg

@@ -21,8 +21,7 @@ from omni_train.data.samples.media import read_audio
 from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.stream.loader import build_loader, evaluation_rows
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, MediaConfig, SourceConfig
-from omni_train.recipe.speech import AugmentationConfig
+from omni_train.recipe.schema import AugmentationConfig, DataConfig, EvaluationConfig, MediaConfig, SourceConfig
 from tests.data.conftest import MODEL, documents
 from tests.data.test_loader import assert_same, take, through_a_file
 from tests.support.media import sound_file, tone

@@ -10,8 +10,7 @@ import pytest
 
 from data_pipelines.rehearsal.tokenizer import train
 from data_pipelines.shards import index_shards, write_shards
-from omni_train.recipe.schema import EvaluationConfig, SourceConfig
-from omni_train.recipe.speech import RecognitionConfig
+from omni_train.recipe.schema import EvaluationConfig, RecognitionConfig, SourceConfig
 from tests.support.media import sound_file, tone
 from tests.support.recognizer import build, recognizer_recipe
 

@@ -7,7 +7,7 @@ import torch
 
 from omni_train.models.code2wav import Code2Wav, wave_samples
 from omni_train.models.codec import Regularization, SpeechCodec
-from omni_train.recipe.speech import Code2WavConfig
+from omni_train.recipe.schema import Code2WavConfig
 from tests.support.speech import CODE2WAV, CODEC, random_codes, randomized, sound
 
 FRAME = 1920

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omni_train.models.discriminators import Discriminators, NormedConv2d, PeriodDiscriminator, STFTDiscriminator
-from omni_train.recipe.speech import DiscriminatorConfig
+from omni_train.recipe.schema import DiscriminatorConfig
 from tests.support.codec import voice
 
 

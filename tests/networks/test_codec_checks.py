@@ -83,16 +83,16 @@ REFUSED = [
     # losses
     (
         f"{CODEC} codec_training.mel_bins=[4]",
-        "codec_training.mel_bins=[4]: must be mel bins above 0, a number for each of mel_windows",
+        "codec_training.mel_bins=[4]: must be mel bins, a number for each of mel_windows",
     ),
     (f"{CODEC} codec_training.mel_floor=0", "codec_training.mel_floor=0.0: must be above 0"),
     (
         f"{CODEC} codec_training.discriminators.periods=[0]",
-        "codec_training.discriminators.periods=[0]: must be samples above 0",
+        "codec_training.discriminators.periods[0]=0: must be at least 1",
     ),
     (
         f"{CODEC} codec_training.discriminators.period_channels=[]",
-        "codec_training.discriminators.period_channels=[]: must be channels above 0, a layer at least",
+        "codec_training.discriminators.period_channels=[]: must be channels of a layer at least",
     ),
     (
         f"{CODEC} codec_training.discriminators.stft_windows=[] codec_training.discriminators.periods=[]",

@@ -3,9 +3,7 @@
 import pytest
 
 from omni_train.errors import UserError
-from omni_train.networks.recognizer import checks as module
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.refusals import value
 from omni_train.recipe.validate import validate
 
 AUT = "stage=audio_encoder"
@@ -44,13 +42,13 @@ REFUSED = [
     (f"{AUT} recognition.beam=0", "recognition.beam=0: must be at least 1"),
     (
         f"{AUT} recognition.eval_windows=[100,0]",
-        "recognition.eval_windows=[100, 0]: must be frames above 0; whole clips are always evaluated",
+        "recognition.eval_windows[1]=0: must be at least 1; whole clips are always evaluated",
     ),
     (f"{AUT} data.augmentation.time_masks=-1", "data.augmentation.time_masks=-1: must be at least 0"),
     (f"{AUT} data.augmentation.noise_probability=1.5", "data.augmentation.noise_probability=1.5: must be at most 1"),
     (
         f"{AUT} data.augmentation.speeds=[0.9,3]",
-        "data.augmentation.speeds=[0.9, 3.0]: must lie from 0.5 to 2.0; empty changes none",
+        "data.augmentation.speeds[1]=3.0: must be at most 2.0; empty changes none",
     ),
     (
         f"{AUT} data.augmentation.noise_snr_db=[9,3]",
@@ -71,9 +69,3 @@ def test_the_large_model_pre_trains_its_encoder():
     recipe = load_recipe([AUT, "model=flash_35b_a3b"])
     validate(recipe, world_size=None)
     assert [source.weight for source in recipe.data.sources] == [3.5, 3.5, 3.0]
-
-
-def test_every_bound_is_of_a_key_of_the_recipe():
-    recipe = load_recipe([AUT])
-    for key in (*module._RECOGNIZER_AT_LEAST, *module._RECOGNITION_AT_LEAST, *module._AUGMENTATION_AT_LEAST):
-        value(recipe, key)

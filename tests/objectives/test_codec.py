@@ -24,7 +24,7 @@ from omni_train.objectives.base import GlobalBatch
 from omni_train.objectives.codec import Code2WavTraining, CodecTraining
 from omni_train.objectives.semantic import cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, mel_magnitudes, resampled
-from omni_train.recipe.speech import AdversarialLoss, CodecTrainingConfig
+from omni_train.recipe.schema import AdversarialLoss, CodecTrainingConfig
 from tests.support.codec import CODE2WAV, CODEC, FRAME, TRAINING, voice, wave_row
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from omni_train.objectives.base import GlobalBatch
-from omni_train.recipe.schema import ParallelConfig
-from omni_train.recipe.speech import RecognitionConfig
+from omni_train.recipe.schema import ParallelConfig, RecognitionConfig
 from tests.support.recognizer import CLIPS, TAG_END, recognizer_recipe, row_of, utterances
 
 ALIGNED = [(900, 3), (33, 1), (1200, 9), (16, 2), (300, 1)]  # the fourth has one audio token for two words

@@ -70,12 +70,26 @@ def test_cfg_job_refuses_a_recipe_that_cannot_work():
         run("--cfg", "job", "parallel.expert=3")
 
 
-def test_help_names_groups_keys_and_the_refusals_page(capsys):
+def test_help_names_recipes_keys_and_the_refusals_page(capsys):
     assert run("--help", "--multirun") == (0, [])
     shown = capsys.readouterr().out
-    assert "model: flash_35b_a3b, plus_122b_a10b" in shown
-    assert "row_tokens: 1024" in shown
+    assert "\n  model      flash_35b_a3b, plus_122b_a10b" in shown
+    assert "\n  tracking   none, wandb, wandb_offline\n" in shown
+    assert "model/encoders" not in shown and "pipeline  " not in shown
+    assert "\n  schedule.steps=" in shown
     assert "docs/recipes.md" in shown
+
+
+def test_help_takes_names_of_groups(capsys):
+    assert run("--help", "zero", "data.sources") == (0, [])
+    shown = capsys.readouterr().out
+    assert "  zero.stage=1  (" in shown and "  data.sources.weight=1.0  (" in shown
+    assert "schedule" not in shown
+
+
+def test_hydras_own_help_has_the_flags(capsys):
+    assert run("--hydra-help") == (0, [])
+    assert "--config-dir" in capsys.readouterr().out
 
 
 def test_multirun_runs_one_job_after_the_other_in_folders_of_their_own():
@@ -141,7 +155,7 @@ def test_a_sweep_is_refused_before_its_first_job_where_its_last_cannot_work():
         (["--cfg", "job", "--multirun"], "--multirun and --cfg: give one of them"),
         (["--cfg", "hydra"], "--cfg hydra: there is nothing of Hydra's to show; write --cfg job"),
         (["--cfg", "job", "--package", "nosuch"], "--package nosuch: no such part of the recipe"),
-        (["--resolve"], "--resolve goes with --cfg or --help"),
+        (["--resolve"], "--resolve goes with --cfg; "),
         (["--package", "model"], "--package goes with --cfg"),
         (["--config-dir", "/nosuch"], "--config-dir /nosuch: no such folder"),
         (["--config-name", "other"], "--config-name is not for omni-train: the recipe is composed by config.yaml"),
@@ -154,6 +168,7 @@ def test_a_sweep_is_refused_before_its_first_job_where_its_last_cannot_work():
         (["--multirun", "seed=1,x"], "seed: Value 'x' of type 'str' could not be converted to Integer"),
         (["--multirun", "nosuch=1,2"], "nosuch is not a key of the recipe"),
         (["--help", "nosuch=1"], "nosuch is not a key of the recipe"),
+        (["--help", "nosuch"], "--help nosuch: no such key or group of keys; groups are zero, "),
     ],
     ids=" ".join,
 )
@@ -190,7 +205,7 @@ def test_recipes_of_ones_own_are_beside_ours_whatever_is_asked(own, capsys):
     assert run(*words, "--cfg", "job", "--package", "schedule.steps")[1] == []
     assert capsys.readouterr().out == "23\n"
     assert run(*words, "--help")[1] == []
-    assert "schedule: " in (shown := capsys.readouterr().out) and "mine" in shown
+    assert ", mine, " in capsys.readouterr().out
 
 
 def test_flags_may_stand_among_the_words(capsys):

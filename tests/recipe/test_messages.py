@@ -4,7 +4,9 @@ import pytest
 
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.messages import one_line, recipe_keys
+from omni_train.recipe.extensions import recipe_type
+from omni_train.recipe.keys import described
+from omni_train.recipe.messages import one_line
 
 REFUSED = [
     ("parallel.tensr=2", "parallel.tensr is not a key of the recipe; did you mean parallel.tensor?"),
@@ -19,6 +21,20 @@ REFUSED = [
     (
         "data.sources=[{path:x,wieght:1}]",
         "data.sources.wieght is not a key of the recipe; did you mean data.sources.weight?",
+    ),
+    ("num_experts=4", "num_experts is not a key of the recipe; did you mean model.thinker.num_experts?"),
+    (
+        "thinker.num_experts=4",
+        "thinker.num_experts is not a key of the recipe; did you mean model.thinker.num_experts?",
+    ),
+    ("model.num_experts=4", "model.num_experts is not a key of the recipe; it is model.thinker.num_experts now"),
+    (
+        "num_mel_bins=80",
+        "num_mel_bins is not a key of the recipe; did you mean model.audio.num_mel_bins?",
+    ),
+    (
+        "head_dim=64",
+        "head_dim is not a key of the recipe; did you mean model.thinker.head_dim or model.codec.head_dim?",
     ),
     ("schedule.steps=abc", "schedule.steps: Value 'abc' of type 'str' could not be converted to Integer"),
     ("schedule.tokens=abc", "schedule.tokens: Value 'abc' of type 'str' could not be converted to Integer"),
@@ -40,6 +56,10 @@ REFUSED = [
     ("~model", "model.name has no value; give it: model.name=…"),
     ("run=???", "run has no value; give it: run=…"),
     ("run=a,b", "run=a,b: several values; write [a,b] for a list, or add --multirun"),
+    *(
+        (word, f"{word}: data.augmentation is null; choose a recipe that has it, or write one (--config-dir)")
+        for word in ("data.augmentation={time_masks:3}", "data.augmentation.time_masks=3")
+    ),
     ("+stage=s2_general", "stage is already chosen; write stage=s2_general without +"),
     ("+data.path=x", "data.path is a key of the recipe; write it without +"),
     ("steps", "'steps' is not an override; write key=value, group=option or key=[a,b]"),
@@ -68,7 +88,7 @@ def test_an_unset_variable_of_the_environment_names_the_key(monkeypatch):
 
 
 def test_keys_of_list_entries_are_keys_of_the_recipe():
-    keys = set(recipe_keys())
+    keys = set(described(recipe_type()))
     assert {"seed", "model", "model.thinker.pattern", "data.sources.weight", "optimizer.groups.match"} <= keys
 
 

@@ -5,7 +5,6 @@ import pytest
 from omni_train.errors import UserError
 from omni_train.recipe import validate as module
 from omni_train.recipe.compose import load_recipe
-from omni_train.recipe.refusals import value
 from omni_train.recipe.validate import processes, validate
 
 VPP = "parallel.pipeline=2 parallel.virtual_pipeline=2"
@@ -18,7 +17,7 @@ REFUSED = [
     ("seed=99999999999999999999", None, "seed=99999999999999999999: must be at most 4611686018427387904"),
     ("optimizer.lr=nan", None, "optimizer.lr=nan: must be a finite number"),
     ("optimizer.clip_grad=inf", None, "optimizer.clip_grad=inf: must be a finite number"),
-    ("optimizer.betas=[0.9,nan]", None, "optimizer.betas.1=nan: must be a finite number"),
+    ("optimizer.betas=[0.9,nan]", None, "optimizer.betas[1]=nan: must be a finite number"),
     ("schedule.warmup_fraction=nan", None, "schedule.warmup_fraction=nan: must be a finite number"),
     ("parallel.tensor=0", None, "parallel.tensor=0: must be at least 1"),
     ("schedule.steps=-3", None, "schedule.steps=-3: must be at least 0"),
@@ -234,8 +233,8 @@ REFUSED = [
     ),
     # optimization
     ("optimizer.min_lr=1", None, "optimizer.min_lr=1.0: above optimizer.lr=0.003; lower one or raise the other"),
-    ("optimizer.betas=[0.9]", None, "optimizer.betas=[0.9]: must be two numbers from 0 to below 1"),
-    ("optimizer.betas=[0.9,1.0]", None, "optimizer.betas=[0.9, 1.0]: must be two numbers from 0 to below 1"),
+    ("optimizer.betas=[0.9]", None, "optimizer.betas=[0.9]: must be two numbers"),
+    ("optimizer.betas=[0.9,1.0]", None, "optimizer.betas[1]=1.0: must be below 1"),
     (
         "optimizer.groups=[{match:a},{match:b,lr_factor:-1}]",
         None,
@@ -331,9 +330,3 @@ def test_expert_and_dense_layouts_share_the_world():
     assert processes(recipe.parallel) == 12
     recipe = load_recipe(["parallel.pipeline=2", "parallel.tensor=2", "parallel.expert=2"])
     assert processes(recipe.parallel) == 4
-
-
-def test_every_bound_is_of_a_key_of_the_recipe():
-    recipe = load_recipe()
-    for key in (*module._AT_LEAST, *module._ABOVE_ZERO, *module._AT_MOST, *module._NOT_EMPTY):
-        value(recipe, key)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from omni_train.data.rows.batch import WaveRow
-from omni_train.recipe.schema import ModelConfig
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig, CodecTrainingConfig, DiscriminatorConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig, CodecTrainingConfig, DiscriminatorConfig, ModelConfig
 
 FRAME = 120
 CODEC = CodecConfig(

@@ -10,8 +10,7 @@ from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
 from omni_train.data.rows.packing import pack
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.lengths import audio_tokens
-from omni_train.recipe.schema import AudioEncoderConfig, Precision, Recipe
-from omni_train.recipe.speech import RecognizerConfig
+from omni_train.recipe.schema import AudioEncoderConfig, Precision, Recipe, RecognizerConfig
 from tests.support.encoders import randomized
 from tests.support.thinker import VOCAB, small_recipe
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 CODEC = CodecConfig(
     num_filters=4,

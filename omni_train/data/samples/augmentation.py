@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 
 from omni_train.data.samples.features.mel import HOP, SAMPLE_RATE
-from omni_train.recipe.speech import AugmentationConfig
+from omni_train.recipe.schema import AugmentationConfig
 
 MOST_COLOURED = 2.0  # noise of power 1/f^2, brown; 0 is white
 

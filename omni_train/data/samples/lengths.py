@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from omni_train.recipe.schema import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
-from omni_train.recipe.speech import CodecConfig
+from omni_train.recipe.schema import AudioEncoderConfig, CodecConfig, ModelConfig, VisionEncoderConfig
 
 FRAMES_PER_SECOND = 100  # mel frames: a hop of 10 ms
 

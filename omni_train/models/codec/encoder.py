@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni_train.nn.causal_transformer import CausalTransformer
 from omni_train.nn.waveform import RESIDUAL_GAIN, CausalConv1d, StreamingState, variance_preserving_init
-from omni_train.recipe.speech import CodecConfig
+from omni_train.recipe.schema import CodecConfig
 
 LATENT_STRIDE = 2
 """Steps of the Transformer in one frame of codes."""

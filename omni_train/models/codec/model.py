@@ -14,7 +14,7 @@ from omni_train.models.code2wav import Code2Wav, WaveDecoder
 from omni_train.models.codec.encoder import CodecEncoder
 from omni_train.models.codec.quantizer import Regularization, SplitQuantizer
 from omni_train.nn.waveform import StreamingState
-from omni_train.recipe.speech import Code2WavConfig, CodecConfig
+from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 
 class CodecOutput(NamedTuple):

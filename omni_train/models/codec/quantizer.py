@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omni_train.models.codec.codebooks import Codebooks, Usage
 from omni_train.nn.waveform import variance_preserving_init
-from omni_train.recipe.speech import CodecConfig
+from omni_train.recipe.schema import CodecConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,14 @@ from omni_train.data.rows.base import Row
 from omni_train.errors import UserError
 from omni_train.models.config import params_dtype
 from omni_train.objectives.base import NetworksObjective, Outcome
-from omni_train.recipe.schema import CheckpointConfig, EngineName, ParamGroupConfig, Precision, ZeroConfig
-from omni_train.recipe.speech import RecognitionConfig
+from omni_train.recipe.schema import (
+    CheckpointConfig,
+    EngineName,
+    ParamGroupConfig,
+    Precision,
+    RecognitionConfig,
+    ZeroConfig,
+)
 from tests.support.networks import lone_engine_network
 from tests.support.pool import RankFailed
 from tests.support.recognizer import TAG_END, recognizer_recipe, row_of, utterances

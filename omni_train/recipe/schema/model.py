@@ -1,0 +1,173 @@
+"""The parts of a model. Keys have the names of the published Hugging Face configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omni_train.recipe.keys import Change, key
+
+
+@dataclass
+class AudioEncoderConfig:
+    """AuT, the audio encoder: 2-D convolutions over log-mel frames of 10 ms, then bidirectional self-attention.
+
+    The defaults are Qwen3.5-Omni's rate, 6.25 tokens a second. Qwen3-Omni as released has three convolutions and chunks
+    of 100 frames.
+    """
+
+    hidden_size: int = key(ge=1, help="width")
+    num_hidden_layers: int = key(ge=1, help="layers of attention")
+    num_attention_heads: int = key(ge=1, help="heads; they divide hidden_size")
+    intermediate_size: int = key(ge=1, help="width of the MLPs")
+    num_mel_bins: int = key(128, ge=1, help="mel bins of a frame")
+    conv_channels: int = key(480, ge=1, help="channels of the convolutions")
+    num_convolutions: int = key(4, ge=1, help="convolutions; each halves time and mel bins")
+    chunk_frames: int = key(800, ge=1, help="frames convolved by themselves; positions restart in each")
+    train_window_frames: list[int] = key(
+        [100, 200, 400, 800, 0],
+        ge=0,
+        not_empty=True,
+        resume=Change.learned,
+        help="frames that attend to each other, 0 for the whole clip; one is drawn for each batch in training",
+    )
+    eval_window_frames: int = key(
+        800, ge=0, resume=Change.free, help="frames that attend to each other in evaluation; 0 for the whole clip"
+    )
+
+
+@dataclass
+class VisionEncoderConfig:
+    """The SigLIP2-like vision encoder of Qwen3-VL and Qwen3.5, attending within each frame."""
+
+    hidden_size: int = key(ge=1, help="width; a multiple of 4·num_heads")
+    depth: int = key(ge=1, help="layers")
+    num_heads: int = key(ge=1, help="heads of attention")
+    intermediate_size: int = key(ge=1, help="width of the MLPs")
+    patch_size: int = key(16, ge=1, help="pixels of a patch, each way")
+    temporal_patch_size: int = key(2, ge=1, help="frames of a patch")
+    spatial_merge_size: int = key(2, ge=1, help="patches that become one token, each way")
+    num_position_embeddings: int = key(2304, ge=1, help="places of a square table, interpolated to each image's grid")
+    deepstack_visual_indexes: list[int] = key(
+        [],
+        help="layers whose features are added to the first layers of the language model, in this order (Qwen3-Omni)",
+    )
+
+
+@dataclass
+class ThinkerConfig:
+    """The Thinker's language model: Qwen3.5's hybrid MoE, its dense sibling, or Qwen3-Omni's."""
+
+    hidden_size: int = key(ge=1, help="width")
+    # `|` may mark pipeline (and virtual pipeline) stage ends when repeats is 1; without it the stages are cut evenly.
+    pattern: str = key(
+        "GEGEGE*E",
+        not_empty=True,
+        help="layers of a block: `G` Gated DeltaNet, `*` gated attention, `E` MoE, `-` dense MLP; `|` between stages",
+    )
+    repeats: int = key(ge=1, help="how many times the pattern is written; 1 where it has |")
+    num_attention_heads: int = key(ge=1, help="query heads; a multiple of num_key_value_heads")
+    num_key_value_heads: int = key(ge=1, help="key-value heads")
+    head_dim: int = key(256, ge=1, help="width of a head")
+    partial_rotary_factor: float = key(0.25, gt=0, le=1, help="part of a head that rotates with positions")
+    rope_theta: float = key(1.0e7, gt=0, help="base of the rotary frequencies")
+    mrope_section: list[int] = key(
+        [11, 11, 10], ge=0, help="pairs that rotate with time, height and width; they sum to half the rotary dims"
+    )
+    linear_num_key_heads: int = key(0, ge=0, help="key heads of Gated DeltaNet (G); 0 where the pattern has none")
+    linear_num_value_heads: int = key(0, ge=0, help="its value heads, a multiple of the key heads")
+    linear_key_head_dim: int = key(128, ge=1, help="width of its key heads")
+    linear_value_head_dim: int = key(128, ge=1, help="width of its value heads")
+    linear_conv_kernel_dim: int = key(4, ge=1, help="positions that its convolution sees")
+    intermediate_size: int = key(0, ge=0, help="width of a dense MLP (-); 0 where the pattern has none")
+    num_experts: int = key(0, ge=0, help="experts of a MoE layer (E); 0 where the pattern has none")
+    num_experts_per_tok: int = key(0, ge=0, help="experts that each token is given to")
+    moe_intermediate_size: int = key(0, ge=0, help="width of an expert")
+    shared_expert_intermediate_size: int = key(0, ge=0, help="width of the shared expert; 0: there is none")
+    # Megatron's normalisation: the auxiliary loss is 1 at perfect balance (transformers' is top_k there).
+    router_aux_loss_coef: float = key(
+        1.0e-3, ge=0, resume=Change.learned, help="weight of the load-balancing loss, which is 1 at perfect balance"
+    )
+    rms_norm_eps: float = key(1.0e-6, gt=0, help="epsilon of the norms")
+    tie_word_embeddings: bool = key(False, help="the output projection is the embedding")
+    mtp_num_hidden_layers: int = key(0, ge=0, le=1, help="multi-token-prediction layers")
+    mtp_loss_weight: float = key(0.1, ge=0, resume=Change.learned, help="weight of the multi-token-prediction loss")
+    max_position_embeddings: int = key(262144, ge=1, resume=Change.free, help="tokens of the longest row")
+    attention_output_gate: bool = key(True, help="attention has an output gate; Qwen3-Omni has none")
+    zero_centered_norm: bool = key(True, help="norms are y = x̂·(1+w); Qwen3-Omni's are plain")
+
+
+@dataclass
+class RecognizerConfig:
+    """The decoder that writes what the audio encoder hears: causal, with cross-attention, over the text tokenizer."""
+
+    hidden_size: int = key(ge=1, help="width")
+    num_hidden_layers: int = key(ge=1, help="layers")
+    num_attention_heads: int = key(ge=1, help="heads; they divide hidden_size")
+    intermediate_size: int = key(ge=1, help="width of the MLPs")
+    ctc: bool = key(False, help="a head on the encoder for the auxiliary CTC loss")
+
+
+@dataclass
+class CodecConfig:
+    """The codec's encoder and quantiser; names as in `transformers`' MimiConfig."""
+
+    sampling_rate: int = key(24000, ge=1, help="samples a second")
+    num_filters: int = key(64, ge=1, help="channels of the first convolution; each stride doubles them")
+    upsampling_ratios: list[int] = key([8, 6, 5, 4], ge=1, not_empty=True, help="strides, last one first")
+    num_residual_layers: int = key(1, ge=0, help="residual units before each stride")
+    kernel_size: int = key(7, ge=1, help="samples that the first convolution sees")
+    last_kernel_size: int = key(3, ge=1, help="frames that the last convolution sees")
+    residual_kernel_size: int = key(3, ge=1, help="places that a residual unit's convolution sees")
+    dilation_growth_rate: int = key(2, ge=1, help="growth of the dilation from one residual unit to the next")
+    compress: int = key(2, ge=1, help="how many times narrower a residual unit is inside")
+    hidden_size: int = key(512, ge=1, help="width of the transformer")
+    num_hidden_layers: int = key(8, ge=1, help="layers of the transformer")
+    num_attention_heads: int = key(8, ge=1, help="query heads; a multiple of num_key_value_heads")
+    num_key_value_heads: int = key(8, ge=1, help="key-value heads")
+    head_dim: int = key(64, ge=1, help="width of a head, an even number")
+    intermediate_size: int = key(2048, ge=1, help="width of the MLPs")
+    sliding_window: int = key(250, ge=1, help="frames that attention looks back, at twice the rate of the codes")
+    rope_theta: float = key(10000.0, gt=0, help="base of the rotary frequencies")
+    norm_eps: float = key(1e-5, gt=0, help="epsilon of the norms")
+    layer_scale_initial_scale: float = key(0.01, help="scale of a fresh layer's output")
+    num_quantizers: int = key(16, ge=1, help="codebooks")
+    num_semantic_quantizers: int = key(1, ge=1, help="codebooks of meaning, the first ones; fewer than num_quantizers")
+    codebook_size: int = key(2048, ge=1, help="codewords of a codebook")
+    codebook_dim: int = key(256, ge=1, help="width of a codeword")
+
+
+@dataclass
+class Code2WavConfig:
+    """Codes to waveform; names as in the released Qwen3-Omni."""
+
+    codebook_size: int = key(2048, ge=1, help="codewords of a codebook")
+    num_quantizers: int = key(16, ge=1, help="codebooks")
+    hidden_size: int = key(1024, ge=1, help="width of the transformer; a multiple of 2·num_attention_heads")
+    num_hidden_layers: int = key(8, ge=1, help="layers of the transformer")
+    num_attention_heads: int = key(16, ge=1, help="query heads; a multiple of num_key_value_heads")
+    num_key_value_heads: int = key(16, ge=1, help="key-value heads")
+    intermediate_size: int = key(3072, ge=1, help="width of the MLPs")
+    sliding_window: int = key(72, ge=1, help="frames that attention looks back")
+    rope_theta: float = key(10000.0, gt=0, help="base of the rotary frequencies")
+    rms_norm_eps: float = key(1e-5, gt=0, help="epsilon of the norms")
+    layer_scale_initial_scale: float = key(0.01, help="scale of a fresh layer's output")
+    upsampling_ratios: list[int] = key([2, 2], ge=1, help="strides of the first convolutions after the transformer")
+    upsample_rates: list[int] = key([8, 5, 4, 3], ge=1, help="strides of the decoder, each halving its channels")
+    decoder_dim: int = key(1536, ge=1, help="channels that the decoder begins with")
+
+
+@dataclass
+class ModelConfig:
+    """The parts of a model; a run builds, prints and checks those that its network is made of."""
+
+    name: str = key(resume=Change.free, help="name, which `run` takes up")
+    vocab_size: int = key(ge=1, help="ids of the text tokenizer, with room; a multiple of parallel.tensor")
+    initializer_range: float = key(
+        0.02, gt=0, resume=Change.free, help="standard deviation of fresh weights; the codec's parts have their own"
+    )
+    thinker: ThinkerConfig | None = key(None)
+    audio: AudioEncoderConfig | None = key(None)  # null: does not hear
+    vision: VisionEncoderConfig | None = key(None)  # null: does not see
+    recognizer: RecognizerConfig | None = key(None)  # what pre-trains `audio`; no part of the Thinker
+    codec: CodecConfig | None = key(None)
+    code2wav: Code2WavConfig | None = key(None)
