@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,9 +56,8 @@ def to_recipe(config: DictConfig) -> Recipe:
     except Exception as error:
         raise one_line(error) from error
     for group in unused_groups(recipe.network):
-        parent, _, part = group.rpartition(".")
-        if parent:
-            setattr(recipe.model, part, None)
+        if group.startswith("model."):
+            setattr(recipe.model, group.removeprefix("model."), None)
     return recipe
 
 
@@ -82,8 +81,12 @@ def used(config: DictConfig) -> DictConfig:
     Raises:
         UserError: there is no such network.
     """
+    return _without(config, unused_groups(config.network))
+
+
+def _without(config: DictConfig, groups: Iterable[str]) -> DictConfig:
     shown = OmegaConf.to_container(config)
-    for group in unused_groups(config.network):
+    for group in groups:
         parent, _, name = group.rpartition(".")
         (shown[parent] if parent else shown).pop(name, None)
     return OmegaConf.create(shown)
@@ -218,8 +221,12 @@ def _refuse_references(value: object, key: str = "") -> None:
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every key of the recipe as YAML, at once or not at all."""
+    """Write the recipe as YAML, at once or not at all: every key but those that other networks have added.
+
+    So that it can be read where those are not installed.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    foreign = [group for group in unused_groups(recipe.network) if group not in described(Recipe)]
+    partial.write_text(OmegaConf.to_yaml(_without(OmegaConf.structured(recipe), foreign)))
     os.replace(partial, path)

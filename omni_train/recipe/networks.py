@@ -27,9 +27,10 @@ class NetworkKeys:
     optional_parts: tuple[str, ...] = ()
     """Of ``model``, that it may have."""
     settings: tuple[str, ...] = ()
-    """Groups of the recipe's keys that are of this network, and of others that name them."""
+    """Groups of the schema's keys that are of this network, and of others that name them."""
     keys: Mapping[str, type] = field(default_factory=dict)
-    """Groups that it adds to the recipe: ``model.PART`` or ``GROUP`` -> dataclass with keys, see `recipe.keys`."""
+    """Groups that it adds to the recipe: ``model.PART`` (null where nothing is said), ``GROUP`` or ``GROUP.NAME`` ->
+    dataclass with keys, see `recipe.keys`."""
     check: Callable[[Recipe], None]
     """Refuses what cannot work, with a UserError of one line."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from omni_train.errors import UserError
-from omni_train.recipe.compose import load_recipe, recipes_dir
+from omni_train.recipe.compose import load_recipe, recipes_dir, used
 from omni_train.recipe.extensions import recipe_type
 from omni_train.recipe.hydra_app import parse
 from omni_train.recipe.keys import key_of
@@ -54,8 +54,8 @@ class Pipeline:
     stages: dict[str, Recipe]
 
     def to_yaml(self) -> str:
-        """Every key of every stage."""
-        return OmegaConf.to_yaml(OmegaConf.create({name: asdict(recipe) for name, recipe in self.stages.items()}))
+        """What each stage uses of its recipe."""
+        return OmegaConf.to_yaml({name: used(OmegaConf.structured(recipe)) for name, recipe in self.stages.items()})
 
 
 def run(arguments: Sequence[str], job: Callable[[Pipeline], int]) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import pickle
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pytest
+from omegaconf import OmegaConf
 
 from omni_train.checkpoint.sharded import described, read_model_config
 from omni_train.checkpoint.state_files import write_state
 from omni_train.errors import UserError
 from omni_train.recipe import networks
 from omni_train.recipe.changes import differences
-from omni_train.recipe.compose import load_recipe, read_recipe, write_recipe
+from omni_train.recipe.compose import load_recipe, read_recipe, used, write_recipe
 from omni_train.recipe.extensions import recipe_type
 from omni_train.recipe.help import page
 from omni_train.recipe.keys import Change, key
 from omni_train.recipe.networks import NetworkKeys, register
 from omni_train.recipe.pipeline import with_sources
-from omni_train.recipe.schema import DataConfig, EngineName, ModelConfig, Recipe
+from omni_train.recipe.schema import DataConfig, EngineName, ModelConfig, OptimizerConfig, Recipe
 from omni_train.recipe.validate import validate
 
 
@@ -38,13 +40,20 @@ class ToySettings:
     teacher: str | None = key(None, checkpoint=True, help="who shows it")
 
 
+@dataclass
+class ToyData:
+    """What the toy makes of its rows."""
+
+    shift: int = key(0, help="tokens that they are moved by")
+
+
 TOY = NetworkKeys(
     name="toy",
     engines=(EngineName.megatron,),
     rows="chats",
     parts=("thinker", "toy"),
     optional_parts=("audio", "vision"),
-    keys={"model.toy": ToyConfig, "toy": ToySettings},
+    keys={"model.toy": ToyConfig, "toy": ToySettings, "data.toy": ToyData},
     check=lambda recipe: None,
 )
 
@@ -68,7 +77,9 @@ def test_its_keys_are_given_and_typed_like_any_other(composed):
     recipe = composed("toy.patience=5", "model.toy.gain=2")
     assert recipe.model.toy == ToyConfig(width=4, gain=2.0)
     assert recipe.toy == ToySettings(patience=5)
-    assert isinstance(recipe, Recipe) and isinstance(recipe.model, ModelConfig) and type(recipe.data) is DataConfig
+    assert recipe.data.toy == ToyData(shift=0)
+    assert isinstance(recipe, Recipe) and isinstance(recipe.model, ModelConfig) and isinstance(recipe.data, DataConfig)
+    assert type(recipe.optimizer) is OptimizerConfig
     validate(recipe, world_size=1)
 
 
@@ -93,6 +104,8 @@ def test_what_is_wrong_with_them_is_refused_in_one_line(composed, word, message)
 def test_a_run_of_another_network_has_none_of_them(composed):
     recipe = composed("network=thinker", "model.toy.width=0", "toy.patience=-1")
     assert recipe.model.toy is None
+    shown = used(OmegaConf.structured(recipe))
+    assert not [name for name in ("toy", "model.toy", "data.toy") if OmegaConf.select(shown, name) is not None]
     validate(recipe, world_size=1)
     assert not list(differences(replace(recipe, toy=ToySettings(patience=9)), recipe))
 
@@ -125,8 +138,16 @@ def test_the_recipe_is_written_and_read_and_travels_to_other_processes(composed,
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     again = pickle.loads(pickle.dumps(recipe))
-    assert again == recipe
+    assert again == recipe == deepcopy(recipe)
     assert type(again) is type(recipe) and type(again.model) is type(recipe.model)
+
+
+def test_a_run_of_another_network_can_be_read_without_them(tmp_path, monkeypatch):
+    recipe = load_recipe()
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    monkeypatch.delitem(networks._TABLE, "toy")
+    assert read_recipe(tmp_path / "recipe.yaml") == load_recipe()
 
 
 def test_a_checkpoint_says_them(composed, tmp_path):

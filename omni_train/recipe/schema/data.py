@@ -44,7 +44,11 @@ class SourceConfig:
 class MediaConfig:
     """How sound, images and video become tokens. Sizes of patches and rates of tokens are the model's."""
 
-    positions: Positions = key(Positions.absolute, help="how the rotary ids of media count time")
+    positions: Positions = key(
+        Positions.absolute,
+        help="rotary ids of media: absolute, on the 160 ms grid of the audio tokens (Qwen3.5-Omni); contiguous, one "
+        "for each temporal patch (Qwen3.5); qwen3_omni, as released",
+    )
     video_timestamps: bool = key(
         True, help="`<1.2 seconds>` in text before every temporal patch; never with positions=qwen3_omni"
     )
@@ -125,7 +129,9 @@ class DataConfig:
     )
     loss_on: LossOn = key(LossOn.assistant, help="turns of a chat that are learned; documents are learned whole")
     chat_template: ChatTemplate = key(
-        ChatTemplate.chatml, help="how chats are written; as the template in the tokenizer's folder does"
+        ChatTemplate.chatml,
+        help="how chats are written: chatml, every text as it is; qwen3_5, trimmed, with blocks of thinking. The "
+        "template in the tokenizer's folder must agree",
     )
     media: MediaConfig = key(MediaConfig)
     augmentation: AugmentationConfig | None = key(None)  # of transcribed clips; null: they are heard as they are

@@ -130,8 +130,8 @@ class Recipe:
         first=True,
         help="arithmetic of the forward and backward pass; master weights are always fp32",
     )
-    network: str = key("thinker", help="what is trained: a network of omni_train/networks, or of one's own")
-    engine: EngineName = key(EngineName.megatron, help="who owns sharding and the optimizer step")
+    network: str = key("thinker", help="what is trained: thinker, recognizer, codec, code2wav, or one of one's own")
+    engine: EngineName = key(EngineName.megatron, help="who owns sharding and the optimizer step; deepspeed: ZeRO")
     zero: ZeroConfig = key(ZeroConfig)  # of engine=deepspeed
     recognition: RecognitionConfig = key(RecognitionConfig, resume=Change.learned)  # of network=recognizer
     codec_training: CodecTrainingConfig = key(CodecTrainingConfig, resume=Change.learned)  # of codec and code2wav

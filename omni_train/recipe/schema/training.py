@@ -94,7 +94,11 @@ class EvaluationConfig:
     every: int = key(0, ge=0, help="steps between evaluations; 0 never")
     samples: int = key(32, ge=1, help="samples of each source that has chats, shared among the data ranks")
     max_new_tokens: int = key(64, ge=1, help="tokens of an answer, at most")
-    normalizer: Normalizer = key(Normalizer.basic, help="how transcripts are written before errors are counted")
+    normalizer: Normalizer = key(
+        Normalizer.basic,
+        help="how transcripts are written before errors are counted: basic, small letters without punctuation; "
+        "whisper, English as Whisper's normalizer does",
+    )
     print_samples: int = key(4, ge=0, help="answers shown, and kept by wandb beside their media")
     swap_media: bool = key(
         False,
