@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from omni_train.errors import UserError, announce
 from omni_train.processes import Exit
-from omni_train.recipe.compose import CONFIG_NAME, Tree, opened_tree, refuse_hydra_words, to_recipe, used
+from omni_train.recipe.compose import Tree, opened_tree, refuse_hydra_words, to_recipe, used
 from omni_train.recipe.help import overview, page
 from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
@@ -59,8 +59,8 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
         if options.hydra_help or not options.multirun:
             composed = tree.compose(options.overrides)
             recipes = [to_recipe(composed)]
-            if options.hydra_help:
-                tree.hydra.hydra_help(config_name=CONFIG_NAME, args_parser=get_args_parser(), args=options)
+            if options.hydra_help:  # its own way there sets up logging anew, and closes what others log to
+                print(tree.hydra.format_args_help(get_args_parser()))
                 return Exit.finished
             if options.cfg:
                 validate(*recipes, world_size=None)

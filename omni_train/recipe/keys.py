@@ -47,7 +47,7 @@ class Key:
     remedy: str = ""
     """What to do instead, said when a bound is broken."""
     resume: Change | None = None
-    """None: as the group that it is in."""
+    """None: as the group that it is in; at the top `kept`."""
     checkpoint: bool = False
     """It names a checkpoint or a run, or holds their names."""
     linkable: bool = False

@@ -187,15 +187,14 @@ def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
 def with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """The recipe with every checkpoint that it names changed."""
 
-    def within(group: Any) -> Any:
-        changed: dict[str, Any] = {}
-        for one in fields(group):
-            found = getattr(group, one.name)
-            if is_dataclass(found):
-                changed[one.name] = within(found)
-            elif key_of(one).checkpoint and found:
-                named = {name: change(source) for name, source in found.items()} if isinstance(found, dict) else None
-                changed[one.name] = change(found) if named is None else named
-        return replace(group, **changed)
+    def within(value: Any, names: bool) -> Any:
+        if is_dataclass(value):
+            keys = {one.name: key_of(one).checkpoint for one in fields(value)}
+            return replace(value, **{name: within(getattr(value, name), names) for name, names in keys.items()})
+        if isinstance(value, dict):
+            return {name: within(one, names) for name, one in value.items()}
+        if isinstance(value, list):
+            return [within(one, names) for one in value]
+        return change(value) if names and value else value
 
-    return within(recipe)
+    return within(recipe, False)

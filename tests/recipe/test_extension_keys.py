@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -166,3 +169,27 @@ def test_without_them_the_recipe_is_the_schemas(monkeypatch):
     assert recipe_type() is not Recipe
     monkeypatch.delitem(networks._TABLE, "toy")
     assert recipe_type() is Recipe
+
+
+def test_a_plugin_that_the_environment_names_brings_its_keys(tmp_path):
+    (tmp_path / "toys.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from omni_train.recipe.keys import key\n"
+        "from omni_train.recipe.networks import NetworkKeys, register\n"
+        "@dataclass\n"
+        "class Toy:\n"
+        "    'A toy.'\n"
+        "    width: int = key(8, ge=1, help='channels of the toy')\n"
+        "register(NetworkKeys(name='toy', engines=('megatron',), rows='chats', parts=(), keys={'model.toy': Toy},"
+        " check=print))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "omni_train", "train", "--help", "model.toy"],
+        env=os.environ | {"OMNI_TRAIN_PLUGINS": "toys", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.stdout.endswith("  model.toy.width=8  (integer, at least 1)\n      channels of the toy\n"), done.stderr

@@ -22,16 +22,13 @@ REFUSED = [
         "data.sources=[{path:x,wieght:1}]",
         "data.sources.wieght is not a key of the recipe; did you mean data.sources.weight?",
     ),
+    ("lr=1", "lr is not a key of the recipe; did you mean optimizer.lr?"),
     ("num_experts=4", "num_experts is not a key of the recipe; did you mean model.thinker.num_experts?"),
     (
         "thinker.num_experts=4",
         "thinker.num_experts is not a key of the recipe; did you mean model.thinker.num_experts?",
     ),
     ("model.num_experts=4", "model.num_experts is not a key of the recipe; it is model.thinker.num_experts now"),
-    (
-        "num_mel_bins=80",
-        "num_mel_bins is not a key of the recipe; did you mean model.audio.num_mel_bins?",
-    ),
     (
         "head_dim=64",
         "head_dim is not a key of the recipe; did you mean model.thinker.head_dim or model.codec.head_dim?",

@@ -37,6 +37,22 @@ def test_what_a_run_keeps_is_refused_by_name_on_all_ranks(made, distributed):
     assert first.startswith(f"{made}: was made with seed=77, now it is 78; give another run=, or remove")
 
 
+def test_a_key_that_says_where_files_lie_tells_of_links(made):
+    from omni_train.recipe.changes import Difference
+    from omni_train.recipe.keys import Change
+    from omni_train.training.resume import refuse_change
+
+    for key, told in {
+        "data.tokenizer": True,
+        "data.sources": True,
+        "codec_training.teacher": True,
+        "seed": False,
+    }.items():
+        with pytest.raises(UserError) as error:
+            refuse_change(made, Difference(key, "a", "b", Change.kept))
+        assert str(error.value).endswith("; where data were moved, leave links") is told
+
+
 def test_what_may_change_is_said_in_a_line(made, capsys, monkeypatch):
     from omni_train.training import resume
 
