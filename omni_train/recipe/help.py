@@ -94,7 +94,10 @@ def _filled(text: str, indent: str = "") -> str:
 def facts(entry: Entry) -> str:
     """What a key's value must be, in words."""
     must = "must be given" if entry.default == MISSING else ""
-    return ", ".join(filter(None, (_type(entry.type), entry.key.bounds(), must)))
+    bounds = entry.key.bounds()
+    if get_origin(entry.type) is list and bounds not in ("", "not empty"):
+        bounds = f"each {bounds}"
+    return ", ".join(filter(None, (_type(entry.type), bounds, must)))
 
 
 def _type(hint: Any) -> str:

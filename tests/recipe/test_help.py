@@ -43,7 +43,8 @@ def test_a_key_is_shown_with_default_type_bound_and_meaning():
     shown = {
         "schedule.steps": "schedule.steps=  (integer, at least 0, must be given)",
         "precision": "precision=bf16  (fp32 or bf16)",
-        "optimizer.betas": "optimizer.betas=[0.9,0.95]  (list of numbers, at least 0, below 1)",
+        "optimizer.betas": "optimizer.betas=[0.9,0.95]  (list of numbers, each at least 0, below 1)",
+        "trainable": "trainable=[*]  (list of texts, not empty)",
         "data.codec": "data.codec=null  (text or null)",
         "init_parts": "init_parts={}  (texts to texts)",
         "data.media.video_timestamps": "data.media.video_timestamps=true  (true or false)",

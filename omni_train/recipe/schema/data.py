@@ -103,7 +103,7 @@ class AugmentationConfig:
 class DataConfig:
     """What the rows of a run are made of, and how they are read."""
 
-    name: str = key(resume=Change.free, help="name")
+    name: str = key(resume=Change.free, help="name of the data")
     path: str = key(
         not_empty=True,
         resume=Change.free,  # what refers to it says where the data are

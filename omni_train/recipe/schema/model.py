@@ -160,7 +160,7 @@ class Code2WavConfig:
 class ModelConfig:
     """The parts of a model; a run builds, prints and checks those that its network is made of."""
 
-    name: str = key(resume=Change.free, help="name, which `run` takes up")
+    name: str = key(resume=Change.free, help="name of the model; a run is called after it")
     vocab_size: int = key(ge=1, help="ids of the text tokenizer, with room; a multiple of parallel.tensor")
     initializer_range: float = key(
         0.02, gt=0, resume=Change.free, help="standard deviation of fresh weights; the codec's parts have their own"
