@@ -52,8 +52,7 @@ def chunk_bwd_dqkwg(
     """
     if g is None or w is None or g_gamma is not None or state_v_first or q.shape[2] != v.shape[2]:
         raise NotImplementedError(
-            "chunk_bwd_dqkwg in plain torch: arguments must be those of the gated delta rule, with as many heads in q "
-            "as in v"
+            "chunk_bwd_dqkwg in plain torch: arguments must be those of the gated delta rule, as many heads in q as v"
         )
     B, T, H, K = k.shape
     steps = torch.arange(chunk_size, device=k.device)

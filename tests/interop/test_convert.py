@@ -381,6 +381,6 @@ def test_an_export_to_another_family_is_refused(distributed, tmp_path):
     from tests.support.pool import RankFailed
 
     distributed(1, save_random, tmp_path / "ours", {})
-    with pytest.raises(RankFailed, match=r"UserError: model\.pattern=GEGE"):
+    with pytest.raises(RankFailed, match=r"UserError: model\.thinker\.pattern=GEGE"):
         distributed(1, convert, [(export_checkpoint, ("qwen3_5", tmp_path / "out", tmp_path / "ours"))])
     assert not (tmp_path / "out").exists()

@@ -233,20 +233,20 @@ def test_tensors_too_many_and_too_few_in_the_thinker_are_named(copy, tmp_path):
 @pytest.mark.parametrize(
     ("format", "changes", "message"),
     [
-        ("qwen3_5_moe", encoders, "model.audio: format=qwen3_5_moe has no audio encoder"),
-        (OMNI, encoders, r"model\.pattern=GEGE"),
-        (OMNI, lambda: QWEN3_OMNI, "format=qwen3_omni_moe has an audio and a vision encoder"),
+        ("qwen3_5_moe", encoders, "model.audio: must be null with format=qwen3_5_moe"),
+        (OMNI, encoders, r"model\.thinker\.pattern=GEGE"),
+        (OMNI, lambda: QWEN3_OMNI, "must have an audio and a vision encoder with format=qwen3_omni_moe"),
         (OMNI, lambda: QWEN3_OMNI | encoders() | {"zero_centered_norm": True}, "zero_centered_norm=True"),
-        (OMNI, lambda: QWEN3_OMNI | encoders(), "model.audio.num_convolutions=4: the format has 3"),
+        (OMNI, lambda: QWEN3_OMNI | encoders(), "model.audio.num_convolutions=4: the format needs 3"),
         (
             "qwen3_5_moe",
             lambda: {"attention_output_gate": False},
-            "attention_output_gate=False: format=qwen3_5_moe has",
+            "attention_output_gate=False: must be True with format=qwen3_5_moe",
         ),
         (
             "qwen3_5_moe",
             lambda: {"vision": omni_encoders()["vision"]},
-            r"deepstack_visual_indexes=\[0, 1\]: the format has no DeepStack",
+            r"deepstack_visual_indexes=\[0, 1\]: must be \[\] in this format",
         ),
     ],
 )
