@@ -16,12 +16,12 @@ def tallied(*answers, normalizer=Normalizer.basic) -> Tally:
     return tally
 
 
-def figures(*answers, **options):
+def metrics(*answers, **options):
     return tallied(*answers, **options).metrics()
 
 
 def test_word_errors_are_per_word_of_all_references_of_a_language():
-    found = figures(
+    found = metrics(
         ("transcribe", "en", "The red boat.", "the red boat"),
         ("transcribe", "en", "One two three four five six seven", "one too three four five six seven eight"),
         ("transcribe", "de", "Das Boot", ""),
@@ -32,7 +32,7 @@ def test_word_errors_are_per_word_of_all_references_of_a_language():
 
 
 def test_languages_without_spaces_have_character_errors_alone():
-    found = figures(
+    found = metrics(
         ("transcribe", "zh", "今天 天气很好。", "今天天汽很好"), ("transcribe", "ja", "ありがとう", "ありがと")
     )
     assert found["cer_zh"] == pytest.approx(1 / 6)
@@ -55,13 +55,13 @@ def test_they_have_no_word_errors_by_any_of_their_tags_and_none_in_the_pool(lang
 
 
 def test_one_language_has_one_name_among_the_figures():
-    found = figures(*(("transcribe", tag, "red boat", "red") for tag in ("en", "EN", "en_US", "eng")))
+    found = metrics(*(("transcribe", tag, "red boat", "red") for tag in ("en", "EN", "en_US", "eng")))
     assert set(found) == {"answers_transcribe", "cer_en", "wer_en"}
 
 
 @pytest.mark.parametrize("language", ["Chinese", "zh CN", 7, None, "und"])
 def test_words_of_a_language_that_is_not_known_are_not_counted_and_that_is_told(language):
-    found = figures(("transcribe", language, "今天天气", "今天天汽"), ("transcribe", "en", "a", "a"))
+    found = metrics(("transcribe", language, "今天天气", "今天天汽"), ("transcribe", "en", "a", "a"))
     assert found["unknown_language"] == 1
     assert found["cer_unknown"] == pytest.approx(1 / 4)
     assert {name for name in found if name.startswith("wer")} == {"wer_en"}
@@ -69,13 +69,13 @@ def test_words_of_a_language_that_is_not_known_are_not_counted_and_that_is_told(
 
 def test_a_number_with_a_separator_is_one_word_where_the_recipe_says_so():
     said = ("transcribe", "en", "1,000 boats", "1000 boats")
-    assert figures(said)["wer_en"] == 1 / 2
+    assert metrics(said)["wer_en"] == 1 / 2
     pytest.importorskip("whisper_normalizer")
-    assert figures(said, normalizer=Normalizer.whisper)["wer_en"] == 0
+    assert metrics(said, normalizer=Normalizer.whisper)["wer_en"] == 0
 
 
 def test_exact_match_by_task_forgives_case_punctuation_and_spaces():
-    found = figures(
+    found = metrics(
         ("color", "en", "red", " Red. "),
         ("color", "en", "red", "blue"),
         ("shape", "en", "a circle", "a  circle"),
@@ -87,7 +87,7 @@ def test_exact_match_by_task_forgives_case_punctuation_and_spaces():
 
 
 def test_times_are_compared_in_seconds_and_what_is_no_time_is_wrong():
-    found = figures(
+    found = metrics(
         ("when", "en", "At 4.0 seconds", "4.5 seconds"),
         ("when", "en", "7", "at 10,5"),
         ("when", "en", "2.0", "in the beginning"),
@@ -100,7 +100,7 @@ def test_times_are_compared_in_seconds_and_what_is_no_time_is_wrong():
 
 
 def test_an_error_in_seconds_of_no_number_at_all_is_left_out():
-    found = figures(("when", "en", "2.0", "never"))
+    found = metrics(("when", "en", "2.0", "never"))
     assert "when_seconds_error" not in found
     assert (found["when_close"], found["when_unparsable"]) == (0, 1)
 
@@ -118,13 +118,13 @@ def test_tallies_of_ranks_add_up():
         for task, language, reference, answer in part:
             score(tally, {"task": task, "language": language}, reference, answer)
         together += tally
-    assert together.metrics() == figures(*answers)
+    assert together.metrics() == metrics(*answers)
     assert together.metrics()["exact_color"] == pytest.approx(2 / 3)
 
 
 def test_an_empty_reference_is_no_division_by_zero():
-    assert "wer_en" not in figures(("transcribe", "en", "", "noise"))
+    assert "wer_en" not in metrics(("transcribe", "en", "", "noise"))
 
 
 def test_a_task_of_any_text_is_a_name():
-    assert set(figures(("what | is\nit", "en", "a", "a"))) == {"answers_what_is_it", "exact_what_is_it"}
+    assert set(metrics(("what | is\nit", "en", "a", "a"))) == {"answers_what_is_it", "exact_what_is_it"}
