@@ -70,5 +70,5 @@ def test_nothing_to_write_is_refused():
     from omni_train.rollout.transcribe import transcribe
 
     for beam, most in ((0, 5), (1, 0)):
-        with pytest.raises(ValueError, match="of at least 1"):
+        with pytest.raises(ValueError, match="both must be at least 1"):
             transcribe(None, [], window_frames=0, start_token=1, stop_token=2, max_new_tokens=most, beam=beam)
