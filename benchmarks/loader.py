@@ -23,9 +23,9 @@ import webdataset
 from PIL import Image
 
 from benchmarks import media
-from data_pipelines.rehearsal import build
-from data_pipelines.rehearsal.kinds import KINDS
 from omni_train.data.stream.loader import build_loader
+from omni_train.data_pipelines.rehearsal import build
+from omni_train.data_pipelines.rehearsal.kinds import KINDS
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import Recipe, SourceConfig
 

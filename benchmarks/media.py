@@ -17,9 +17,9 @@ import soundfile
 import webdataset
 from PIL import Image
 
-from data_pipelines.rehearsal.speech import RATE, flac
-from data_pipelines.rehearsal.world import attach, conversation
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.rehearsal.speech import RATE, flac
+from omni_train.data_pipelines.rehearsal.world import attach, conversation
+from omni_train.data_pipelines.shards import index_shards, write_shards
 
 SAMPLES = 24  # of each kind
 SPEECH_SECONDS, VIDEO_SECONDS, FPS = 20, 10, 30

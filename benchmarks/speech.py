@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.rehearsal import build
+from omni_train.data_pipelines.rehearsal import build
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.compose import load_recipe

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from omni_train import lines, stopping
+from omni_train import __version__, lines, stopping
 from omni_train.errors import RankFailed, UserError, announce, described
 from omni_train.processes import Exit, die_with_parent
 from omni_train.threads import keep_awake
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE)
             return 0 if arguments else 2
+        if arguments[0] == "--version":
+            print(f"omni_train {__version__}")
+            return 0
         if arguments[0] not in commands:
             raise UserError(f"{arguments[0]} is not a command; choose one of {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
@@ -116,12 +119,12 @@ def _data(arguments: list[str]) -> int:
     from omni_train.options import call
 
     def rehearsal():
-        from data_pipelines.rehearsal import build
+        from omni_train.data_pipelines.rehearsal import build
 
         return build
 
     def pack():
-        from data_pipelines.pack import pack
+        from omni_train.data_pipelines.pack import pack
 
         return pack
 

@@ -14,8 +14,6 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipelines.making import Making, write_json
-from data_pipelines.shards import index_shards, write_files
 from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
 from omni_train.data.rows.crops import read_speech
 from omni_train.data.samples.files import open_regular
@@ -23,6 +21,8 @@ from omni_train.data.samples.members import members, read_files
 from omni_train.data.samples.parsing import sample_in
 from omni_train.data.samples.sample import SampleError, describe, one_sample
 from omni_train.data.samples.tokenizer import copy_tokenizer
+from omni_train.data_pipelines.making import Making, write_json
+from omni_train.data_pipelines.shards import index_shards, write_files
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, MediaConfig
 

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.making import Making
-from data_pipelines.pack.manifest import Line, Refused, read_line
-from data_pipelines.pack.statistics import Statistics, write_page
-from data_pipelines.shards import index_shards, write_shard
 from omni_train.data.samples.files import open_regular
 from omni_train.data.samples.sample import describe
 from omni_train.data.samples.tokenizer import Tokenizer, copy_tokenizer
+from omni_train.data_pipelines.making import Making
+from omni_train.data_pipelines.pack.manifest import Line, Refused, read_line
+from omni_train.data_pipelines.pack.statistics import Statistics, write_page
+from omni_train.data_pipelines.shards import index_shards, write_shard
 from omni_train.errors import UserError
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.schema import ChatTemplate, DataConfig, LossOn, ModelConfig

@@ -50,7 +50,7 @@ def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Ref
         number: of the line, from 0; it becomes the sample's key.
         data: its bytes, or the first of more than ``max_text_bytes``.
         tokenizer: counts its tokens.
-        job: :class:`data_pipelines.pack.Job`.
+        job: :class:`omni_train.data_pipelines.pack.Job`.
     """
     paths: list[str] = []
     try:

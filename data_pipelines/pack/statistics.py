@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.pack.manifest import Line
 from omni_train.data.rows.batch import MODALITIES
 from omni_train.data.samples.language import language_of
 from omni_train.data.samples.lengths import FRAMES_PER_SECOND
+from omni_train.data_pipelines.pack.manifest import Line
 
 FIGURES = ("samples", "tokens", "audio_tokens", "vision_tokens", "audio_seconds", "video_seconds", "speech_seconds")
 LENGTHS = [2**power for power in range(4, 21)]  # upper ends of the bins, in tokens

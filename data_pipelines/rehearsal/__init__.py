@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipelines.rehearsal import kinds, tokenizer
-from data_pipelines.rehearsal.world import SHARDS
-from data_pipelines.shards import index_shards
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS
+from omni_train.data_pipelines.rehearsal import kinds, tokenizer
+from omni_train.data_pipelines.rehearsal.world import SHARDS
+from omni_train.data_pipelines.shards import index_shards
 from omni_train.errors import UserError
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipelines.rehearsal import listening, seeing, watching
-from data_pipelines.rehearsal.phrases import DIRECTIONS, LANGUAGES
-from data_pipelines.rehearsal.world import Sample, World, conversation, seconds
+from omni_train.data_pipelines.rehearsal import listening, seeing, watching
+from omni_train.data_pipelines.rehearsal.phrases import DIRECTIONS, LANGUAGES
+from omni_train.data_pipelines.rehearsal.world import Sample, World, conversation, seconds
 
 
 def without_media(split: str, samples: int) -> list[dict[str, Any]]:

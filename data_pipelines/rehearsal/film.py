@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
-from data_pipelines.rehearsal.pictures import Figure, paint
-from data_pipelines.rehearsal.speech import RATE
+from omni_train.data_pipelines.rehearsal.pictures import Figure, paint
+from omni_train.data_pipelines.rehearsal.speech import RATE
 
 
 @dataclass(frozen=True)

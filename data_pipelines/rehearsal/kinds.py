@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipelines.rehearsal import conversations, lasting, listening, seeing, text, watching
-from data_pipelines.rehearsal.world import HELD_OUT, SHARDS, Sample, World
-from data_pipelines.shards import write_shard, write_shards
+from omni_train.data_pipelines.rehearsal import conversations, lasting, listening, seeing, text, watching
+from omni_train.data_pipelines.rehearsal.world import HELD_OUT, SHARDS, Sample, World
+from omni_train.data_pipelines.shards import write_shard, write_shards
 
 # Folder of samples with media -> what makes a sample, and how many there are in all.
 KINDS: dict[str, tuple[Callable[[World], Sample], int]] = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from data_pipelines.rehearsal import listening
-from data_pipelines.rehearsal.film import Film
-from data_pipelines.rehearsal.phrases import LANGUAGES
-from data_pipelines.rehearsal.pictures import Figure, shade
-from data_pipelines.rehearsal.seeing import draw_look, thing
-from data_pipelines.rehearsal.speech import RATE, beep, flac, track
-from data_pipelines.rehearsal.watching import STEP, asked, draw_event, draw_size
-from data_pipelines.rehearsal.world import Sample, World, attach, conversation, seconds
+from omni_train.data_pipelines.rehearsal import listening
+from omni_train.data_pipelines.rehearsal.film import Film
+from omni_train.data_pipelines.rehearsal.phrases import LANGUAGES
+from omni_train.data_pipelines.rehearsal.pictures import Figure, shade
+from omni_train.data_pipelines.rehearsal.seeing import draw_look, thing
+from omni_train.data_pipelines.rehearsal.speech import RATE, beep, flac, track
+from omni_train.data_pipelines.rehearsal.watching import STEP, asked, draw_event, draw_size
+from omni_train.data_pipelines.rehearsal.world import Sample, World, attach, conversation, seconds
 
 MINUTES = (0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1.5, 1.5, 2, 10)
 PAUSE = 0.6  # seconds, at least, before everything that is said

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.rehearsal import phrases
-from data_pipelines.rehearsal.phrases import LANGUAGES
-from data_pipelines.rehearsal.speech import RATE, draw_voice, flac, say
-from data_pipelines.rehearsal.world import Sample, World, attach, conversation
+from omni_train.data_pipelines.rehearsal import phrases
+from omni_train.data_pipelines.rehearsal.phrases import LANGUAGES
+from omni_train.data_pipelines.rehearsal.speech import RATE, draw_voice, flac, say
+from omni_train.data_pipelines.rehearsal.world import Sample, World, attach, conversation
 
 COMBINED = ("digits", "name", "motion")  # said in so many ways that sentences are held out, and not voices alone
 QUESTIONS = list(phrases.questions())

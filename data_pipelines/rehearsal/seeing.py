@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipelines.rehearsal.phrases import COLORS, SHAPES
-from data_pipelines.rehearsal.pictures import BACKGROUNDS, Figure, encode, paint, shade, write
-from data_pipelines.rehearsal.world import Sample, World, attach, conversation
+from omni_train.data_pipelines.rehearsal.phrases import COLORS, SHAPES
+from omni_train.data_pipelines.rehearsal.pictures import BACKGROUNDS, Figure, encode, paint, shade, write
+from omni_train.data_pipelines.rehearsal.world import Sample, World, attach, conversation
 
 NUMBERS = ("no", "one", "two", "three", "four")
 WORDS = "ant bat bus cat cow cup dog egg fox hat jam key map owl pen pig sun toy van zoo".upper().split()

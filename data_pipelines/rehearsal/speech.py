@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from data_pipelines.rehearsal.world import World
+from omni_train.data_pipelines.rehearsal.world import World
 
 RATE = 16000  # Hz, of everything written
 VOLUME = 0.1  # of full scale: what is quieter takes fewer bits

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.rehearsal.film import Film, mp4
-from data_pipelines.rehearsal.listening import speak
-from data_pipelines.rehearsal.phrases import COLORS, DIRECTIONS, LANGUAGES, SHAPES
-from data_pipelines.rehearsal.pictures import BACKGROUNDS, Figure, shade
-from data_pipelines.rehearsal.seeing import draw_look, thing
-from data_pipelines.rehearsal.speech import beep, track
-from data_pipelines.rehearsal.world import Sample, World, attach, conversation, seconds
+from omni_train.data_pipelines.rehearsal.film import Film, mp4
+from omni_train.data_pipelines.rehearsal.listening import speak
+from omni_train.data_pipelines.rehearsal.phrases import COLORS, DIRECTIONS, LANGUAGES, SHAPES
+from omni_train.data_pipelines.rehearsal.pictures import BACKGROUNDS, Figure, shade
+from omni_train.data_pipelines.rehearsal.seeing import draw_look, thing
+from omni_train.data_pipelines.rehearsal.speech import beep, track
+from omni_train.data_pipelines.rehearsal.world import Sample, World, attach, conversation, seconds
 
 SIDES = range(56, 80, 2)  # pixels: 4 tokens a frame pair where patches are 16 pixels and 2 x 2 of them are merged
 STEP = 0.5  # seconds between moments at which something can happen

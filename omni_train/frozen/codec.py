@@ -97,6 +97,6 @@ def write_codes(
     Raises:
         UserError: no shards, no codec, or `out` holds something else.
     """
-    from data_pipelines.codes import extract
+    from omni_train.data_pipelines.codes import extract
 
     extract(data, codec, open_codec, out, workers, max_seconds, max_sample_bytes, max_text_bytes)

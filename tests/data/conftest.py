@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.rehearsal.tokenizer import train
-from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.recipe.schema import AudioEncoderConfig, DataConfig, ModelConfig, SourceConfig, VisionEncoderConfig
 
 ROW = 192

@@ -11,11 +11,11 @@ import tarfile
 
 import pytest
 
-from data_pipelines.shards import index_shards
 from omni_train.data.rows import kinds
 from omni_train.data.samples import sources
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
+from omni_train.data_pipelines.shards import index_shards
 from omni_train.errors import UserError
 from omni_train.recipe.schema import EvaluationConfig, SourceConfig
 from tests.data.conftest import MODEL, chats, documents

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.rows.batch import WaveRow
 from omni_train.data.rows.crops import read_crop
 from omni_train.data.rows.utterances import held_out_utterances

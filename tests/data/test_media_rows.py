@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 
-from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.rows.batch import MODALITIES
 from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.data.samples.tokenizer import Tokenizer

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.rows.batch import IGNORE, MODALITIES
 from omni_train.data.rows.kinds import held_out
 from omni_train.data.rows.transcripts import split_tag, tag_end, transcript_prompt, transcript_sequence

@@ -21,11 +21,11 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
-from data_pipelines.codes import extract
-from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
-from data_pipelines.shards import digest, index_shards, write_shards
 from omni_train.data.samples.sources import open_source
 from omni_train.data.stream.loader import build_loader
+from omni_train.data_pipelines.codes import extract
+from omni_train.data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
+from omni_train.data_pipelines.shards import digest, index_shards, write_shards
 from omni_train.errors import UserError
 from omni_train.frozen.codec import codec_hash, open_codec, write_codes
 from omni_train.models.codec import SpeechCodec

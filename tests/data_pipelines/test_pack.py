@@ -19,12 +19,12 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines.pack import Job, pack
-from data_pipelines.pack import manifest as module
-from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
-from data_pipelines.shards import digest
 from omni_train.data.samples.sources import open_source
 from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data_pipelines.pack import Job, pack
+from omni_train.data_pipelines.pack import manifest as module
+from omni_train.data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
+from omni_train.data_pipelines.shards import digest
 from omni_train.errors import UserError
 from omni_train.locks import DirectoryLock
 from omni_train.recipe.schema import DataConfig, ModelConfig, SourceConfig

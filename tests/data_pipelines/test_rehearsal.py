@@ -18,15 +18,15 @@ import pytest
 import soundfile
 from PIL import Image
 
-from data_pipelines import rehearsal
-from data_pipelines.rehearsal import listening, phrases, seeing, watching
-from data_pipelines.rehearsal.kinds import KINDS
-from data_pipelines.rehearsal.pictures import COLORS
-from data_pipelines.rehearsal.speech import RATE
-from data_pipelines.rehearsal.world import World
 from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.samples.sample import Chat, Document
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS, Tokenizer
+from omni_train.data_pipelines import rehearsal
+from omni_train.data_pipelines.rehearsal import listening, phrases, seeing, watching
+from omni_train.data_pipelines.rehearsal.kinds import KINDS
+from omni_train.data_pipelines.rehearsal.pictures import COLORS
+from omni_train.data_pipelines.rehearsal.speech import RATE
+from omni_train.data_pipelines.rehearsal.world import World
 from omni_train.errors import UserError
 
 SHARE = 0.04  # of the media
@@ -269,7 +269,7 @@ def test_sounds_are_heard_when_the_answer_says(built):
 
 def test_another_build_gives_the_same_bytes(built, tmp_path):
     again = tmp_path / "again"
-    program = f"from data_pipelines import rehearsal; rehearsal.build({str(again)!r}, samples={SHARE})"
+    program = f"from omni_train.data_pipelines import rehearsal; rehearsal.build({str(again)!r}, samples={SHARE})"
     environment = os.environ | {"PYTHONHASHSEED": "101"}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, env=environment)
     assert (ran.returncode, ran.stderr) == (0, "")

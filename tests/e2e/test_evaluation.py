@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from tests.support.media import image_file, sound_file, tone
 
 

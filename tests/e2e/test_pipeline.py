@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from tests.distributed.test_checkpoints import read_plain
 from tests.e2e.conftest import ROOT, Runs, kill
 from tests.support.media import image_file, sound_file, tone

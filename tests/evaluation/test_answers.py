@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.rehearsal.tokenizer import train
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.errors import UserError
 from omni_train.recipe.schema import EvaluationConfig, ParallelConfig, SourceConfig
 from tests.support.media import image_file, sound_file, tone

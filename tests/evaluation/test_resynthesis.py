@@ -11,10 +11,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
-from data_pipelines.shards import index_shards, write_shards
 from omni_train.data.rows.kinds import held_out
 from omni_train.data.rows.utterances import Utterance
+from omni_train.data_pipelines.rehearsal import tokenizer as rehearsal_tokenizer
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.evaluation.resynthesis import Resyntheses, pesq, stoi
 from omni_train.models.codec import SpeechCodec
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, Recipe, SourceConfig

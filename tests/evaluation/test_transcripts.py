@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.rehearsal.tokenizer import train
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.recipe.schema import EvaluationConfig, RecognitionConfig, SourceConfig
 from tests.support.media import sound_file, tone
 from tests.support.recognizer import build, recognizer_recipe

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.rehearsal.tokenizer import train
 from tests.support.media import tone
 from tests.support.pool import RankFailed
 from tests.support.recognizer import recognizer_recipe, write_recognizer

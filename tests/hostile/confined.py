@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import codes
-from data_pipelines.pack import Job, _shards, manifest
 from omni_train.data.rows.codes import codes_of
 from omni_train.data.samples.media import read_audio, read_image, read_video
 from omni_train.data.samples.sample import SampleError, one_sample
 from omni_train.data.samples.sources import open_source
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.streams import sequence_reader
+from omni_train.data_pipelines import codes
+from omni_train.data_pipelines.pack import Job, _shards, manifest
 from omni_train.recipe.schema import DataConfig, MediaConfig, SourceConfig
 from tests.data.conftest import MODEL
 from tests.support.codec import MODEL as SPEAKS

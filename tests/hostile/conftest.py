@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.rehearsal.tokenizer import train
 from omni_train.errors import UserError
 from tests.hostile import confined
 from tests.support.hostile import CALLS, Call

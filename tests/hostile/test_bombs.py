@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.pack import pack
 from omni_train.data.rows import chats as chat
 from omni_train.data.rows.kinds import held_out
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data_pipelines.pack import pack
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, SourceConfig
 from tests.data.conftest import MODEL

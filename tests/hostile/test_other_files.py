@@ -17,7 +17,6 @@ import pytest
 import torch
 from megatron.energon import WorkerConfig, get_train_dataset
 
-from data_pipelines.shards import index_shards, write_files
 from omni_train.data.rows.codes import CODES, codes_of
 from omni_train.data.samples import chat_template
 from omni_train.data.samples.chat_template import check_template
@@ -25,6 +24,7 @@ from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.sources import first_samples, open_source
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.streams import StreamReader, StreamState, open_stream
+from omni_train.data_pipelines.shards import index_shards, write_files
 from omni_train.interop.folder import Folder
 from omni_train.recipe.schema import ChatTemplate, DataConfig, SourceConfig
 from tests.data.conftest import MODEL, tokenizer_folder  # noqa: F401  a fixture

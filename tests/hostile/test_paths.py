@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.pack import pack
 from omni_train.data.rows.codes import check_codes
 from omni_train.data.samples import files
 from omni_train.data.samples.chat_template import check_template
 from omni_train.data.samples.sources import open_source
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.loader import build_loader
+from omni_train.data_pipelines.pack import pack
 from omni_train.errors import UserError
 from omni_train.interop import folder as interop
 from omni_train.recipe.schema import ChatTemplate, DataConfig, SourceConfig

@@ -15,8 +15,8 @@ import av
 import numpy as np
 import soundfile
 
-from data_pipelines.shards import index_shards
 from omni_train.data.samples.media.structure import ogg_checksum
+from omni_train.data_pipelines.shards import index_shards
 from tests.support.media import aac_file, png_chunk, sound_file, video_file
 
 TERABYTE = 1 << 40

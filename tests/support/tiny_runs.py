@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from data_pipelines.rehearsal.tokenizer import train
-from data_pipelines.shards import index_shards, write_shards
+from omni_train.data_pipelines.rehearsal.tokenizer import train
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from tests.support.media import sound_file, tone
 
 WORDS = [a + b for a in ("ka", "mo", "ri", "te", "zu") for b in ("lan", "per", "sto", "vin", "qua", "del")]
