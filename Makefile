@@ -37,7 +37,7 @@ smoke: setup rehearsal ## train a tiny Thinker through every stage, on every GPU
 	else launchers/local.sh 2 $(SMOKE); fi
 
 test: setup ## all tests
-	.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
+	env $$(.venv/bin/python -m omni_train.machine 2) .venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
 
 docs: setup ## write the tables of keys in docs/recipes.md
 	.venv/bin/python -m omni_train.recipe.tables

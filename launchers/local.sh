@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# omni-train on N processes of this machine: launchers/local.sh 2 train stage=text_pretrain …
-# Exits with the code of the first rank that fails; SIGTERM, SIGUSR1 and Ctrl-C reach every rank.
+# `omni-train launch` with the python of .venv: launchers/local.sh 2 train stage=text_pretrain …
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,8 +11,4 @@ if ! command -v "$python" >/dev/null; then
 fi
 export PYTHONSAFEPATH=1 # modules in the folder that this is started in are not ours
 
-if [[ ${1:-} == 1 ]]; then
-    shift
-    exec "$python" -m omni_train "$@"
-fi
-exec "$python" -m omni_train.launch "$@"
+exec "$python" -m omni_train launch "$@"

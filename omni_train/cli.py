@@ -1,4 +1,4 @@
-"""``omni-train {train, pipeline, data, convert}``: parse and dispatch, nothing else.
+"""``omni-train {train, pipeline, data, convert, launch}``: parse and dispatch, nothing else.
 
 What a command needs is imported when it runs, so that help and mistakes answer at once.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from omni_train import __version__, lines, stopping
+from omni_train import __version__, lines, machine, stopping
 from omni_train.errors import RankFailed, UserError, announce, described
 from omni_train.processes import Exit, die_with_parent
 from omni_train.threads import keep_awake
@@ -28,6 +28,9 @@ omni-train <command> [arguments]
                omni-train data codes data=DIR codec=CHECKPOINT
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
+  launch     run one of these commands on N processes of this machine, with the settings that suit it
+               omni-train launch 2 pipeline name=smoke
+  --version  of omni_train
 
 SIGTERM, SIGUSR1 and Ctrl-C stop train and pipeline where all is saved; a second Ctrl-C ends them at once.
 
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         return _as_process(sys.argv[1:])
     arguments = list(argv)
-    commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert}
+    commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert, "launch": _launch}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE)
@@ -67,12 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_process(arguments: list[str]) -> int:
-    if os.environ.get("TORCHELASTIC_RUN_ID"):
-        launcher = os.environ.pop("OMNI_TRAIN_LAUNCHER", None)  # which programs started from here do not have
+    launcher = os.environ.pop("OMNI_TRAIN_LAUNCHER", None)  # which programs started from here do not have
+    if launcher or os.environ.get("TORCHELASTIC_RUN_ID"):
         die_with_parent(int(launcher) if launcher else None)  # rather than train on beside a new run
     if arguments and arguments[0] in stopping.COMMANDS:
         stopping.listen()
         sys.excepthook = _say_what_failed
+    elif arguments[:1] == ["launch"]:
+        stopping.hold()  # they are for the ranks
     else:
         stopping.let_go()
     code = main(arguments)
@@ -88,11 +93,21 @@ def _say_what_failed(kind: type[BaseException], error: BaseException, trace: Tra
     lines.flush()
 
 
+def _launch(arguments: list[str]) -> int:
+    from omni_train import launch
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(launch.USAGE)
+        return Exit.finished
+    return launch.main(arguments, ("train", "pipeline", "data", "convert"))
+
+
 def _train(arguments: list[str]) -> int:
     from omni_train.recipe import hydra_app
     from omni_train.recipe.schema import Recipe
 
     keep_awake()
+    machine.say_what_came_too_late()
 
     def job(recipe: Recipe) -> int:
         from omni_train.training.run import run
@@ -106,6 +121,7 @@ def _pipeline(arguments: list[str]) -> int:
     from omni_train.recipe import pipeline
 
     keep_awake()
+    machine.say_what_came_too_late()
 
     def job(stages: pipeline.Pipeline) -> int:
         from omni_train.training.pipeline import run_pipeline

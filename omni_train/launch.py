@@ -4,8 +4,8 @@ Torchrun would hide a user's one-line error under pages of its own, always exit 
 SIGTERM, which a large checkpoint outlasts. Here the first failing rank's exit code is the launcher's, signals are
 passed on and the ranks decide when to end, and ranks do not outlive a launcher that is killed.
 
-``python -m omni_train.launch N train stage=…`` runs ``omni-train train stage=…`` on N processes. It sets what torchrun
-sets for them.
+``omni-train launch N train stage=…`` runs ``omni-train train stage=…`` on N processes. It sets what torchrun sets for
+them, and what :mod:`omni_train.machine` does.
 """
 
 from __future__ import annotations
@@ -16,26 +16,41 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Collection
 
-from omni_train import lines, stopping
-from omni_train.errors import FAILED
+from omni_train import lines, machine, stopping
+from omni_train.errors import FAILED, UserError
 from omni_train.processes import Exit
 
-_USAGE = "usage: launchers/local.sh N COMMAND …, N being a number of processes, at least 1"
+USAGE = "omni-train launch N COMMAND …, N being a number of processes, at least 1"
 _SAID = (Exit.wrong, Exit.stopped, Exit.interrupted)  # codes of which the rank has said why
 _GLANCE = 0.1  # seconds between two looks at the ranks
 # Seconds that the ranks have to end by themselves: when one was stopped, failed, or all were interrupted twice.
 _GRACE = {Exit.stopped: 60.0, Exit.failed: 10.0, Exit.interrupted: 1.0}
 
 
-def main(arguments: list[str]) -> int:
-    """``N COMMAND …`` as typed after ``launchers/local.sh``; returns the exit code."""
-    if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
-        lines.write(_USAGE)
-        return Exit.wrong
-    if arguments[1] in stopping.COMMANDS:
+def main(arguments: list[str], commands: Collection[str]) -> int:
+    """Run ``N COMMAND …`` and return the exit code; a lone process takes the place of this one.
+
+    Args:
+        arguments: as typed after ``omni-train launch``.
+        commands: those there are.
+
+    Raises:
+        UserError: there is no number of processes, or no such command.
+    """
+    count, *command = arguments or [""]
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"launch {count or 'has no number'}: write {USAGE}")
+    if not command or command[0] not in commands:
+        raise UserError(f"launch {count} {' '.join(command[:1])}: needs one of {', '.join(commands)}")
+    os.environ["PYTHONSAFEPATH"] = "1"  # modules in the folder that this is started in are not ours
+    if int(count) == 1:
+        stopping.hold()
+        os.execve(sys.executable, [sys.executable, "-m", "omni_train", *command], machine.environment(1))
+    if command[0] in stopping.COMMANDS:
         lines.begin_log()
-    return launch(int(arguments[0]), "omni_train", arguments[1:])
+    return launch(int(count), "omni_train", command)
 
 
 def launch(count: int, module: str, arguments: list[str]) -> int:
@@ -45,6 +60,7 @@ def launch(count: int, module: str, arguments: list[str]) -> int:
     The other ranks are then told so, sent SIGTERM, and later SIGKILL.
     """
     stopping.hold()  # signals wait for the loop below, in the ranks for their first line
+    shared = machine.environment(count)
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -53,7 +69,7 @@ def launch(count: int, module: str, arguments: list[str]) -> int:
         for rank in range(count):
             command = [sys.executable, "-m", module, *arguments]
             # In a session of its own, a rank gets a terminal's Ctrl-C from here alone, and counts it once.
-            environment = _environment(rank, count, store.port)
+            environment = shared | _place(rank, count, store.port)
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _Watch(ranks, store).follow()
     finally:
@@ -61,13 +77,11 @@ def launch(count: int, module: str, arguments: list[str]) -> int:
             rank.kill()
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+def _place(rank: int, count: int, port: int) -> dict[str, str]:
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     met = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     ours = {"TORCHELASTIC_RUN_ID": uuid.uuid4().hex, "OMNI_TRAIN_LAUNCHER": os.getpid()}
-    values = {key: str(value) for key, value in (mine | met | ours).items()}
-    return {"OMP_NUM_THREADS": threads} | os.environ | values
+    return {key: str(value) for key, value in (mine | met | ours).items()}
 
 
 class _Watch:
@@ -120,7 +134,3 @@ class _Watch:
             self.store.compare_set(FAILED, "", f"{int(Exit.failed)} rank {first} {ending}")
         for rank in running:
             rank.terminate()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

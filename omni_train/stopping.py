@@ -53,9 +53,9 @@ def listen() -> None:
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _remember)
+    let_go()  # before the thread starts, which hears them also where the main one holds them
     threading.Thread(target=_heed, args=(heard,), name="signals", daemon=True).start()
     _keep_from_children()
-    let_go()
 
 
 def finish_first(doing: str) -> None:

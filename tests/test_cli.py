@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import omni_train
 from omni_train.cli import main
 from omni_train.errors import RunFailed, UserError
 
@@ -42,7 +43,7 @@ def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(trainin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tran"], "error: tran is not a command; choose one of train, pipeline, data, convert\n"),
+        (["tran"], "error: tran is not a command; choose one of train, pipeline, data, convert, launch\n"),
         (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
         (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
         (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack, codes\n"),
@@ -61,6 +62,12 @@ def test_a_users_error_from_training_is_one_line_and_exit_2(training, capsys):
     training.outcome = UserError("no shards in rehearsal; run omni-train data rehearsal out=rehearsal")
     assert main(["train"]) == 2
     assert capsys.readouterr().err == "error: no shards in rehearsal; run omni-train data rehearsal out=rehearsal\n"
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"omni_train {omni_train.__version__}\n"
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()  # so that it has one place
 
 
 def test_a_defect_keeps_its_stack_trace(training):

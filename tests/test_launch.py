@@ -1,8 +1,9 @@
-"""What a user of launchers/local.sh relies on when a run ends: exit codes, output, signals, nothing left behind."""
+"""What a user of omni-train launch relies on when a run ends: exit codes, output, signals, nothing left behind."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from omni_train import cli, launch, machine, stopping
 from omni_train.processes import Exit
 
 LOCAL = Path(__file__).parents[1] / "launchers" / "local.sh"
@@ -206,9 +208,54 @@ def test_a_rank_whose_launcher_was_killed_before_its_first_line_ends_too(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["2"], ["two", "train"], ["0", "train"]])
-def test_a_wrong_number_of_processes_is_one_line_and_exit_2(arguments):
-    result = subprocess.run([LOCAL, *arguments], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: launchers/local.sh N COMMAND")
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "launch has no number: write omni-train launch N COMMAND …"),
+        (["two", "train"], "launch two: write omni-train launch N COMMAND …"),
+        (["0", "train"], "launch 0: write omni-train launch N COMMAND …"),
+        (["2"], "launch 2 : needs one of train, pipeline, data, convert"),
+        (["2", "launch", "2", "train"], "launch 2 launch: needs one of train, pipeline, data, convert"),
+    ],
+)
+def test_a_mistake_of_the_launch_is_one_line_and_exit_2(arguments, message, capsys):
+    assert cli.main(["launch", *arguments]) == Exit.wrong
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_script_is_the_command_and_a_lone_process_takes_its_place(tmp_path):
+    words = [LOCAL, "1", "train", "nosuch=1"]
+    environment = {**os.environ, "OMNI_TRAIN_PYTHON": sys.executable, "PYTHONPATH": str(LOCAL.parents[1])}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (
+        Exit.wrong,
+        "error: nosuch is not a key of the recipe; omni-train train --help lists them\n",
+    )
+
+
+def test_a_lone_process_has_the_settings_and_no_place_among_ranks(monkeypatch):
+    became = []
+    monkeypatch.setattr(os, "execve", lambda *how: became.append(how) or sys.exit(7))
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    with pytest.raises(SystemExit):
+        launch.main(["1", "train", "seed=2"], ("train",))
+    stopping.let_go()
+    [(program, command, environment)] = became
+    assert program == sys.executable and command[1:] == ["-m", "omni_train", "train", "seed=2"]
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert not {"WORLD_SIZE", "OMP_NUM_THREADS", machine.FULL_WIDTH} & environment.keys()
+
+
+def test_the_ranks_have_a_place_and_the_settings(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MALLOC_"))}
+    done = subprocess.run([sys.executable, "-c", LAUNCH, "tell", str(tmp_path)], env=environment, timeout=120)
+    assert done.returncode == 0
+    ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
+    assert [(rank["RANK"], rank["LOCAL_RANK"], rank["WORLD_SIZE"]) for rank in ranks] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
+    settings = machine.environment(2)
+    assert all(rank["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2)) for rank in ranks)
+    assert all(rank.get(name) == settings.get(name) for rank in ranks for name in ("MALLOC_TRIM_THRESHOLD_",))

@@ -37,6 +37,14 @@ def test_help_shows_the_arguments_and_the_docstring(capsys):
     assert CALLS == []
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_help_may_stand_anywhere(place, capsys):
+    words = ["build", "out=a"]
+    assert run(*words[:place], "--help", *words[place:]) == 0
+    assert "Write it." in capsys.readouterr().out
+    assert CALLS == []
+
+
 @dataclasses.dataclass
 class Size:
     rows: int = 1

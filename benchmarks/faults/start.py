@@ -18,7 +18,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 MARK = "OMNI_TRAIN_FAULTS"  # a variable that every process of a start inherits
-LAUNCHER = "omni_train.launch"
+LAUNCHER = "launch"  # a word of its command line
 PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 GONE = 10.0  # seconds after the end of a command by which its processes must have ended
 

@@ -40,7 +40,7 @@ command again skips the stages that are complete and goes on with the first that
 for every stage, with STAGE. before it for that stage alone; --cfg job shows the composed stages and runs nothing, and
 --config-dir adds recipes of your own, pipelines among them.
 
-  launchers/local.sh 2 pipeline name=smoke run=mine schedule.steps=5 s2_general.schedule.steps=50
+  omni-train launch 2 pipeline name=smoke run=mine schedule.steps=5 s2_general.schedule.steps=50
 
 Pipelines and their stages:
 """

@@ -117,7 +117,7 @@ def _world(recipe: Recipe, world_size: int) -> None:
         verb = "process runs" if world_size == 1 else "processes run"
         raise UserError(
             f"{layout}: needs {needed} processes or a multiple, but {world_size} {verb}; "
-            f"launch with: launchers/local.sh {needed} …"
+            f"launch with: omni-train launch {needed} …"
         )
     data_ranks = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     keys = ["schedule.global_batch"] + (["schedule.eval_rows"] if schedule.eval_every else [])

@@ -19,21 +19,29 @@ def run_directory(command: Sequence[str], ranks: int | None) -> Path:
         ranks: number of ranks that will run it; None where it is not known yet.
 
     Raises:
-        UserError: the command is another one or has flags, or its recipe cannot be composed or cannot work.
+        UserError: it is another command, has other flags than --config-dir, or its recipe cannot be composed or
+            cannot work.
     """
     name, words = command[0] if command else "", list(command[1:])
     if name not in ("train", "pipeline"):
         raise UserError(f"{name or 'no command'}: must be train or pipeline under launchers/slurm.sh")
-    if flags := [word for word in words if word.startswith("-")]:
-        raise UserError(f"{flags[0]}: must be left out under SLURM; to sweep, submit an array with run=NAME-{TASK}")
+    from omni_train.recipe.hydra_app import parse
+
+    options = vars(parse(words))
+    words, config_dir = options.pop("overrides"), options.pop("config_dir")
+    if flag := next(filter(options.get, options), None):
+        raise UserError(
+            f"--{flag.replace('_', '-')}: must be left out under SLURM, where --config-dir is the only flag; to sweep, "
+            f"submit an array with run=NAME-{TASK}"
+        )
     if name == "pipeline":
         from omni_train.recipe.pipeline import load_pipeline
 
-        return load_pipeline(words, ranks).directory
+        return load_pipeline(words, ranks, config_dir).directory
     from omni_train.recipe.compose import load_recipe
     from omni_train.recipe.validate import validate
 
-    recipe = load_recipe(words)
+    recipe = load_recipe(words, config_dir)
     validate(recipe, ranks)
     return Path(recipe.runs_dir, recipe.run)
 

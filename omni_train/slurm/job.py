@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omni_train import lines
+from omni_train import lines, machine
 from omni_train.errors import UserError
 from omni_train.processes import Exit
 
@@ -165,8 +165,7 @@ def _run_ranks(command: Sequence[str], asked: StopSignals) -> End:
     on_this_node = int(re.match(r"\d+", os.environ["SLURM_TASKS_PER_NODE"])[0])  # as in 8(x2)
     first = os.environ["SLURMD_NODENAME"]  # where the batch script runs, and so does rank 0
     environment = {
-        "OMP_NUM_THREADS": str(max(1, int(os.environ["SLURM_CPUS_ON_NODE"]) // on_this_node)),
-        **os.environ,
+        **machine.environment(on_this_node, int(os.environ["SLURM_CPUS_ON_NODE"])),
         "MASTER_ADDR": _show("node", first).get("NodeAddr", first),
         "MASTER_PORT": str(10000 + job % 20000),  # below the ports that systems hand out themselves
     }

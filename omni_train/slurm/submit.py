@@ -31,7 +31,7 @@ def submit(script: str, *arguments: str) -> NoReturn:
     asked = _asked([*header, *options])
     run_directory(of_task(command, "0") if asked.array else command, _ranks(asked))
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch: must be on PATH; submit from a login node, or use launchers/local.sh on one machine")
+        raise UserError("sbatch: must be on PATH; submit from a login node, or use omni-train launch on one machine")
     for name in [name for name in os.environ if name.startswith(("SLURM_ARRAY_", "SLURM_RESTART_"))]:
         del os.environ[name]  # of the job that submits this one
     os.environ["OMNI_TRAIN_PYTHON"] = sys.executable

@@ -20,6 +20,7 @@ from omni_train.data.samples.media import audio, read_audio
 from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.errors import UserError
 from omni_train.recipe.schema import (
     Code2WavConfig,

@@ -17,6 +17,7 @@ from omni_train.data.samples.lengths import audio_tokens, vision_tokens
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.recipe.schema import DataConfig, MediaConfig, Positions, SourceConfig
 from tests.data.conftest import MODEL, documents
 from tests.data.test_loader import assert_same, take, through_a_file, workers_of

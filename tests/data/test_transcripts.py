@@ -20,6 +20,7 @@ from omni_train.data.samples.media import read_audio
 from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.stream.loader import build_loader, evaluation_rows
+from omni_train.data_pipelines.shards import index_shards, write_shards
 from omni_train.recipe.schema import AugmentationConfig, DataConfig, EvaluationConfig, MediaConfig, SourceConfig
 from tests.data.conftest import MODEL, documents
 from tests.data.test_loader import assert_same, take, through_a_file

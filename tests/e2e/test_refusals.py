@@ -77,4 +77,4 @@ def test_a_chat_template_that_its_tokenizer_does_not_serve(trained):
 
 
 def test_a_layout_larger_than_the_world_says_how_to_launch_it(trained):
-    assert "launchers/local.sh 2 …" in refusal(trained, "run=layout", "parallel.tensor=2")
+    assert "omni-train launch 2 …" in refusal(trained, "run=layout", "parallel.tensor=2")

@@ -102,6 +102,15 @@ def test_cfg_job_shows_every_stage_and_runs_none(capsys):
     assert "s3_long_context" in shown
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_flags_may_stand_anywhere_among_the_words(place, capsys):
+    words = ["schedule.steps=3", "name=smoke"]
+    assert run([*words[:place], "--cfg", "job", *words[place:]], job=pytest.fail) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["s2_general"]["schedule"]["steps"] == 3
+    assert run([*words[:place], "--help", *words[place:]], job=pytest.fail) == 0
+    assert "smoke: " in capsys.readouterr().out
+
+
 def test_help_lists_the_pipelines_with_their_stages(capsys):
     assert run(["--help"], job=pytest.fail) == 0
     assert "smoke: audio_encoder → codec → text_pretrain → s1_audio_adapter → " in capsys.readouterr().out

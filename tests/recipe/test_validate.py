@@ -250,13 +250,13 @@ REFUSED = [
         "parallel.tensor=2 parallel.pipeline=2",
         1,
         "parallel.tensor=2 parallel.pipeline=2: needs 4 processes or a multiple, but 1 process runs; "
-        "launch with: launchers/local.sh 4 …",
+        "launch with: omni-train launch 4 …",
     ),
     (
         "parallel.expert=2 parallel.expert_tensor=2",
         6,
         "parallel.expert=2 parallel.expert_tensor=2: needs 4 processes or a multiple, but 6 processes run; "
-        "launch with: launchers/local.sh 4 …",
+        "launch with: omni-train launch 4 …",
     ),
     (
         "schedule.global_batch=5",
@@ -309,7 +309,7 @@ def test_packages_that_a_choice_needs_are_named_where_the_run_would_start(monkey
 def test_without_a_world_a_layout_of_any_size_is_accepted():
     recipe = load_recipe(["stage=s2_general", "model=plus_397b_a17b", "parallel=tp4_pp5_ep32"])
     validate(recipe, world_size=None)
-    with pytest.raises(UserError, match=r"launch with: launchers/local.sh 160 …"):
+    with pytest.raises(UserError, match=r"launch with: omni-train launch 160 …"):
         validate(recipe, world_size=8)
 
 

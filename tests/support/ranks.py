@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ def main(behaviour: str, folder: str) -> int:
 
     match behaviour:
         case "succeed":
+            return 0
+        case "tell":
+            mark.write_text(json.dumps(dict(os.environ)))
             return 0
         case "user_error":
             announce(UserError("parallel.tensor=3: no"))
