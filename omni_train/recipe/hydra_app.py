@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from omni_train.errors import UserError, announce
+from omni_train.errors import UserError
 from omni_train.processes import Exit
-from omni_train.recipe.compose import Tree, opened_tree, refuse_hydra_words, to_recipe, used
+from omni_train.recipe import sweep
+from omni_train.recipe.compose import Tree, opened_tree, to_recipe, used
 from omni_train.recipe.help import overview, page
-from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
 from omni_train.recipe.validate import validate
 
@@ -36,9 +34,10 @@ _ALONE = ("run", "multirun", "cfg")
 def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) -> int:
     """Do what the arguments say: show a recipe, or compose, validate and hand each one to ``job``.
 
-    Under ``--multirun`` the jobs run one after the other in ``runs_dir/run/0``, ``/1`` and so on. What cannot work is
-    refused before the first; one that fails is reported and the next ones run all the same, but with several processes,
-    which may not agree on how it failed. One that was asked to stop is the last.
+    Under ``--multirun`` the jobs run in ``runs_dir/run/0``, ``/1`` and so on, one after the other or as a launcher
+    plugin of Hydra's has it (:mod:`omni_train.recipe.sweep`). What cannot work is refused before the first; one that
+    fails is reported and the next ones run all the same, but with several processes, which may not agree on how it
+    failed. One that was asked to stop is the last.
 
     Args:
         program: the name that help shows.
@@ -52,12 +51,16 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
         UserError: a recipe cannot be composed or cannot work.
     """
     options = parse(arguments)
+    launcher, words = sweep.split(options.overrides)
+    shows = options.help or options.hydra_help
+    if launcher.words and (shows or not options.multirun):
+        raise UserError(f"{launcher.words[0]}: goes with --multirun")
     with opened_tree(options.config_dir) as tree:
         if options.help:
-            print(_help(tree, options.overrides))
+            print(_help(tree, words))
             return Exit.finished
         if options.hydra_help or not options.multirun:
-            composed = tree.compose(options.overrides)
+            composed = tree.compose(words)
             recipes = [to_recipe(composed)]
             if options.hydra_help:  # its own way there sets up logging anew, and closes what others log to
                 print(tree.hydra.format_args_help(get_args_parser()))
@@ -67,12 +70,23 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
                 print(_yaml(composed, options.package, options.resolve), end="")
                 return Exit.finished
         else:
-            recipes = [to_recipe(tree.compose(words, RunMode.MULTIRUN)) for words in _sweep(options.overrides)]
+            jobs = sweep.jobs(words)
+            recipes = [to_recipe(tree.compose(words, RunMode.MULTIRUN)) for words in jobs]
+            folder = str(Path(recipes[0].runs_dir, recipes[0].run))
             for number, recipe in enumerate(recipes):
                 recipe.run = f"{recipe.run}/{number}"
     for recipe in recipes:
         validate(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return _run_all(recipes, job) if options.multirun else job(recipes[0])
+    if not options.multirun:
+        return job(recipes[0])
+    if launcher.name == sweep.BASIC:
+        return sweep.one_after_the_other(recipes, job)
+    own = ["--config-dir", options.config_dir] if options.config_dir else []
+    commands = {
+        recipe.run: [*(word for word in words if not word.startswith("run=")), f"run={sweep.quoted(recipe.run)}", *own]
+        for words, recipe in zip(jobs, recipes, strict=True)
+    }
+    return sweep.Sweep(launcher, folder, commands).run()
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -116,39 +130,3 @@ def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:
     if part is None:
         _refuse_flag(f"--package {package}: no such part of the recipe")
     return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"
-
-
-def _sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The words of each job, the values of the last word changing fastest."""
-    try:
-        refuse_hydra_words(overrides)
-        [jobs] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(overrides)), None)
-    except UserError:
-        raise
-    except Exception as error:
-        raise one_line(error) from error
-    return jobs
-
-
-def _run_all(recipes: list[Recipe], job: Callable[[Recipe], int]) -> int:
-    worst = int(Exit.finished)
-    for recipe in recipes:
-        try:
-            code = job(recipe)
-        except UserError as error:
-            announce(error)
-            code = Exit.wrong
-        except Exception:
-            traceback.print_exc()
-            code = Exit.failed
-        if code in (Exit.stopped, Exit.interrupted):
-            return code
-        worst = max(worst, code, key=_badness)
-        if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            break
-    return worst
-
-
-def _badness(code: int) -> tuple[bool, bool]:
-    """A crash, which another try may mend, before a mistake, which none will."""
-    return code not in (Exit.finished, Exit.wrong), code == Exit.wrong

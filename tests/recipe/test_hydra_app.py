@@ -50,7 +50,7 @@ def test_an_error_of_the_job_arrives_as_it_was_raised(capsys):
 
 
 def test_the_world_of_the_launcher_is_checked_before_the_job(monkeypatch):
-    with pytest.raises(UserError, match=r"launchers/local.sh 2 …"):
+    with pytest.raises(UserError, match=r"omni-train launch 2 …"):
         run("parallel.tensor=2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("parallel.tensor=2")[1][0].parallel.tensor == 2
@@ -189,6 +189,8 @@ def own(tmp_path):
         "stage/marking.yaml": "# @package _global_\nhydra:\n  callbacks:\n    x: {_target_: marking.mark}\n",
         "stage/logging.yaml": "# @package _global_\nhydra:\n  job_logging:\n    handlers: {x: {(): marking.mark}}\n",
         "stage/sweeping.yaml": "# @package _global_\nhydra:\n  sweep: {dir: elsewhere}\n",
+        "stage/launching.yaml": "# @package _global_\nhydra:\n  launcher: {_target_: marking.mark}\n",
+        "hydra/launcher/marking.yaml": "_target_: marking.mark\n",
         "stage/making.yaml": "# @package _global_\nmodel: {_target_: marking.mark}\n",
         "marking.py": "from pathlib import Path\ndef mark(**_): pass\nPath('marked').touch()\n",
     }
@@ -208,9 +210,17 @@ def test_recipes_of_ones_own_are_beside_ours_whatever_is_asked(own, capsys):
     assert ", mine, " in capsys.readouterr().out
 
 
-def test_flags_may_stand_among_the_words(capsys):
-    assert run("schedule.steps=5", "--cfg", "job", "seed=3") == (0, [])
-    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+@pytest.mark.parametrize("place", range(4))
+def test_flags_may_stand_anywhere_among_the_words(own, place, capsys, monkeypatch):
+    words = ["schedule=mine", "seed=3", "model=tiny"]
+    monkeypatch.chdir(own.parent)
+    for flags in (["--config-dir", "own", "--cfg", "job"], ["-c", "job", "--config-dir=own"]):
+        assert run(*words[:place], *flags, *words[place:]) == (0, [])
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert (shown["seed"], shown["schedule"]["steps"]) == (3, 23)
+    assert run(*words[:place], "--config-dir", "own", *words[place:], "--help") == (0, [])
+    assert run("--help", *words[:place], "--config-dir", "own", *words[place:]) == (0, [])
+    assert run(*words[:place], "--multirun", *words[place:], "--config-dir=own")[1][0].schedule.steps == 23
 
 
 @pytest.mark.parametrize(
@@ -219,7 +229,15 @@ def test_flags_may_stand_among_the_words(capsys):
         ("+hydra.callbacks.x._target_=marking.mark", []),
         ("+hydra.callbacks={x:{_target_:marking.mark}}", ["--multirun"]),
         ("hydra.searchpath=[pkg://marking]", []),
-        ("hydra/launcher=basic", ["--multirun"]),
+        ("hydra/launcher=joblib", []),
+        ("hydra/launcher=joblib", ["--multirun", "--help"]),
+        ("hydra/launcher=marking", ["--multirun"]),
+        ("hydra/launcher=joblib,basic", ["--multirun"]),
+        ("+hydra/launcher=joblib", ["--multirun"]),
+        ("hydra.launcher._target_=marking.mark", ["--multirun", "hydra/launcher=joblib"]),
+        ("hydra.launcher={_target_:marking.mark}", ["--multirun", "hydra/launcher=joblib"]),
+        ("hydra.launcher.prefer={_target_:marking.mark}", ["--multirun", "hydra/launcher=joblib"]),
+        ("stage=launching", ["--multirun"]),
         ("hydra.sweeper._target_=marking.mark", ["--multirun"]),
         ("+tracking@hydra.callbacks=wandb", []),
         ("stage=marking", ["--multirun"]),
