@@ -128,8 +128,6 @@ def stages(recipe) -> dict[str, list]:
             return x + self.down(F.gelu(self.up(x)[0]))[0]
 
     class Stage(PipelineStage, MegatronModule):
-        share_embeddings_and_output_weights = False
-
         def __init__(self) -> None:
             super().__init__(config)
             rank, each = parallel_state.get_pipeline_model_parallel_rank(), bard.layers // parallel.pipeline
@@ -138,7 +136,9 @@ def stages(recipe) -> dict[str, list]:
                 self.embedding = VocabParallelEmbedding(
                     LETTERS, bard.width, init_method=config.init_method, config=config
                 )
-            self.blocks = torch.nn.ModuleDict({str(rank * each + i): Block() for i in range(each)})
+            self.mine = [f"block_{rank * each + i}" for i in range(each)]
+            for name in self.mine:
+                self.add_module(name, Block())
             if self.post_process:
                 self.head = ColumnParallelLinear(bard.width, LETTERS, gather_output=True, bias=False, **linear)
             self.received = None
@@ -154,8 +154,8 @@ def stages(recipe) -> dict[str, list]:
 
         def forward(self, row, objective=None):
             x = self.embedding(row.letters)[:, None] if self.pre_process else self.received
-            for block in self.blocks.values():
-                x = block(x)
+            for name in self.mine:
+                x = getattr(self, name)(x)
             return objective(self, x, row) if self.post_process and objective is not None else x
 
     return {"model": [Stage()]}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import ModelType
 
 from omni_train.models.row import LocalRow
 
@@ -20,6 +21,11 @@ class PipelineStage(torch.nn.Module):
     """
 
     config: Any
+    model_type = ModelType.encoder_or_decoder  # these five are what Megatron's schedules and engines ask of a model
+    vp_stage: int | None = None
+    pre_process = True
+    post_process = True
+    share_embeddings_and_output_weights = False
 
     def local_row(self, row: Any, step: int, training: bool) -> Any:
         """This rank's part of a row, on its device; what ``forward`` takes.

@@ -11,7 +11,6 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import ModelType
 
 from omni_train import platform
 from omni_train.data.rows.batch import PackedBatch
@@ -50,7 +49,6 @@ class Thinker(PipelineStage, LanguageModule):
         self.pre_process, self.post_process = stage == 0, stage == len(segments) - 1
         self.mtp_process = self.post_process and thinker.mtp_num_hidden_layers > 0
         self.share_embeddings_and_output_weights = thinker.tie_word_embeddings
-        self.model_type = ModelType.encoder_or_decoder
         self._audio, self._seed = recipe.model.audio, recipe.seed
         submodules = stack_submodules(backend())
 

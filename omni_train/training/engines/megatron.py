@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
 from omni_train import platform
-from omni_train.checkpoint.sharded import CheckpointStore
+from omni_train.checkpoint.sharded import CheckpointStore, check_sharding
 from omni_train.checkpoint.start import initialize
 from omni_train.models.stage import PipelineStage
 from omni_train.nn import balance
@@ -60,6 +60,7 @@ class MegatronEngine(Engine):
         self.config.finalize_model_grads_func = lambda model, _tokens=None, **options: finalize_model_grads(
             model, None, **options
         )
+        check_sharding(self.chunks)
         self.optimizer = build_optimizer(recipe, self.chunks, named)
         self._run = get_forward_backward_func()
         self._totals = Totals(
