@@ -28,7 +28,8 @@ MODEL_BLOCKS = 10
 
 def slice_recipe(blocks: int, row_tokens: int, recompute: str) -> Recipe:
     """The released recipe, cut down."""
-    changes = ("audio=null", "vision=null", f"repeats={blocks}", "num_experts=32", "mtp_num_hidden_layers=0")
+    sizes = (f"thinker.repeats={blocks}", "thinker.num_experts=32", "thinker.mtp_num_hidden_layers=0")
+    changes = ("audio=null", "vision=null", *sizes)
     return load_recipe(
         [
             "stage=s2_general",
