@@ -19,6 +19,7 @@ from omni_train.evaluation.base import Evaluated
 from omni_train.models.stage import PipelineStage
 from omni_train.networks.base import NetworkSpec
 from omni_train.objectives.base import GlobalBatch, Objective, Outcome
+from omni_train.recipe import networks
 from omni_train.recipe.compose import load_recipe
 from omni_train.recipe.keys import Change, key
 from omni_train.recipe.networks import register
@@ -287,11 +288,26 @@ BARD = NetworkSpec(
     objective=lambda recipe, networks, frozen: Imitation(frozen["bard"], recipe.bard.pull),
     evaluation=lambda recipe, verses, refused, frozen: Rhymes(verses),
 )
-register(BARD)
-kinds.register(LineRows())
+
+
+@contextlib.contextmanager
+def known():
+    """In this process, for a while: other tests count what the package brings."""
+    register(BARD)
+    kinds.register(LineRows())
+    try:
+        yield
+    finally:
+        del networks._TABLE["bard"], kinds._KINDS["lines"]
 
 
 # --- tests ---
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    with known():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -338,10 +354,10 @@ def train(rank, world_size, world, overrides):
     from omni_train import platform
     from omni_train.training.trainer import Trainer
 
-    recipe = recipe_of(world, *overrides)
-    validate(recipe, world_size)
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said), known():
+        recipe = recipe_of(world, *overrides)
+        validate(recipe, world_size)
         platform.parallel.initialize(recipe.parallel, recipe.seed)
         trainer = Trainer(recipe)
         trainer.fit()
@@ -397,13 +413,15 @@ def test_one_rank_and_four_learn_the_same(distributed, world, tmp_path):
 
 
 def train_only(rank, world_size, world, overrides):
+    """A run without a logged step."""
     from omni_train import platform
     from omni_train.training.trainer import Trainer
 
-    recipe = recipe_of(world, *overrides)
-    platform.parallel.initialize(recipe.parallel, recipe.seed)
-    Trainer(recipe).fit()
-    platform.parallel.destroy()
+    with known():
+        recipe = recipe_of(world, *overrides)
+        platform.parallel.initialize(recipe.parallel, recipe.seed)
+        Trainer(recipe).fit()
+        platform.parallel.destroy()
 
 
 def test_its_keys_are_bounded_and_its_checks_asked(world):

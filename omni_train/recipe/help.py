@@ -109,7 +109,7 @@ def _type(hint: Any) -> str:
     if get_origin(hint) is dict:
         return f"{_type(inner[0])}s to {_type(inner[1])}s"
     if issubclass(hint, Enum):
-        return " or ".join(hint.__members__)
+        return " or ".join(one.name for one in hint)
     return _WORDS.get(hint, "group")
 
 

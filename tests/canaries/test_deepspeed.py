@@ -12,7 +12,7 @@ import torch
 
 from omni_train.recipe.schema import OptimizerConfig, Precision, ZeroConfig
 from omni_train.training.engines import deepspeed as ours
-from omni_train.training.engines import zero
+from omni_train.training.engines import zero_parameters
 from tests.canaries.table import relied_on
 
 ENGINE, STORE = "omni_train/training/engines/deepspeed.py", "omni_train/checkpoint/zero.py"
@@ -99,7 +99,7 @@ def test_spoiled_steps(wrapped):
 @relied_on(
     "deepspeed",
     "at stage 3 a parameter has ds_tensor and ds_shape, in order of ranks",
-    "omni_train/training/engines/zero.py",
+    "omni_train/training/engines/zero_parameters.py",
 )
 def test_stage_3(wrapped):
     import deepspeed
@@ -109,10 +109,10 @@ def test_stage_3(wrapped):
     with deepspeed.zero.GatheredParameters([parameter]):
         whole = parameter.detach().clone()
     assert parameter.numel() == 0
-    assert zero.shard(parameter).numel() == whole.numel()
-    assert zero.full_shape(parameter) == whole.shape
-    assert torch.equal(zero._whole(parameter, zero.shard(parameter)), whole)
-    assert torch.equal(zero._share_of(parameter, whole), zero.shard(parameter))
+    assert zero_parameters.shard(parameter).numel() == whole.numel()
+    assert zero_parameters.full_shape(parameter) == whole.shape
+    assert torch.equal(zero_parameters.whole(parameter, zero_parameters.shard(parameter)), whole)
+    assert torch.equal(zero_parameters.share_of(parameter, whole), zero_parameters.shard(parameter))
 
 
 @relied_on("deepspeed", "its process groups and counts are where forget_groups looks for them", ENGINE)

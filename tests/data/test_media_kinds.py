@@ -144,13 +144,14 @@ def test_its_parts_are_parsed_as_it_says():
 
 
 def test_a_tracker_shows_its_files(tmp_path):
-    from omni_train.tracking.callbacks import Wandb
+    from omni_train.evaluation.base import Medium as Shown
+    from omni_train.tracking.weights_and_biases import Wandb
 
     tracker = object.__new__(Wandb)
-    tracker._media, tracker._wandb = tmp_path, SimpleNamespace(Html=lambda path: ("Html", path))
-    assert tracker._medium("songs/0", Medium("notes", "0.mid"), SONG) == ("Html", str(tmp_path / "songs/0/0.mid"))
-    assert (tmp_path / "songs/0/0.mid").read_bytes() == SONG
-    assert tracker._medium("songs/0", Medium("notes", "0.txt"), SONG) is None
+    tracker._directory, tracker._wandb = tmp_path, SimpleNamespace(Html=lambda path: ("Html", path))
+    assert tracker._shown(Shown("notes", "songs/0.mid", SONG)) == ("Html", str(tmp_path / "songs/0.mid"))
+    assert (tmp_path / "songs/0.mid").read_bytes() == SONG
+    assert tracker._shown(Shown("notes", "songs/0.txt", SONG)) is None
 
 
 def test_a_name_is_given_once():

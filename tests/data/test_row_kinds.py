@@ -214,7 +214,6 @@ def test_later_stages_have_a_row_without_its_media():
     assert (rest.samples, row.mel.shape) == (2, (4, 128))
 
 
-def test_tokens_and_weights_are_counted_by_modality_without_padding():
-    tokens, weights = packed().by_modality()
+def test_tokens_are_counted_by_modality_without_padding():
+    tokens = packed().tokens_by_modality()
     assert dict(zip(MODALITIES, tokens.tolist(), strict=True)) == dict.fromkeys(MODALITIES, 0) | {"text": 4, "image": 2}
-    assert weights.sum() == 28 and weights[MODALITIES.index("image")] == 7

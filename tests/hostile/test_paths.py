@@ -201,7 +201,7 @@ def test_a_tokenizer_is_bounded(tmp_path):
 
 def test_the_headers_of_a_foreign_model_are_bounded(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
-    with pytest.raises(UserError, match="a header of 1,152,921,504,606,846,976 bytes; it is no safetensors file"):
+    with pytest.raises(UserError, match="a header of 1,152,921,504,606,846,976 bytes; must be a safetensors file"):
         interop.tensor_bytes(tmp_path / "model.safetensors")
     sized(tmp_path / "config.json", 10 << 30)
     with pytest.raises(UserError, match=r"config\.json: cannot be read \(10,737,418,240 bytes are more than"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -29,11 +28,11 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     checkpoint = resolve(folder / "imported")
     row_tokens = len(rows[0].tokens)
     recipe = small_recipe(parallel, row_tokens=row_tokens)
-    recipe.model = dataclasses.replace(read_model_config(checkpoint), router_aux_loss_coef=0.0)
+    recipe.model = read_model_config(checkpoint)
+    recipe.model.thinker.router_aux_loss_coef = 0.0
     window = recipe.model.audio.eval_window_frames if recipe.model.audio else 0
     platform.parallel.initialize(parallel, 1)
     engine = MegatronEngine(recipe)
-    engine._audio_window_frames = window
     load_model(engine.chunks, checkpoint, recipe.model)
 
     def forward(iterator, chunk):
