@@ -1,4 +1,4 @@
-"""What a run minimises: one contract for every network and both engines."""
+"""Objectives, what runs minimise: one contract for every network and both engines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ loss itself."""
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What is known of a global batch before its rows are gone over."""
+    """Facts about a global batch that are known before its forward passes."""
 
     weight: float
     """Sum of :meth:`NetworksObjective.weight` over its rows, at least 1. Dividing by it, known before the step, makes
@@ -33,7 +33,7 @@ class GlobalBatch:
 
 @dataclass
 class Outcome:
-    """What a row of the global batch gave."""
+    """Losses and metrics of one row of the global batch."""
 
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     """Network -> scalar to minimise, divided by the global batch's weight: over its rows they add up. A network without
@@ -43,82 +43,82 @@ class Outcome:
 
 
 class Forward(Protocol):
-    """What an engine offers an objective that asks frozen models."""
+    """Forward passes of frozen models, which an engine offers to an objective that needs their outputs."""
 
     def forward(
         self, frozen: Sequence[torch.nn.Module], rows: Sequence[Any], read: Callable[..., dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
-        """Run a frozen model over rows, in the layout of the run and without gradients. Collective.
+        """Outputs of a frozen model over rows, in the layout of the run and without gradients. Collective.
 
         Args:
-            frozen: its parts on this rank, as the network's spec built them.
-            rows: of this data rank.
-            read: (model, its output, row) -> what is kept of a row. On the Megatron engine it is called as an
+            frozen: the model's parts on this rank, as the network's spec built them.
+            rows: rows of this data rank.
+            read: (model, its output, row) -> tensors to keep of a row. On the Megatron engine it is called as an
                 objective is, on the last pipeline stage, with hidden states; on the ZeRO engine with what the model's
                 ``forward(row)`` returns.
 
         Returns:
-            what `read` gave of each row, on every pipeline stage.
+            what `read` returned for each row, on every pipeline stage.
         """
         ...
 
     def on_device(self, *modules: torch.nn.Module) -> AbstractContextManager[None]:
-        """Have frozen modules on this rank's device meanwhile, whose weights else wait in the host's memory."""
+        """Context in which frozen modules are on this rank's device; outside it they may be in the host's memory."""
         ...
 
 
 class NetworksObjective(ABC):
-    """What one network, or several beside each other, learn from their rows, on the ZeRO engine."""
+    """Objective of one network, or of several that are trained together, on the ZeRO engine."""
 
     @abstractmethod
     def weight(self, row: Any) -> float:
-        """Weight of a row in the global batch: tokens with a loss, crops."""
+        """Weight of a row in the global batch: its tokens with a loss, its crops, or the like."""
 
     def tokens(self, row: Any) -> float:
         """Tokens of a row without padding, as the run counts them."""
         return float((~row.padding).sum())
 
     def prepare(self, engine: Forward, rows: list) -> list:
-        """Rows with what frozen models say of them in their ``prepared``; called before the step's forward passes.
+        """Rows with outputs of frozen models in their ``prepared``; called before the step's forward passes.
 
         Args:
             engine: runs frozen models.
-            rows: this data rank's, equal on the ranks of one model group.
+            rows: rows of this data rank, equal on the ranks of one model group.
         """
         return rows
 
     @abstractmethod
     def run(self, networks: Mapping[str, Any], row: Any, batch: GlobalBatch) -> Outcome:
-        """Go over a row with whole networks.
+        """Losses and metrics of a row, by forward passes of whole networks.
 
         Args:
-            networks: name -> network, wrapped by DeepSpeed: call these. A loss reaches the parameters of its own
-                network only. What looks through another network calls its ``.module``, and takes the gradient of what
-                went in with ``torch.autograd.grad``, which leaves none in that network.
-            row: whole, on this rank's device.
+            networks: name -> network, wrapped by DeepSpeed: call these. A loss must reach the parameters of its own
+                network only: a gradient through another network is taken by calling its ``.module`` and
+                ``torch.autograd.grad``, which leaves none in that network.
+            row: the whole row, on this rank's device.
             batch: the global batch that the row is of.
         """
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Whatever follows an optimizer step on every rank; metrics to log."""
+        """Hook after an optimizer step, called on every rank; returns metrics to log."""
         return {}
 
     def after_skipped_step(self) -> None:
-        """Whatever follows instead where a loss or gradient was not finite: forget what the rows left behind."""
+        """Hook after a step that was skipped for a non-finite loss or gradient: forget what its rows left behind."""
         return
 
 
 class Objective(NetworksObjective):
-    """What one network learns from its rows, on either engine."""
+    """Objective of one network, on either engine."""
 
     @abstractmethod
     def __call__(self, model: Any, hidden: Any, row: Any, batch: GlobalBatch) -> Outcome:
-        """The losses and metrics of a row.
+        """Losses and metrics of a row.
 
         Args:
-            model: the last pipeline stage's part; on the ZeRO engine the network, wrapped by DeepSpeed.
-            hidden: its output of the row: hidden states (S, 1, H), or what the network's ``forward(row)`` returns.
-            row: this rank's part of it.
+            model: the last pipeline stage of the model; on the ZeRO engine the network, wrapped by DeepSpeed.
+            hidden: its output for the row: hidden states (S, 1, H), or what the network's ``forward(row)`` returns.
+            row: this rank's part of the row.
             batch: the global batch that the row is of.
         """
 

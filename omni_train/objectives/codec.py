@@ -1,4 +1,4 @@
-"""Training the speech codec end to end, and Code2Wav alone: spectra, an adversary, and what keeps the codes well.
+"""Objectives of the speech codec and of Code2Wav alone: spectral and adversarial losses, and those of the quantiser.
 
 Every loss is a mean over a crop, and the crops of the global batch count alike, however they are divided among rows and
 ranks. Axis letters: B crops, S samples, N codebooks, K frames of codes.
@@ -18,7 +18,7 @@ from omni_train.data.rows.batch import WaveRow
 from omni_train.models.code2wav import Code2Wav, frame_samples
 from omni_train.models.codec import Regularization, SpeechCodec
 from omni_train.models.discriminators import Discriminators
-from omni_train.objectives.adversarial import play
+from omni_train.objectives.adversarial import adversarial_losses
 from omni_train.objectives.base import Forward, GlobalBatch, NetworksObjective, Outcome
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE, Teacher, cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, resampled
@@ -26,18 +26,18 @@ from omni_train.recipe.schema import CodecTrainingConfig
 
 
 class WaveTraining(NetworksObjective):
-    """What the two have in common: a generator of waveforms, and discriminators that learn beside it.
+    """Objective of a generator of waveforms and of the discriminators that learn beside it.
 
-    Metrics, means over crops: ``loss`` of the generator without the adversary's part, so that it means the same before
-    and after ``adversarial_start`` and on held-out crops; ``loss_…`` of each part, unweighted; and
-    ``discriminators_right``, which part of the discriminators' logits is right.
+    Metrics, means over crops: ``loss`` of the generator without adversarial and feature losses, so that it means the
+    same before and after ``adversarial_start`` and on held-out crops; ``loss_…`` of each part, unweighted; and
+    ``discriminators_right``, the fraction of the discriminators' logits that tell real from generated rightly.
 
     Args:
         generator: SpeechCodec or Code2Wav.
-        discriminators: they judge it.
-        config: what counts how much.
+        discriminators: of real and generated waveforms.
+        config: weights and settings of the losses.
         sampling_rate: of the waveforms, in Hz.
-        frame_samples: of a frame of codes.
+        frame_samples: samples of a frame of codes.
     """
 
     def __init__(
@@ -53,52 +53,54 @@ class WaveTraining(NetworksObjective):
         self.mel = MelDistance(config.mel_windows, config.mel_bins, sampling_rate, config.mel_floor)
 
     def weight(self, row: WaveRow) -> float:
-        """Crops."""
+        """Weight of a row: its crops."""
         return float(len(row.lengths))
 
     def tokens(self, row: WaveRow) -> float:
-        """Frames of codes in which there is speech."""
+        """Frames of codes of a row in which there is speech."""
         return float((-(-row.lengths // self.frame_samples)).sum())
 
     def run(self, networks: Mapping[str, Any], row: WaveRow, batch: GlobalBatch) -> Outcome:
-        """See :class:`NetworksObjective`. Before ``adversarial_start`` without losses of the "
-        "discriminators: they rest."""
+        """See :class:`NetworksObjective`. Before ``adversarial_start`` the discriminators have no loss, and rest."""
         training, total_weight = batch.training, batch.weight
         device = next(self.networks["generator"].parameters()).device
         real_BS, lengths_B = row.waveform.to(device), row.lengths.to(device)
         config, outcome = self.config, Outcome()
         with torch.set_grad_enabled(training):
-            spoken_BS, parts = self.synthesize(networks["generator"], row, real_BS, lengths_B, training)
-            real_BS = real_BS[:, : spoken_BS.shape[1]]
-            lengths_B = lengths_B.clamp(max=spoken_BS.shape[1])
-            heard_BS = torch.arange(spoken_BS.shape[1], device=device) < lengths_B[:, None]
-            spoken_BS = spoken_BS.float() * heard_BS
-            mel_B, linear_mel_B = self.mel(spoken_BS, real_BS, lengths_B)
+            generated_BS, parts = self.synthesize(networks["generator"], row, real_BS, lengths_B, training)
+            real_BS = real_BS[:, : generated_BS.shape[1]]
+            lengths_B = lengths_B.clamp(max=generated_BS.shape[1])
+            mask_BS = torch.arange(generated_BS.shape[1], device=device) < lengths_B[:, None]
+            generated_BS = generated_BS.float() * mask_BS
+            mel_B, linear_mel_B = self.mel(generated_BS, real_BS, lengths_B)
             parts |= {
                 "mel": (config.mel_weight, mel_B),
                 "linear_mel": (config.linear_mel_weight, linear_mel_B),
             }
             loss_B = sum(weight * part_B for weight, part_B in parts.values())
             values = {"loss": loss_B} | {f"loss_{name}": part_B for name, (_, part_B) in parts.items()}
-            game = dict.fromkeys(("loss_adversarial", "loss_features", "loss_discriminators", "discriminators_right"))
-            pulled = loss_B.sum()  # with the gradient of the adversary's part, not its value
-            judged = config.adversarial_weight > 0 or config.feature_weight > 0
-            if training and judged and batch.step >= config.adversarial_start:
-                played = play(
+            of_game = dict.fromkeys(
+                ("loss_adversarial", "loss_features", "loss_discriminators", "discriminators_right")
+            )
+            loss = loss_B.sum()
+            adversarial = config.adversarial_weight > 0 or config.feature_weight > 0
+            if training and adversarial and batch.step >= config.adversarial_start:
+                game = adversarial_losses(
                     networks["discriminators"],
                     self.networks["discriminators"],
-                    spoken_BS,
+                    generated_BS,
                     real_BS,
                     lengths_B,
                     config,
                 )
-                pulled = pulled + (spoken_BS * played.pull).sum()
-                outcome.losses["discriminators"] = played.discriminators.sum() / total_weight
-                parts_of_game = (played.generator, played.features, played.discriminators, played.right)
-                game = dict(zip(game, parts_of_game, strict=True))
+                # Not the value of the adversarial losses, but their gradient: it must not pass the discriminators.
+                loss = loss + (generated_BS * game.waveform_gradient).sum()
+                outcome.losses["discriminators"] = game.discriminators.sum() / total_weight
+                found = (game.generator, game.features, game.discriminators, game.accuracy)
+                of_game = dict(zip(of_game, found, strict=True))
             if training:
-                outcome.losses["generator"] = pulled / total_weight
-        for name, value_B in (values | game).items():
+                outcome.losses["generator"] = loss / total_weight
+        for name, value_B in (values | of_game).items():
             outcome.metrics[name] = (0.0, 0.0) if value_B is None else (value_B.detach().sum(), self.weight(row))
         return outcome
 
@@ -106,18 +108,20 @@ class WaveTraining(NetworksObjective):
     def synthesize(
         self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool
     ) -> tuple[torch.Tensor, dict[str, tuple[float, torch.Tensor]]]:
-        """What the generator makes of a row (B, up to S), and its own parts of the loss: name -> (weight, (B,))."""
+        """Waveforms (B, up to S) that the generator makes of a row, and losses of its own: name -> (weight, (B,))."""
 
 
 class CodecTraining(WaveTraining):
-    """The codec: waveform to codes and back, with codebook 0 taught what speech means.
+    """Objective of the codec, waveform to codes and back, with codebook 0 distilled from a teacher as in Mimi.
+
+    Mimi: Défossez et al. 2024, "Moshi", section 3.3.
 
     Args:
         codec: built with the teacher's ``size``.
-        discriminators: they judge it.
-        config: what counts how much.
+        discriminators: of real and generated waveforms.
+        config: weights and settings of the losses.
         seed: of the recipe.
-        teacher: None: codebook 0 learns from the waveform alone.
+        teacher: of codebook 0, which without one learns from the waveform alone.
     """
 
     def __init__(
@@ -147,13 +151,13 @@ class CodecTraining(WaveTraining):
         if self.teacher is None:
             return rows
         with engine.on_device(*self.teacher.modules):
-            return [replace(row, prepared=row.prepared | {"teacher": self._taught(row)}) for row in rows]
+            return [replace(row, prepared=row.prepared | {"teacher": self._features(row)}) for row in rows]
 
-    def _taught(self, row: WaveRow) -> torch.Tensor:
+    def _features(self, row: WaveRow) -> torch.Tensor:
         device = next(self.networks["generator"].parameters()).device
-        heard = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
+        waveforms = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
         lengths = (row.lengths * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
-        return self.teacher([clip[:length] for clip, length in zip(heard, lengths, strict=True)])
+        return self.teacher([waveform[:length] for waveform, length in zip(waveforms, lengths, strict=True)])
 
     def _semantic(self, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor) -> torch.Tensor:
         features_BTD, frames = row.prepared["teacher"], student_BKD.shape[1]
@@ -162,7 +166,7 @@ class CodecTraining(WaveTraining):
         return cosine_distance(student_BKD, teacher_BKD, starts_K < lengths_B[:, None])
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Move the codebooks to what the global batch used. Collective."""
+        """Move the codebooks towards the vectors that the global batch gave them; metrics of their use. Collective."""
         generator = torch.Generator().manual_seed(_number(f"codebooks {self.seed} {step}".encode()))
         usage = self.networks["generator"].quantizer.update(
             generator, self.config.codebook_decay, self.config.dead_usage
@@ -174,17 +178,17 @@ class CodecTraining(WaveTraining):
         }
 
     def after_skipped_step(self) -> None:
-        """Let the codebooks forget the global batch."""
+        """Let the codebooks forget the vectors of the global batch."""
         self.networks["generator"].quantizer.forget()
 
 
 class Code2WavTraining(WaveTraining):
-    """Code2Wav alone, on the codes of a codec that is given.
+    """Objective of Code2Wav alone, on the codes of a trained codec.
 
     Args:
-        code2wav: what is trained.
-        discriminators: they judge it.
-        config: what counts how much; nothing of a quantiser does.
+        code2wav: the generator.
+        discriminators: of real and generated waveforms.
+        config: weights and settings of the losses; those of a quantiser have no meaning here.
         sampling_rate: of the waveforms, in Hz.
     """
 
@@ -198,5 +202,5 @@ class Code2WavTraining(WaveTraining):
 
 
 def _number(data: bytes) -> int:
-    """A seed."""
+    """Seed made of bytes, the same in every process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) >> 1

@@ -11,10 +11,10 @@ from omni_train.objectives.base import GlobalBatch, Objective, Outcome
 
 
 class LanguageModelling(Objective):
-    """Weighted cross-entropy of the next token, mean over the global batch.
+    """Objective of the Thinker: weighted cross-entropy of the next token, mean over the global batch.
 
     Metrics: ``loss`` and, of the multi-token-prediction layer, ``mtp_loss``, both per token in nats; with
-    `by_modality` also ``loss_text``, ``loss_audio`` and so on, of the tokens of each modality that there are.
+    `by_modality` also ``loss_text``, ``loss_audio`` and so on, of the tokens of each modality in the batch.
 
     Args:
         chunk_tokens: positions whose logits exist at once.
@@ -26,17 +26,17 @@ class LanguageModelling(Objective):
         self.chunk_tokens, self.mtp_loss_weight, self.by_modality = chunk_tokens, mtp_loss_weight, by_modality
 
     def weight(self, row: PackedBatch) -> float:
-        """Sum of the row's loss weights."""
+        """Weight of a row: the sum of the loss weights of its tokens."""
         return float(row.loss_weights.sum(dtype=torch.float64))
 
     def __call__(self, model, hidden: torch.Tensor, row: LocalRow, batch: GlobalBatch) -> Outcome:
-        """The losses of this rank's part of a row; see :class:`Objective`.
+        """Losses and metrics of this rank's part of a row; see :class:`Objective`.
 
         Args:
-            model: the Thinker's last stage.
-            hidden: (S, 1, H) states after the final norm.
-            row: this rank's part.
-            batch: the global batch.
+            model: the last pipeline stage of the Thinker.
+            hidden: (S, 1, H) hidden states after the final norm.
+            row: this rank's part of the row.
+            batch: the global batch that the row is of.
         """
         loss, losses = self._cross_entropy(model, hidden, row.labels, row.loss_weights / batch.weight)
         outcome = Outcome(metrics={"loss": (loss.detach(), None)})
@@ -56,7 +56,7 @@ class LanguageModelling(Objective):
         return outcome
 
     def _cross_entropy(self, model, hidden, labels, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum, and the loss of every position in nats."""
+        """Cross-entropy in nats: the weighted sum over the positions, and that of each position."""
         return chunked_cross_entropy(
             hidden[:, 0],
             model.head_weight(),

@@ -1,8 +1,8 @@
-"""What the recognizer minimises: the cross-entropy of transcripts, with CTC on the encoder beside it.
+"""Objective of the recognizer: the cross-entropy of transcripts, with CTC on the encoder beside it.
 
 The window in which the audio encoder attends is drawn for each step, so that one encoder serves whole files and streams
 (Qwen3.5-Omni's technical report, section 2.1). The sum of both losses is that of Watanabe et al. (2017), with weight 1
-on the decoder's: CTC pulls the encoder's outputs into the order of the words before the decoder finds where to look.
+on the decoder's: CTC brings the encoder's outputs into the order of the words before the decoder's attention does.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from omni_train.recipe.schema import Recipe
 
 
 class Recognition(NetworksObjective):
-    """AuT pre-training on rows of transcripts.
+    """Objective of AuT pre-training on rows of transcripts.
 
     Metrics: ``loss``, the decoder's cross-entropy per token in nats; ``accuracy`` of held-out rows, how often the right
     token was the likeliest; with a CTC head ``ctc_loss`` per token of the clips that it aligns, and ``ctc_unaligned``,
-    the fraction of the clips that have too few audio tokens for their transcript and give it nothing.
+    the fraction of the clips that have too few audio tokens for their transcript and add nothing to the loss.
 
     Args:
-        recipe: a validated one with network=recognizer.
+        recipe: a validated recipe with network=recognizer.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ class Recognition(NetworksObjective):
         self.tag_end = tag_end(Tokenizer(recipe.data.tokenizer))
 
     def weight(self, row: PackedBatch) -> float:
-        """Tokens with a label."""
+        """Weight of a row: its tokens with a label."""
         return row.num_loss_tokens
 
     def run(self, networks: Mapping[str, Any], row: PackedBatch, batch: GlobalBatch) -> Outcome:
@@ -48,7 +48,7 @@ class Recognition(NetworksObjective):
         utterances = Utterances.from_batch(row)
         if self.aligns:
             labels = utterances.labels.cpu().split(utterances.lengths)
-            utterances.transcripts = [self._spoken(of_clip) for of_clip in labels]
+            utterances.transcripts = [self._transcript(of_clip) for of_clip in labels]
         recognized = networks["model"](utterances, self.window_frames(batch))
         count = len(utterances.labels)
         loss = recognized.loss / batch.weight
@@ -64,9 +64,9 @@ class Recognition(NetworksObjective):
         return Outcome({"model": loss}, metrics)
 
     def window_frames(self, batch: GlobalBatch) -> int:
-        """Frames that attend to each other."""
+        """Attention window of the audio encoder in mel frames, 0 for whole clips: drawn by step, fixed if held out."""
         return drawn_window(self.audio, self.seed, batch.step) if batch.training else self.audio.eval_window_frames
 
-    def _spoken(self, labels: Tensor) -> Tensor:
-        """The transcript among the labels of a clip: between the language tag and `<|im_end|>`."""
+    def _transcript(self, labels: Tensor) -> Tensor:
+        """Transcript among the labels of a clip: the tokens between the language tag and `<|im_end|>`."""
         return labels[int((labels == self.tag_end).nonzero()[0]) + 1 : -1]

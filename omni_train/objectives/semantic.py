@@ -1,4 +1,4 @@
-"""What codebook 0 learns to mean: a teacher's features of the same speech, brought to the frames of the codes.
+"""Distillation of a speech model into codebook 0: cosine distance to its features at the frames of the codes (Mimi).
 
 Axis letters: B crops, T frames of the teacher, K frames of codes, D width of the teacher's features.
 """
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 
 TEACHER_SAMPLING_RATE = 16000
-"""Hz, of what every teacher hears."""
+"""Sampling rate of the waveforms that every teacher takes, in Hz."""
 
 
 class Teacher(Protocol):
-    """Whoever knows what is said.
+    """Model whose features of speech codebook 0 learns.
 
     Attributes:
         rate: features a second.
-        size: their width D.
+        size: width D of the features.
     """
 
     rate: float
@@ -27,19 +27,25 @@ class Teacher(Protocol):
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """What has its weights."""
+        """Modules that hold the teacher's weights."""
         ...
 
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
-        """Features (B, T, D) of waveforms (n,) of 16 kHz, without gradient; zeros, or anything, after a clip's end."""
+        """Features (B, T, D) of waveforms (n,) at 16 kHz, without gradient; undefined behind the end of a waveform."""
         ...
 
 
 def to_frames(features_BTD: torch.Tensor, rate: float, frames: int, frame_rate: float) -> torch.Tensor:
-    """Features (B, K, D) of ``frames`` frames of codes.
+    """Features (B, K, D) of a teacher, brought to the frames of the codes.
 
-    A teacher that is faster than the codes is averaged over each frame of theirs (Mimi's average pooling); a slower one
-    is interpolated between the middles of its own.
+    Where the teacher has more frames than the codes, its features are averaged over each frame of codes (as Mimi's
+    average pooling does); where it has fewer, they are interpolated between the middles of its frames.
+
+    Args:
+        features_BTD: the teacher's features.
+        rate: of them, in Hz.
+        frames: K, how many frames of codes.
+        frame_rate: of the codes, in Hz.
     """
     steps = features_BTD.shape[1]
     if rate >= frame_rate:
@@ -56,7 +62,7 @@ def to_frames(features_BTD: torch.Tensor, rate: float, frames: int, frame_rate: 
     return weights_KT @ features_BTD
 
 
-def cosine_distance(student_BKD: torch.Tensor, teacher_BKD: torch.Tensor, heard_BK: torch.Tensor) -> torch.Tensor:
-    """1 minus the cosine of the angle between the two, mean (B,) over the frames where ``heard_BK`` is True."""
+def cosine_distance(student_BKD: torch.Tensor, teacher_BKD: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
+    """Cosine distance of student and teacher features, mean (B,) over the frames where ``mask_BK`` is True."""
     distance_BK = 1 - F.cosine_similarity(student_BKD.float(), teacher_BKD.float(), dim=2)
-    return (distance_BK * heard_BK).sum(1) / heard_BK.sum(1)
+    return (distance_BK * mask_BK).sum(1) / mask_BK.sum(1)

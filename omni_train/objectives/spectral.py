@@ -1,4 +1,4 @@
-"""How far a waveform is from another one to the ear: distances of mel spectrograms at several resolutions.
+"""Spectral losses: distances of mel spectrograms at several resolutions.
 
 Axis letters: B crops, S samples, F frames, M mel bins.
 """
@@ -11,16 +11,16 @@ from omni_train.data.samples.features.mel import mel_filters
 
 
 class MelDistance:
-    """Mean absolute distances of mel spectrograms over several windows, as DAC and EnCodec have them.
+    """Mean absolute distances of mel spectrograms over several windows (DAC, Kumar et al. 2023; EnCodec, section 3.4).
 
     The windows sum to one, so that a magnitude is an amplitude; a mel bin is the mean magnitude under its triangle;
     hops are a quarter of the window.
 
     Args:
-        windows: samples of each.
-        bins: mel bins for each.
+        windows: length of each window in samples.
+        bins: mel bins of each window.
         sampling_rate: of the waveforms, in Hz.
-        floor: magnitude that is added before the logarithm, so that what is below is hardly heard.
+        floor: magnitude that is added before the logarithm, so that what is below hardly counts.
     """
 
     def __init__(self, windows: list[int], bins: list[int], sampling_rate: int, floor: float = 1e-5) -> None:
@@ -29,20 +29,23 @@ class MelDistance:
     def __call__(
         self, one_BS: torch.Tensor, other_BS: torch.Tensor, lengths_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distance of the base-10 logarithms, and of the magnitudes, of each crop (B,).
+        """Distances (B,) of each crop: of the base-10 logarithms of mel magnitudes, and of the magnitudes.
 
-        Frames centred on the ``lengths_B`` samples that a crop has count; both waveforms are compared as float32.
+        Args:
+            one_BS: waveforms, compared as float32.
+            other_BS: the waveforms to compare them with.
+            lengths_B: samples of each crop; frames centred behind them do not count.
         """
         logarithmic, linear = [], []
         for window, bins in zip(self.windows, self.bins, strict=True):
             one_BFM = mel_magnitudes(one_BS.float(), window, bins, self.sampling_rate)
             other_BFM = mel_magnitudes(other_BS.float(), window, bins, self.sampling_rate)
             frames_F = torch.arange(one_BFM.shape[1], device=lengths_B.device) * (window // 4)
-            heard_BF = (frames_F < lengths_B[:, None]).to(one_BFM.dtype)
-            heard_BF = heard_BF / heard_BF.sum(1, keepdim=True)
-            linear.append(((one_BFM - other_BFM).abs().mean(2) * heard_BF).sum(1))
+            weights_BF = (frames_F < lengths_B[:, None]).to(one_BFM.dtype)
+            weights_BF = weights_BF / weights_BF.sum(1, keepdim=True)
+            linear.append(((one_BFM - other_BFM).abs().mean(2) * weights_BF).sum(1))
             logs = ((magnitudes + self.floor).log10() for magnitudes in (one_BFM, other_BFM))
-            logarithmic.append(((next(logs) - next(logs)).abs().mean(2) * heard_BF).sum(1))
+            logarithmic.append(((next(logs) - next(logs)).abs().mean(2) * weights_BF).sum(1))
         return torch.stack(logarithmic).mean(0), torch.stack(linear).mean(0)
 
 
@@ -57,9 +60,12 @@ def mel_magnitudes(waveform_BS: torch.Tensor, window: int, bins: int, sampling_r
 
 
 def resampled(waveform_BS: torch.Tensor, sampling_rate: int, wanted: int) -> torch.Tensor:
-    """Waveforms at another rate, by their spectrum: exact below half of the lower rate, but for what crosses the ends.
+    """Waveforms resampled by their spectrum: exact below half of the lower rate, but for wrapping at the ends.
 
-    S must be a multiple of sampling_rate / gcd(sampling_rate, wanted).
+    Args:
+        waveform_BS: S must be a multiple of sampling_rate / gcd(sampling_rate, wanted).
+        sampling_rate: of the waveforms, in Hz.
+        wanted: sampling rate of the result, in Hz.
     """
     samples = waveform_BS.shape[1] * wanted // sampling_rate
     spectrum = torch.fft.rfft(waveform_BS.float())[:, : samples // 2 + 1]

@@ -19,7 +19,7 @@ from omni_train.frozen.wavlm import WavLM
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
 from omni_train.models.discriminators import Discriminators
-from omni_train.objectives.adversarial import mean_over_heard
+from omni_train.objectives.adversarial import masked_mean
 from omni_train.objectives.base import GlobalBatch
 from omni_train.objectives.codec import Code2WavTraining, CodecTraining
 from omni_train.objectives.semantic import cosine_distance, to_frames
@@ -210,15 +210,15 @@ def test_what_is_said_after_the_end_of_the_speech_does_not_count():
     task = Code2WavTraining(Code2Wav(CODE2WAV), Discriminators(TRAINING.discriminators), TRAINING, 24000)
     row = wave_row()
     row.codes = torch.zeros(3, CODE2WAV.num_quantizers, 9, dtype=torch.long)
-    spoken = torch.stack([voice(9 * FRAME, 40 + crop) for crop in range(3)])
+    speech = torch.stack([voice(9 * FRAME, 40 + crop) for crop in range(3)])
     after = torch.arange(9 * FRAME) >= row.lengths[:, None]
-    figures = []
+    metrics = []
     for added in (0.0, 0.9):
-        networks = task.networks | {"generator": lambda codes, clamp, added=added: spoken + added * after}
-        figures.append(gone_over(task, networks, row, 3.0, 0, False).metrics)
-    assert figures[0] == figures[1]
-    networks = task.networks | {"generator": lambda codes, clamp: spoken + 0.9 * ~after}
-    assert gone_over(task, networks, row, 3.0, 0, False).metrics["loss"] != figures[0]["loss"]
+        networks = task.networks | {"generator": lambda codes, clamp, added=added: speech + added * after}
+        metrics.append(gone_over(task, networks, row, 3.0, 0, False).metrics)
+    assert metrics[0] == metrics[1]
+    networks = task.networks | {"generator": lambda codes, clamp: speech + 0.9 * ~after}
+    assert gone_over(task, networks, row, 3.0, 0, False).metrics["loss"] != metrics[0]["loss"]
 
 
 def test_tokens_are_the_frames_in_which_there_is_speech():
@@ -299,16 +299,16 @@ def test_a_faster_teacher_is_averaged_and_a_slower_one_interpolated():
     torch.testing.assert_close(to_frames(slow, 6.25, 6, 12.5)[0, :, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.0]))
 
 
-def test_the_cosine_distance_is_a_mean_over_what_is_heard():
+def test_the_cosine_distance_is_a_mean_over_unmasked_frames():
     student = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
     teacher = torch.tensor([[[3.0, 0.0], [1.0, 0.0], [-1.0, -1.0]]])
-    heard = torch.tensor([[True, True, False]])
-    torch.testing.assert_close(cosine_distance(student, teacher, heard), torch.tensor([0.5]))
+    mask = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(cosine_distance(student, teacher, mask), torch.tensor([0.5]))
 
 
-def test_a_mean_over_what_is_heard_takes_its_part_of_the_steps():
+def test_a_masked_mean_takes_the_samples_part_of_the_time_steps():
     x_BCTX = torch.arange(10.0).view(1, 1, 10, 1).repeat(2, 3, 1, 2)
-    assert mean_over_heard(x_BCTX, torch.tensor([1000, 390]), 1000).tolist() == [4.5, 1.5]
+    assert masked_mean(x_BCTX, torch.tensor([1000, 390]), 1000).tolist() == [4.5, 1.5]
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +346,8 @@ def test_a_wavlm_folder_is_a_teacher(wavlm):
         expected = WavLMModel.from_pretrained(wavlm).eval()(padded).last_hidden_state
     torch.testing.assert_close(teacher(clips), expected, atol=1e-4, rtol=1e-3)
     task = codec_training(teacher=teacher)
-    figure, _ = gone_over(task, task.networks, wave_row(), 3.0, 0, True).metrics["loss_semantic"]
-    assert math.isfinite(figure) and figure > 0
+    metric, _ = gone_over(task, task.networks, wave_row(), 3.0, 0, True).metrics["loss_semantic"]
+    assert math.isfinite(metric) and metric > 0
 
 
 def test_a_folder_without_a_wavlm_is_refused_in_one_line(tmp_path):
@@ -375,5 +375,5 @@ def test_a_frozen_quantiser_without_codebooks_is_refused():
     task = codec_training()
     task.networks["generator"].quantizer.requires_grad_(False)
     gone_over(task, task.networks, wave_row(), 1.0, 0, True)
-    with pytest.raises(UserError, match=r"trainable: must include generator\.quantizer"):
+    with pytest.raises(UserError, match=r"must include generator\.quantizer until it has codebooks"):
         task.after_step(0)

@@ -1,4 +1,4 @@
-"""The recognizer's objective: figures that add up, windows drawn by step."""
+"""The recognizer's objective: metrics that add up, windows drawn by step."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ def outcomes(rank, world_size, recipe, training):
         rows = [row_of(group) for group in groups]
         total = sum(map(task.weight, rows))
         model.zero_grad()
-        figures, loss = {}, 0.0
+        metrics, loss = {}, 0.0
         for row in rows:
             out = task.run({"model": model}, row, GlobalBatch(total, 5, training))
             out.losses["model"].backward()
             loss += float(out.losses["model"].detach())
             for name, pair in out.metrics.items():
-                figures[name] = [a + float(b) for a, b in zip(figures.get(name, (0, 0)), pair, strict=True)]
-        found.append((loss, figures, total, {name: p.grad.clone() for name, p in model.named_parameters()}))
+                metrics[name] = [a + float(b) for a, b in zip(metrics.get(name, (0, 0)), pair, strict=True)]
+        found.append((loss, metrics, total, {name: p.grad.clone() for name, p in model.named_parameters()}))
     platform.parallel.destroy()
     return found
 
 
 def test_losses_and_figures_do_not_depend_on_how_clips_share_rows(distributed):
     recipe = recognizer_recipe(ctc=True, recognition=RecognitionConfig(ctc_weight=0.3))
-    (loss, figures, total, gradients), apart = distributed(1, outcomes, recipe, True)[0]
+    (loss, metrics, total, gradients), apart = distributed(1, outcomes, recipe, True)[0]
     assert loss == pytest.approx(apart[0], rel=1e-5)
     torch.testing.assert_close(gradients, apart[3], rtol=1e-4, atol=1e-5)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
-    assert set(figures) == {"loss", "ctc_loss", "ctc_unaligned"} == set(apart[1])
-    for name, pair in figures.items():
+    assert set(metrics) == {"loss", "ctc_loss", "ctc_unaligned"} == set(apart[1])
+    for name, pair in metrics.items():
         assert pair == pytest.approx(apart[1][name], rel=1e-5)
-    assert figures["loss"][1] == total == sum(words + 3 for _, words in ALIGNED)
-    assert figures["ctc_loss"][1] == sum(words for _, words in ALIGNED) - 2
-    assert figures["ctc_unaligned"] == [1, 5]
-    assert loss == pytest.approx((figures["loss"][0] + 0.3 * figures["ctc_loss"][0]) / total, rel=1e-5)
+    assert metrics["loss"][1] == total == sum(words + 3 for _, words in ALIGNED)
+    assert metrics["ctc_loss"][1] == sum(words for _, words in ALIGNED) - 2
+    assert metrics["ctc_unaligned"] == [1, 5]
+    assert loss == pytest.approx((metrics["loss"][0] + 0.3 * metrics["ctc_loss"][0]) / total, rel=1e-5)
 
 
 def test_held_out_rows_tell_how_often_the_right_token_is_the_likeliest(distributed):
-    figures = distributed(1, outcomes, recognizer_recipe(), False)[0][0][1]
-    assert set(figures) == {"loss", "accuracy"}
-    right, count = figures["accuracy"]
-    assert count == figures["loss"][1] and 0 <= right < count
+    metrics = distributed(1, outcomes, recognizer_recipe(), False)[0][0][1]
+    assert set(metrics) == {"loss", "accuracy"}
+    right, count = metrics["accuracy"]
+    assert count == metrics["loss"][1] and 0 <= right < count
 
 
 def windows(rank, world_size, recipe):
