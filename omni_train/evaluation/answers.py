@@ -1,4 +1,4 @@
-"""Evaluation in the loop: held-out questions are answered, and the answers scored."""
+"""Evaluation of the Thinker in the loop: held-out questions are answered, and the answers scored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Prediction:
         return f"{asked.name}  {media} {asked.text!r} -> {self.answer!r} (expected {asked.answer!r})"
 
     def cells(self) -> dict[str, Cell]:
-        """The question beside the first of each kind of its media."""
+        """See :class:`Exhibit`: the question, its answer, and the first file of each kind of media."""
         asked = self.question
         media = {
             medium.kind: Medium(medium.kind, f"questions/{asked.name}/{Path(medium.file).name}", content)
@@ -48,7 +48,13 @@ class Prediction:
 
 
 class Answers:
-    """Answers the recipe's held-out questions, the same ones every time, greedily."""
+    """Evaluation that answers the recipe's held-out questions greedily, the same ones every time.
+
+    Args:
+        recipe: its ``evaluation`` says how answers are generated and scored.
+        questions: held-out questions of this data rank.
+        refused: how many questions could not be read, by reason.
+    """
 
     def __init__(self, recipe: Recipe, questions: list[Question], refused: Counter[str]) -> None:
         self.config, self.row_tokens = recipe.evaluation, recipe.data.row_tokens
@@ -56,12 +62,14 @@ class Answers:
         self.questions, self.refused = questions, refused
 
     def __call__(self, model: Thinker) -> Evaluated:
-        """Answer and score all. Collective.
-
-        Metrics are named ``eval_…`` after :func:`omni_train.rollout.scoring.score`.
+        """Answer and score all questions. Collective.
 
         Args:
-            model: the whole Thinker.
+            model: the whole Thinker, unwrapped.
+
+        Returns:
+            metrics over the questions of all ranks, named ``eval_…`` after
+            :func:`omni_train.rollout.scoring.score`; this rank's first answers as exhibits.
         """
         ends = (self.tokenizer.im_end, self.tokenizer.end_of_text)
         generated = generate(

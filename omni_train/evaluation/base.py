@@ -1,4 +1,4 @@
-"""What an evaluation of a network gives: metrics, and exhibits to look at and listen to."""
+"""Results of evaluating a network in the loop: metrics, and exhibits to look at and listen to."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class Exhibit(Protocol):
     """Name of the table that such exhibits go to."""
 
     def line(self) -> str:
-        """What a terminal shows of it."""
+        """The exhibit as a terminal shows it, in one line."""
         ...
 
     def cells(self) -> dict[str, Cell]:
-        """Its row of the table, by column; every exhibit of a table has the same columns."""
+        """The exhibit's row of the table, by column; every exhibit of a table has the same columns."""
         ...
 
 
 @dataclass
 class Evaluated:
-    """What came of asking a network held-out questions."""
+    """Result of one evaluation on held-out data."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """``eval_…`` over all ranks, equal on each."""
+    """Metrics ``eval_…`` over all ranks, equal on each."""
     exhibits: Sequence[Exhibit] = ()
-    """This rank's that are to be shown."""
+    """Exhibits of this rank that are to be shown."""
 
 
 Evaluation = Callable[[Any], Evaluated]
-"""Asks a network, whole and unwrapped, the same held-out questions at every call. Collective."""
+"""Function that evaluates a network, whole and unwrapped, on the same held-out data at every call. Collective."""

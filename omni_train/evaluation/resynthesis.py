@@ -1,4 +1,4 @@
-"""Evaluation of the codec in the loop: held-out speech is said again, measured, and kept to listen to."""
+"""Evaluation of the codec in the loop: held-out speech is resynthesized, measured, and kept to listen to."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from omni_train.recipe.schema import Recipe
 from omni_train.rollout.scoring import Tally, score
 
 Transcribe = Callable[[list[np.ndarray]], list[str]]
-"""Texts of waveforms (n,) float32 of 16 kHz."""
+"""Function from waveforms (n,) float32 at 16 kHz to their transcripts."""
 
 
 @dataclass
 class Resynthesis:
-    """A held-out utterance and what the codec made of it."""
+    """A held-out utterance and its resynthesis, as files."""
 
     name: str
-    text: str | None  # what is said
+    text: str | None  # the transcript
     original: Path  # WAV
     resynthesis: Path  # WAV
     spectrograms: Path  # PNG, the two beside each other
@@ -48,20 +48,20 @@ class Resynthesis:
         return f"{self.name}  {self.text!r} -> {self.resynthesis}"
 
     def cells(self) -> dict[str, Cell]:
-        """The original beside its resynthesis, to hear and to see."""
+        """See :class:`Exhibit`: original, resynthesis and the spectrograms of both."""
         files = {"original": "audio", "resynthesis": "audio", "spectrograms": "image"}
         media = {name: Medium(kind, getattr(self, name).name, getattr(self, name)) for name, kind in files.items()}
         return {"name": self.name, "text": self.text, **media}
 
 
 class Resyntheses:
-    """Says the recipe's held-out utterances again, the same ones every time.
+    """Evaluation that resynthesizes the recipe's held-out utterances, the same ones every time.
 
     Args:
-        recipe: its ``evaluation`` says how many are kept.
-        utterances: this data rank's.
-        refused: how many are left out of them, by reason.
-        directory: of the run; the kept ones go to its ``report``.
+        recipe: its ``evaluation.print_samples`` is how many resyntheses are kept.
+        utterances: held-out utterances of this data rank.
+        refused: how many utterances could not be read, by reason.
+        directory: directory of the run; resyntheses are kept in its ``report``.
         transcribe: a recognizer, for word error rates of originals and resyntheses.
     """
 
@@ -83,19 +83,19 @@ class Resyntheses:
 
     @torch.no_grad()
     def __call__(self, codec: SpeechCodec | Code2Wav) -> Evaluated:
-        """Make all again, and measure. Collective.
+        """Resynthesize and measure all utterances. Collective.
 
         Args:
-            codec: whole and unwrapped, in evaluation mode; a Code2Wav speaks the codes of the shards.
+            codec: whole and unwrapped, in evaluation mode; a Code2Wav synthesizes the codes in the shards.
 
         Returns:
             metrics over the utterances of all ranks: ``eval_mel_distance`` as in training, ``eval_stoi``, ``eval_pesq``
             (wide band), ``eval_stoi_failed`` and ``eval_pesq_failed`` of the ``eval_utterances``, which are too short
-            or too quiet for the two; of each codebook ``eval_codebook_used_…``, the part of its codewords in use, with
-            ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
+            or too quiet for the two; of each codebook ``eval_codebook_used_…``, the fraction of its codewords in use,
+            with ``eval_codebook_used_least`` of all, and ``eval_codebook_perplexity_…``; and with a recognizer
             ``eval_original_wer_LANGUAGE`` and ``eval_resynthesis_wer_LANGUAGE``, the same of characters (``cer``), and
-            both of all languages together, and ``eval_unknown_language``, how many texts are of none that is known;
-            exhibits are the first rank's that are kept, none elsewhere. Nothing where a signal cut it short.
+            both of all languages together, and ``eval_unknown_language``, how many texts are of no known language.
+            Exhibits are the kept resyntheses of the first rank, none elsewhere. Nothing where a signal cut it short.
         """
         device = next(codec.parameters()).device
         tally, counts_NK = Tally.of_refused(self.refused), torch.zeros(self.codebooks)
@@ -103,9 +103,9 @@ class Resyntheses:
         for utterance in self.utterances:
             if cut_short():
                 break
-            codes_NT, spoken = _say_again(codec, utterance, device)
+            codes_NT, resynthesis = _resynthesize(codec, utterance, device)
             counts_NK.scatter_add_(1, codes_NT, torch.ones_like(codes_NT, dtype=counts_NK.dtype))
-            pairs.append((utterance.waveform[: len(spoken)], spoken))
+            pairs.append((utterance.waveform[: len(resynthesis)], resynthesis))
             self._measure(tally, *pairs[-1])
         if self.transcribe is not None and not cut_short():
             self._recognize(tally, pairs)
@@ -124,22 +124,24 @@ class Resyntheses:
                 warn(f"{self.directory}: the resyntheses cannot be written: {error}")
         return Evaluated({f"eval_{name}": value for name, value in metrics.items()}, kept)
 
-    def _measure(self, tally: Tally, original: np.ndarray, spoken: np.ndarray) -> None:
+    def _measure(self, tally: Tally, original: np.ndarray, resynthesis: np.ndarray) -> None:
         tally.add("utterances", 1)
-        one, other = (torch.from_numpy(waveform)[None] for waveform in (original, spoken))
+        one, other = (torch.from_numpy(waveform)[None] for waveform in (original, resynthesis))
         tally.add("mel_distance", float(self.mel(other, one, torch.tensor([len(original)]))[0]), 1)
         for name, measured in (("stoi", stoi), ("pesq", pesq)):
-            value = measured(original, spoken, self.rate)
+            value = measured(original, resynthesis, self.rate)
             tally.add(name, *((value, 1) if value is not None else (0, 0)))
             tally.add(f"{name}_failed", value is None)
 
     def _recognize(self, tally: Tally, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Count the recognizer's errors on both of each pair whose text is known."""
-        told = [place for place, utterance in enumerate(self.utterances) if utterance.text]
+        """Count the recognizer's errors on originals and resyntheses whose transcript is known."""
+        with_text = [place for place, utterance in enumerate(self.utterances) if utterance.text]
         for side, name in enumerate(("original", "resynthesis")):
             errors = Tally()
-            heard = self.transcribe([_heard(pairs[place][side], self.rate) for place in told]) if told else []
-            for place, text in zip(told, heard, strict=True):
+            transcripts = (
+                self.transcribe([_at_16_khz(pairs[place][side], self.rate) for place in with_text]) if with_text else []
+            )
+            for place, text in zip(with_text, transcripts, strict=True):
                 utterance = self.utterances[place]
                 score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text, self.normalizer)
             for metric in errors.weights:
@@ -149,7 +151,7 @@ class Resyntheses:
             tally.add("unknown_language", unknown)
 
     def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
-        """Write the first pairs as sound and pictures."""
+        """Write the first pairs as WAV and PNG files."""
         self.directory.mkdir(parents=True, exist_ok=True)
         kept = []
         for number, (utterance, pair) in enumerate(zip(self.utterances, pairs, strict=True)):
@@ -164,18 +166,18 @@ class Resyntheses:
         return kept
 
 
-def _say_again(
+def _resynthesize(
     codec: SpeechCodec | Code2Wav, utterance: Utterance, device: torch.device
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """The codes (N, T) of an utterance, and the waveform that they become, not longer than it was."""
+    """Codes (N, T) of an utterance, and the waveform (n,) synthesized from them, not longer than the original."""
     if isinstance(codec, Code2Wav):
         codes_1NT = torch.from_numpy(utterance.codes)[None].to(device)
-        spoken_1S = codec(codes_1NT)
+        resynthesis_1S = codec(codes_1NT)
     else:
         waveform_1S = torch.from_numpy(utterance.waveform)[None]
         codes_1NT = codec.encode(waveform_1S.to(device, codec.bridge.weight.dtype))
-        spoken_1S = codec.decode(codes_1NT)
-    return codes_1NT[0].cpu(), spoken_1S[0, : len(utterance.waveform)].float().cpu().numpy()
+        resynthesis_1S = codec.decode(codes_1NT)
+    return codes_1NT[0].cpu(), resynthesis_1S[0, : len(utterance.waveform)].float().cpu().numpy()
 
 
 def _usage(counts_NK: torch.Tensor) -> dict[str, float]:
@@ -185,39 +187,39 @@ def _usage(counts_NK: torch.Tensor) -> dict[str, float]:
     return metrics | {"codebook_used_least": min(used_N)}
 
 
-def stoi(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:
+def stoi(original: np.ndarray, resynthesis: np.ndarray, sampling_rate: int) -> float | None:
     """Short-time objective intelligibility (Taal et al. 2011), up to 1; None where less than 0.4 s is not silent."""
     from pystoi import stoi as measure
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # it returns 1e-5 with one
         try:
-            value = float(measure(original, spoken, sampling_rate))
+            value = float(measure(original, resynthesis, sampling_rate))
         except (RuntimeWarning, ValueError):
             return None
     return value if np.isfinite(value) else None
 
 
-def pesq(original: np.ndarray, spoken: np.ndarray, sampling_rate: int) -> float | None:
+def pesq(original: np.ndarray, resynthesis: np.ndarray, sampling_rate: int) -> float | None:
     """Perceptual evaluation of speech quality, wide band (ITU-T P.862.2), 1 to 4.6; None where it finds no speech."""
     try:
         from pesq import PesqError
         from pesq import pesq as measure
     except ImportError:
-        _say_that_pesq_is_missing()
+        _warn_that_pesq_is_missing()
         return None
     try:
-        value = float(measure(16000, _heard(original, sampling_rate), _heard(spoken, sampling_rate), "wb"))
+        value = float(measure(16000, _at_16_khz(original, sampling_rate), _at_16_khz(resynthesis, sampling_rate), "wb"))
     except (PesqError, ValueError):
         return None
     return value if np.isfinite(value) else None
 
 
 @cache
-def _say_that_pesq_is_missing() -> None:
+def _warn_that_pesq_is_missing() -> None:
     warn("the package pesq is not installed: PESQ is not measured, and counted as failed; install the extra [pesq]")
 
 
-def _heard(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """At 16 kHz."""
+def _at_16_khz(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+    """Waveform (n,) resampled to 16 kHz."""
     return soxr.resample(waveform, sampling_rate, TEACHER_SAMPLING_RATE)

@@ -1,4 +1,4 @@
-"""Spectrograms as a PNG, beside each other."""
+"""Mel spectrograms of waveforms, drawn side by side as a PNG."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ DECIBELS = (-100.0, -20.0)  # of full scale: shown from black to white
 
 
 def draw_spectrograms(waveforms: Mapping[str, np.ndarray], sampling_rate: int, path: Path) -> None:
-    """Mel spectrograms of waveforms (n,) of one sampling rate, under their names.
+    """Draw the mel spectrograms of waveforms side by side, under their names.
 
     Args:
-        waveforms: by name, in order.
+        waveforms: name -> waveform (n,) float32, in order.
         sampling_rate: in Hz.
-        path: the PNG to write.
+        path: the PNG file to write.
     """
     import matplotlib
 

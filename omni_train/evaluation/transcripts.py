@@ -20,7 +20,13 @@ WHOLE_CLIPS = 0
 
 
 class Transcripts:
-    """Transcribes the recipe's held-out clips, the same ones every time, whole and in windows as in streaming."""
+    """Evaluation that transcribes the recipe's held-out clips, the same ones every time, whole and in windows.
+
+    Args:
+        recipe: its ``evaluation`` and ``recognition`` say how clips are transcribed and scored.
+        questions: held-out clips of this data rank, with their transcripts as answers.
+        refused: how many clips could not be read, by reason.
+    """
 
     def __init__(self, recipe: Recipe, questions: list[Question], refused: Counter[str]) -> None:
         self.config, self.recognition = recipe.evaluation, recipe.recognition
@@ -28,17 +34,17 @@ class Transcripts:
         self.questions, self.refused = questions, refused
 
     def __call__(self, model: SpeechRecognizer) -> Evaluated:
-        """Transcribe and score all. Collective.
+        """Transcribe and score all clips. Collective.
 
         Args:
-            model: a plain one.
+            model: the recognizer, whole and unwrapped.
 
         Returns:
             metrics over the clips of all ranks: ``eval_wer_LANGUAGE``, ``eval_cer_LANGUAGE`` as
             :func:`omni_train.rollout.scoring.score` says, ``eval_wer`` and ``eval_cer`` over all languages that have
             them, ``eval_language``, how often the language was named rightly, and ``eval_answers_transcribe``, how many
-            were asked; again with ``_window_FRAMES`` behind for each of ``recognition.eval_windows``. This rank's
-            exhibits are of clips heard whole.
+            were transcribed; again with the suffix ``_window_FRAMES`` for each of ``recognition.eval_windows``, the
+            audio encoder's attention windows in streaming. This rank's exhibits are transcripts of whole clips.
         """
         whole = self._in_window(model, WHOLE_CLIPS)
         for window in self.recognition.eval_windows:

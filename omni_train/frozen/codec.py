@@ -1,4 +1,4 @@
-"""The codec of a checkpoint, opened to make codes: for the shards, and to know whose codes they are."""
+"""The codec of a checkpoint: its codes of speech, and the content hash that says which codec made them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from omni_train.recipe.schema import DataConfig, Verify
 
 
 class OpenCodec:
-    """A trained codec that makes codes.
+    """A trained codec that encodes speech.
 
     Args:
-        codec: in evaluation mode, in fp32, on its device.
+        codec: the codec in evaluation mode, in fp32, on its device.
     """
 
     def __init__(self, codec: SpeechCodec) -> None:
         self.codec = codec
         self.sampling_rate = codec.config.sampling_rate
-        # What codes mean does not depend on who taught them.
+        # The codes do not depend on the projection to the teacher's features.
         tensors = {name: tensor for name, tensor in codec.state_dict().items() if not name.startswith("teacher.")}
         decoder = None if codec.code2wav is None else asdict(codec.code2wav)
         self.content_hash = content_hash(tensors, {"codec": asdict(codec.config), "code2wav": decoder})
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """A waveform (n,) float32 -> codes (N, frames)."""
+        """Codes (N, frames) of a waveform (n,) float32 at the codec's sampling rate."""
         device = next(self.codec.parameters()).device
         return self.codec.encode(torch.from_numpy(waveform)[None].to(device))[0].cpu().numpy()
 
 
 def open_codec(path: str) -> OpenCodec:
-    """The codec of a checkpoint, or of a run's latest, with averaged weights where it has some: those evaluation heard.
+    """The codec of a checkpoint, or of a run's latest, with the averaged weights where it has some, as in evaluation.
 
-    An imported Mimi has no decoder here, and makes codes all the same.
+    An imported Mimi has no decoder here, and encodes all the same.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged, or of another network.
+        UserError: there is no checkpoint, or it is damaged, or it holds another network.
     """
     checkpoint = resolve(path)
     require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
@@ -65,7 +65,7 @@ def open_codec(path: str) -> OpenCodec:
 
 
 def codec_hash(codec: str) -> str:
-    """The content hash that ``data.codec`` means: itself, or that of its checkpoint."""
+    """Content hash of the codec that ``data.codec`` names, by a hash already or by a checkpoint."""
     return codec if is_hash(codec) else open_codec(codec).content_hash
 
 
@@ -78,7 +78,7 @@ def write_codes(
     max_sample_bytes: int = DataConfig.max_sample_bytes,
     max_text_bytes: int = DataConfig.max_text_bytes,
 ) -> None:
-    """Write the shards of a folder anew, with a codec's codes beside the speech of every sample.
+    """Copy the shards of a folder, with a codec's codes beside the speech of every sample.
 
     Every sample whose speech can be read (its speech target, else the first sound of the chat) gets ``key.codes.npy``,
     (codebooks, frames) uint16. The same folder and codec give the same shards, whatever the number of processes.
@@ -91,8 +91,8 @@ def write_codes(
         out: folder of the new shards; data with `_codes` after its name.
         workers: processes that work side by side; 0 for one per core.
         max_seconds: longer speech is kept without codes (`audio_too_long`).
-        max_sample_bytes: samples that are larger are left out, as `data.max_sample_bytes` refuses them.
-        max_text_bytes: the same of their ``key.json``, as `data.max_text_bytes`.
+        max_sample_bytes: samples of more bytes are left out, as `data.max_sample_bytes` refuses them.
+        max_text_bytes: samples whose ``key.json`` has more bytes are left out, as `data.max_text_bytes` refuses them.
 
     Raises:
         UserError: no shards, no codec, or `out` holds something else.

@@ -1,4 +1,4 @@
-"""Frozen weights that wait in the host's memory while they are not used."""
+"""Offloading of frozen weights to the host's memory while they are not used."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from omni_train import platform
 
 
 class FrozenModel(Protocol):
-    """A model that a network learns with and that does not learn itself."""
+    """A model that a network is trained with and that is not trained itself."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """Its parts on this rank."""
+        """Modules of the model on this rank."""
         ...
 
 
-class Resting:
-    """Modules whose tensors lie in the host's memory, and on the device only where they are asked for.
+class Offload:
+    """Frozen modules whose tensors are in the host's memory, and on the device only while they are used.
 
-    Copies go both ways on the stream that computes, so none is read before it is there: what is saved is memory, and a
-    step waits for the transfer.
+    Copies are made on the stream that computes, so none is read before it is complete: memory is saved, and a step
+    waits for the transfer.
     """
 
     def __init__(self) -> None:
         self._host: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def lay_down(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Move frozen modules into the host's memory, pinned where there is a GPU."""
+    def to_host(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Move frozen modules to the host's memory, pinned where there is a GPU."""
         for module in modules:
             kept = []
             for tensor in (*module.parameters(), *module.buffers()):
@@ -42,8 +42,8 @@ class Resting:
             self._host[module] = kept
 
     @contextmanager
-    def awake(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-        """Have those of `modules` that lie in the host's memory on this rank's device meanwhile."""
+    def on_device(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """Context in which those of `modules` that were moved to the host are on this rank's device."""
         moved = [pair for module in modules for pair in self._host.get(module, ())]
         try:
             for tensor, host in moved:

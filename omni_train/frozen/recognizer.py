@@ -1,4 +1,4 @@
-"""A trained recognizer that listens to the codec: it teaches codebook 0, and writes what resynthesised speech says."""
+"""A trained recognizer beside the codec: teacher of codebook 0, and transcriber of resynthesized speech."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from omni_train.recipe.schema import Precision, Recipe, Recompute
 from omni_train.rollout.transcribe import transcribe
 
 WHOLE_CLIPS = 0
-SHORTEST = 0.2  # seconds; a shorter clip is heard with silence behind it
+SHORTEST = 0.2  # seconds; a shorter clip is padded with silence
 
 
 class FrozenRecognizer:
     """A recognizer of a checkpoint, frozen, in fp32.
 
-    As a teacher (:class:`omni_train.objectives.semantic.Teacher`) it gives the audio encoder's outputs; `transcribe`
-    writes what is said.
+    As a teacher (:class:`omni_train.objectives.semantic.Teacher`) it returns the audio encoder's outputs.
 
     Args:
-        checkpoint: of network=recognizer.
-        recipe: of the codec; its tokenizer is the one that the recognizer learned with.
+        checkpoint: a checkpoint of network=recognizer.
+        recipe: recipe of the codec; its tokenizer must be the one that the recognizer was trained with.
 
     Raises:
-        UserError: the checkpoint is of something else.
+        UserError: the checkpoint holds another network.
     """
 
     def __init__(self, checkpoint: Path, recipe: Recipe) -> None:
@@ -56,12 +55,12 @@ class FrozenRecognizer:
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """What has its weights."""
+        """Modules that hold the recognizer's weights."""
         return [self.model]
 
     @torch.no_grad()
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
-        """Features (B, T, D) of waveforms (n,) of 16 kHz, zeros after a clip's end."""
+        """Audio encoder's outputs (B, T, D) of waveforms (n,) at 16 kHz, zeros behind the end of a waveform."""
         mels = [self._mel(waveform.cpu().numpy()) for waveform in waveforms]
         boundaries = torch.tensor([0, *np.cumsum([len(mel) for mel in mels])], dtype=torch.int32)
         mel_FM = torch.from_numpy(np.concatenate(mels)).to(platform.device())
@@ -69,7 +68,7 @@ class FrozenRecognizer:
         return torch.nn.utils.rnn.pad_sequence(hidden_AH.split(lengths), batch_first=True)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
-        """What is said in waveforms (n,) of 16 kHz, each heard whole."""
+        """Transcripts of waveforms (n,) at 16 kHz, the audio encoder attending to the whole of each."""
         written = transcribe(
             self.model,
             [self._mel(waveform) for waveform in waveforms],
@@ -87,10 +86,10 @@ class FrozenRecognizer:
 
 
 def open_recognizer(checkpoint: str, recipe: Recipe) -> FrozenRecognizer:
-    """The recognizer of a checkpoint or a run. Collective.
+    """The recognizer of a checkpoint, or of a run's latest. Collective.
 
     Raises:
-        UserError: there is none, or it is damaged or of something else.
+        UserError: there is no checkpoint, or it is damaged, or it holds another network.
     """
     found = resolve(checkpoint)
     require_intact(found, recipe.checkpoint.verify, only=("model.pt", "model*.safetensors"))

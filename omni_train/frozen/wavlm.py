@@ -1,4 +1,4 @@
-"""A WavLM that teaches codebook 0 what speech means."""
+"""WavLM as the teacher of codebook 0."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from omni_train.platform.unpickling import tensors_and
 
 
 class WavLM:
-    """The last layer of a WavLM (Chen et al. 2022), Mimi's teacher.
+    """Outputs of the last layer of a WavLM (Chen et al. 2022), which is also Mimi's teacher.
 
     Args:
-        folder: as ``transformers`` saves it.
-        device: where it runs.
+        folder: folder of the model as ``transformers`` saves it.
+        device: device that the model runs on.
 
     Raises:
         UserError: ``transformers`` is not installed, or there is no WavLM in the folder.
@@ -56,7 +56,7 @@ class WavLM:
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """What has its weights."""
+        """Modules that hold WavLM's weights."""
         return [self.model]
 
     @torch.no_grad()
@@ -71,5 +71,5 @@ class WavLM:
 
 
 def is_wavlm(teacher: str) -> bool:
-    """Whether a path is of a folder of `transformers`, which has its configuration; no checkpoint or run has one."""
+    """Whether a path is a model folder of ``transformers``: it has a ``config.json``, as no checkpoint or run has."""
     return Path(teacher, "config.json").exists()

@@ -121,18 +121,18 @@ def answer(rank, world_size, world, parallel, checkpoint):
     return evaluated.metrics, shown
 
 
-def test_every_layout_gives_the_same_answers_and_figures(distributed, world, tmp_path):
-    ((figures, shown),) = distributed(1, answer, world, ParallelConfig(), tmp_path)
+def test_every_layout_gives_the_same_answers_and_metrics(distributed, world, tmp_path):
+    ((metrics, shown),) = distributed(1, answer, world, ParallelConfig(), tmp_path)
     assert [name for name, _ in shown] == ["speech/0", "images/0", "text/3"]
-    assert figures["eval_answers_color"] == 6
-    assert figures["eval_answers_transcribe"] == 5
-    assert figures["eval_answers_when"] == 1
-    assert {"eval_wer_en", "eval_cer_en", "eval_cer_zh", "eval_exact_color", "eval_when_close"} <= set(figures)
-    assert "eval_wer_zh" not in figures
+    assert metrics["eval_answers_color"] == 6
+    assert metrics["eval_answers_transcribe"] == 5
+    assert metrics["eval_answers_when"] == 1
+    assert {"eval_wer_en", "eval_cer_en", "eval_cer_zh", "eval_exact_color", "eval_when_close"} <= set(metrics)
+    assert "eval_wer_zh" not in metrics
     for parallel in (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(expert=2)):
         results = distributed(2, answer, world, parallel, tmp_path)
         for found, _ in results:
-            assert found == pytest.approx(figures, rel=1e-6)
+            assert found == pytest.approx(metrics, rel=1e-6)
         assert results[0][1] == shown
 
 

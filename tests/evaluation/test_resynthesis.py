@@ -91,17 +91,17 @@ def evaluated(rank, world_size, recipe: Recipe, directory, parrot: bool):
 
 
 def test_a_codec_that_repeats_what_it_heard_is_perfect(distributed, recipe, tmp_path):
-    ((figures, kept),) = distributed(1, evaluated, recipe, tmp_path, True)
-    assert figures["eval_utterances"] == UTTERANCES
-    assert figures["eval_skipped_audio_unreadable"] == figures["eval_skipped_unknown_schema"] == 1
-    assert figures["eval_mel_distance"] == 0
-    assert figures["eval_stoi"] == pytest.approx(1.0, abs=1e-6)
-    assert figures["eval_stoi_failed"] == 0
-    assert figures["eval_codebook_used_00"] == pytest.approx(2 / 14)
-    assert figures["eval_codebook_perplexity_03"] == pytest.approx(5.0, abs=0.01)
-    assert figures["eval_codebook_used_least"] == pytest.approx(2 / 14)
+    ((metrics, kept),) = distributed(1, evaluated, recipe, tmp_path, True)
+    assert metrics["eval_utterances"] == UTTERANCES
+    assert metrics["eval_skipped_audio_unreadable"] == metrics["eval_skipped_unknown_schema"] == 1
+    assert metrics["eval_mel_distance"] == 0
+    assert metrics["eval_stoi"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["eval_stoi_failed"] == 0
+    assert metrics["eval_codebook_used_00"] == pytest.approx(2 / 14)
+    assert metrics["eval_codebook_perplexity_03"] == pytest.approx(5.0, abs=0.01)
+    assert metrics["eval_codebook_used_least"] == pytest.approx(2 / 14)
     for side in ("original", "resynthesis"):  # one of five is right in both words
-        assert figures[f"eval_{side}_wer_en"] == pytest.approx(4 / 5)
+        assert metrics[f"eval_{side}_wer_en"] == pytest.approx(4 / 5)
     for number, pair in enumerate(kept):
         original, rate = soundfile.read(pair.original)
         resynthesis, _ = soundfile.read(pair.resynthesis)

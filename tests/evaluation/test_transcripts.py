@@ -1,4 +1,4 @@
-"""Held-out clips are transcribed whole and in windows, and the figures are those of all data ranks together."""
+"""Held-out clips are transcribed whole and in windows, and the metrics are those of all data ranks together."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def evaluate(rank, world_size, world):
 
 
 def test_figures_are_the_same_on_any_number_of_ranks_and_tell_the_windows_apart(distributed, world):
-    ((figures, shown),) = distributed(1, evaluate, world)
+    ((metrics, shown),) = distributed(1, evaluate, world)
     assert [name for name, _ in shown] == ["speech/0", "speech/1"]
-    assert figures.pop("eval_skipped_no_audio") == figures.pop("eval_skipped_no_audio_window_48") == 1
+    assert metrics.pop("eval_skipped_no_audio") == metrics.pop("eval_skipped_no_audio_window_48") == 1
     whole = {"answers_transcribe", "cer", "cer_en", "cer_zh", "language", "wer", "wer_en"}
-    assert set(figures) == {f"eval_{name}{window}" for name in whole for window in ("", "_window_48")}
-    assert figures["eval_answers_transcribe"] == 6
-    assert figures["eval_wer"] == figures["eval_wer_en"]  # the other language has no words
-    low, high = sorted((figures["eval_cer_en"], figures["eval_cer_zh"]))
-    assert low <= figures["eval_cer"] <= high
+    assert set(metrics) == {f"eval_{name}{window}" for name in whole for window in ("", "_window_48")}
+    assert metrics["eval_answers_transcribe"] == 6
+    assert metrics["eval_wer"] == metrics["eval_wer_en"]  # the other language has no words
+    low, high = sorted((metrics["eval_cer_en"], metrics["eval_cer_zh"]))
+    assert low <= metrics["eval_cer"] <= high
     for found, _ in distributed(2, evaluate, world):
         assert found.pop("eval_skipped_no_audio") == found.pop("eval_skipped_no_audio_window_48") == 1 + 2
-        assert found == pytest.approx(figures, rel=1e-6)
+        assert found == pytest.approx(metrics, rel=1e-6)

@@ -135,7 +135,7 @@ def test_codewords_that_nobody_uses_begin_anew_at_an_input(quantizer):
     assert bool((used >= 1).all())
 
 
-def test_use_of_a_codebook_in_figures():
+def test_use_of_a_codebook_in_metrics():
     used, perplexity = usage_of(torch.tensor([[5.0, 5.0, 5.0, 5.0], [7.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     assert used.tolist() == [1.0, 0.25, 0.0]
     assert perplexity.tolist() == pytest.approx([4.0, 1.0, 1.0])
@@ -145,28 +145,28 @@ def train(rank, world_size, rows, start):
     """Codebooks after steps on a global batch of rows that the ranks share; each row is seeded on its own."""
     quantizer = SplitQuantizer(CODEC).train()
     quantizer.load_state_dict(start)
-    figures = []
+    metrics = []
     for step in range(4):
         for row in range(rank, rows, world_size):
             seed = 100 * step + row
             quantizer(latents(5, 4, seed), generator(seed), Regularization(0.5, 0.5))
-        figures.append(torch.stack(quantizer.update(generator(step), decay=0.3, dead_usage=0.5)))
-    return {name: buffer for name, buffer in quantizer.state_dict().items() if "codebooks" in name}, figures
+        metrics.append(torch.stack(quantizer.update(generator(step), decay=0.3, dead_usage=0.5)))
+    return {name: buffer for name, buffer in quantizer.state_dict().items() if "codebooks" in name}, metrics
 
 
 def test_codebooks_move_alike_in_every_layout(distributed):
     """From k-means on, with dead codewords that begin anew, on one, two and three ranks."""
     torch.manual_seed(3)
     start = SplitQuantizer(CODEC).state_dict()
-    ((alone, figures),) = distributed(1, train, 6, start)
-    assert sum(step[2].sum() for step in figures) > 20  # some did begin anew
+    ((alone, metrics),) = distributed(1, train, 6, start)
+    assert sum(step[2].sum() for step in metrics) > 20  # some did begin anew
     for world_size in (2, 3):
         ranks = distributed(world_size, train, 6, start)
         for state, _ in ranks[1:]:
             assert all(torch.equal(state[name], ranks[0][0][name]) for name in state)
         for name, buffer in ranks[0][0].items():
             torch.testing.assert_close(buffer, alone[name], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ranks[0][1], figures, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ranks[0][1], metrics, rtol=1e-4, atol=1e-4)
 
 
 def test_codebooks_survive_a_checkpoint(quantizer):

@@ -54,7 +54,7 @@ def test_they_have_no_word_errors_by_any_of_their_tags_and_none_in_the_pool(lang
     assert tally.pooled("wer") == pytest.approx(1 / 2)
 
 
-def test_one_language_has_one_name_among_the_figures():
+def test_one_language_has_one_name_among_the_metrics():
     found = metrics(*(("transcribe", tag, "red boat", "red") for tag in ("en", "EN", "en_US", "eng")))
     assert set(found) == {"answers_transcribe", "cer_en", "wer_en"}
 

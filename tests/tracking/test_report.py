@@ -69,7 +69,7 @@ def test_broken_lines_and_losses_that_are_no_number_do_not_stop_a_report(tmp_pat
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """Text alone, then with audio and held-out figures; a stage that logged nothing, one that has not begun."""
+    """Text alone, then with audio and held-out metrics; a stage that logged nothing, one that has not begun."""
     (tmp_path / "pipeline.yaml").write_text("first: {}\nsecond: {}\nthird: {}\nfourth: {}\n")
     steps = {
         "second": [
@@ -96,17 +96,17 @@ def test_a_pipeline_is_a_table_of_its_stages_with_the_losses_last_logged(pipelin
 
 
 def test_parts_of_a_figure_that_is_there_as_a_whole_are_in_the_report_alone(pipeline, capsys):
-    figures = {"eval_wer": 0.5, "eval_wer_en": 0.75, "eval_wer_window_100": 0.625, "eval_wer_en_window_100": 0.875}
-    figures |= {"eval_codebook_used_03": 0.0625, "eval_codebook_used_least": 0.03125, "eval_stoi_failed": 0.125}
+    metrics = {"eval_wer": 0.5, "eval_wer_en": 0.75, "eval_wer_window_100": 0.625, "eval_wer_en_window_100": 0.875}
+    metrics |= {"eval_codebook_used_03": 0.0625, "eval_codebook_used_least": 0.03125, "eval_stoi_failed": 0.125}
     with (pipeline / "second" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 3, "loss": 2.75} | figures) + "\n")
+        file.write(json.dumps({"step": 3, "loss": 2.75} | metrics) + "\n")
     assert main([str(pipeline)]) == 0
     printed, written = capsys.readouterr().out, (pipeline / "report" / "report.md").read_text()
-    for figure in ("0.500", "0.625", "0.031", "0.125"):
-        assert figure in printed
-    for figure in ("0.250", "0.750", "0.875", "0.062"):
-        assert figure not in printed
-        assert f"| {figure} |" in written
+    for metric in ("0.500", "0.625", "0.031", "0.125"):
+        assert metric in printed
+    for metric in ("0.250", "0.750", "0.875", "0.062"):
+        assert metric not in printed
+        assert f"| {metric} |" in written
 
 
 def test_a_pipelines_report_is_written_beside_its_stages_with_curves(pipeline):

@@ -1,4 +1,4 @@
-"""What an engine does for the training loop, whichever of the two it is."""
+"""The contract of the two engines with the training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from omni_train import platform
 from omni_train.checkpoint.store import Store
 from omni_train.evaluation.base import Evaluated
-from omni_train.frozen.offload import Resting
+from omni_train.frozen.offload import Offload
 from omni_train.networks.base import NetworkSpec, spec_of
 from omni_train.objectives.base import NetworksObjective
 from omni_train.recipe.schema import Recipe
@@ -23,7 +23,7 @@ from omni_train.recipe.schema import Recipe
 
 @dataclass
 class StepResult:
-    """What one optimizer step did, equal on every rank."""
+    """Result of one optimizer step, equal on every rank."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # loss, grad_norm, and what objective and router add
     tokens: float = 0.0  # of the global batch, padding excluded
@@ -35,7 +35,7 @@ class StepResult:
 
 @dataclass
 class GlobalSums:
-    """What is known of a global batch before the step."""
+    """Sums over the rows of a global batch, known before the step."""
 
     weight: float
     tokens: float
@@ -60,22 +60,26 @@ class Engine(ABC):
         self.recipe = recipe
         self.spec = spec_of(recipe.network)
         self.frozen = self.spec.frozen(recipe)
-        self._resting = Resting()
+        self._offload = Offload()
         if recipe.frozen.offload:
             for model in self.frozen.values():
-                self._resting.lay_down(model.modules)
+                self._offload.to_host(model.modules)
 
     @abstractmethod
     def open_store(self, directory: Path) -> Store:
-        """The run's checkpoints."""
+        """Store of the run's checkpoints.
+
+        Args:
+            directory: the run's directory of checkpoints.
+        """
 
     @abstractmethod
     def initialize(self, store: Any) -> None:
-        """Start as the recipe's `init_from` and `init_parts` say, or fresh. Collective."""
+        """Initialize the parameters as the recipe's `init_from` and `init_parts` say. Collective."""
 
     @abstractmethod
     def resume(self, store: Any, checkpoint: Path) -> dict:
-        """Go on from a checkpoint of this run; what the trainer had to remember. Collective."""
+        """Load a checkpoint of this run; returns the `progress` that it was saved with. Collective."""
 
     @abstractmethod
     def save(self, store: Any, step: int, progress: dict, loader_state: Any) -> None:
@@ -84,8 +88,8 @@ class Engine(ABC):
         Args:
             store: from :meth:`open_store`.
             step: optimizer steps done.
-            progress: what the trainer must remember; equal on all ranks.
-            loader_state: this data rank's loader, None on ranks that do not load.
+            progress: state of the trainer; equal on all ranks.
+            loader_state: state of this data rank's loader, None on ranks that do not load.
         """
 
     @abstractmethod
@@ -93,8 +97,8 @@ class Engine(ABC):
         """One optimizer step over a global batch.
 
         Args:
-            rows: this data rank's rows of it; equal on the ranks of one model group, and as many on every rank.
-            learning_rate: of this step.
+            rows: this data rank's rows of the batch; equal on the ranks of one model group, and as many on every rank.
+            learning_rate: learning rate of this step, before the factors of parameter groups.
             step: number of steps done, which with the recipe's seed decides what is drawn at random.
         """
 
@@ -104,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def network(self) -> Any:
-        """What an evaluation asks: the model whole, without wrappers, averaged where averages are kept. Collective."""
+        """The network for evaluation: whole, unwrapped, with averaged weights where they are kept. Collective."""
 
     @abstractmethod
     def forward(
@@ -113,27 +117,27 @@ class Engine(ABC):
         """See :class:`omni_train.objectives.base.Forward`."""
 
     def evaluation(self, held_out: list, refused: Counter[str]) -> Callable[[], Evaluated]:
-        """What asks the network held-out questions.
+        """The network's evaluation on held-out data, to be called whenever one is due.
 
         Args:
-            held_out: this data rank's, of the network's kind of rows.
-            refused: how many are left out of them, by reason.
+            held_out: held-out data of this data rank, as the network's kind of rows reads them.
+            refused: how many samples could not be read, by reason.
         """
         assert self.spec.evaluation is not None, "validation refuses evaluation.every of this network"
-        ask = self.spec.evaluation(self.recipe, held_out, refused, self.frozen)
+        evaluate = self.spec.evaluation(self.recipe, held_out, refused, self.frozen)
 
         def run() -> Evaluated:
             with self.on_device(*(module for model in self.frozen.values() for module in model.modules)):
-                return ask(self.network())
+                return evaluate(self.network())
 
         return run
 
     def flops(self, rows: list) -> float:
-        """Operations of a training step over this data rank's rows."""
+        """FLOPs of one training step over this data rank's rows."""
         return self.spec.flops(self.recipe, rows, sum(map(self.objective.tokens, rows)), self.parameters)
 
     def expert_loads(self) -> dict[int, list[float]]:
-        """Load of every expert in the last global batch, 1 being an even share, by layer; {} without experts.
+        """Layer -> load of each of its experts in the last global batch, 1 being an even share; {} without experts.
 
         Collective.
         """
@@ -142,21 +146,21 @@ class Engine(ABC):
     @contextmanager
     def on_device(self, *modules: torch.nn.Module) -> Iterator[None]:
         """See :class:`omni_train.objectives.base.Forward`."""
-        with self._resting.awake(modules):
+        with self._offload.on_device(modules):
             yield
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held beside the model."""
+        """Free what the engine holds beside the model."""
 
 
 def global_sums(objective: NetworksObjective, rows: Sequence[Any], group: Any = None) -> GlobalSums:
-    """What the rows of all data ranks add up to. Collective.
+    """Sums over the rows of all data ranks. Collective.
 
     Args:
-        objective: weighs them.
-        rows: this data rank's.
-        group: the data ranks; None for all ranks.
+        objective: says what weight and how many tokens a row has.
+        rows: rows of this data rank.
+        group: process group of the data ranks; None for all ranks.
     """
     names = rows[0].MODALITIES
     # In fp64: 64 rows of 262,144 tokens are as many as fp32 can count.
