@@ -25,11 +25,14 @@ from omni_train.recipe.schema import Recipe
 
 
 class Feed:
-    """The rows of this data rank, the same on all ranks of its model group.
+    """Rows of this data rank, the same on all ranks of its model group.
+
+    Args:
+        recipe: a validated recipe.
 
     Raises:
-        UserError: on every rank of the group, whatever stopped the reading rank: missing shards, too much skipped, a
-            tokenizer with more tokens than the model has rows.
+        UserError: on every rank of the group, whatever stopped the reading rank: missing shards, too many samples
+            skipped, a tokenizer with more tokens than the model has embeddings.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -58,7 +61,7 @@ class Feed:
         self._iterator = iter(self.loader)
 
     def _share(self, read: Callable):
-        """What `read` returns on the reading rank, on every rank of the group; what it refuses, likewise."""
+        """Result of `read` on the reading rank, on every rank of the group; what it raises, likewise."""
         if self.group.size() == 1:
             return read()
         message: list = [None]
@@ -74,7 +77,7 @@ class Feed:
         return message[0]
 
     def _share_rows(self, read: Callable[[], list[Row]]) -> list[Row]:
-        """Rows as `_share`, but their media as tensors, and only to the ranks of the first pipeline stage."""
+        """Rows on every rank of the group, with their media on the first pipeline stage only, sent as tensors."""
         if self.group.size() == 1:
             return read()
         read_rows: list[Row] = []
@@ -112,7 +115,7 @@ class Feed:
         self._share(look_ahead)
 
     def rows(self, count: int) -> list[Row]:
-        """The next `count` rows."""
+        """The next `count` rows of training."""
         start = time.perf_counter()
         rows = self._share_rows(lambda: [next(self._iterator) for _ in range(count)])
         self.wait_seconds = time.perf_counter() - start
@@ -123,8 +126,11 @@ class Feed:
         return self._share_rows(lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part()))
 
     def questions(self) -> tuple[list[Any], Counter[str]]:
-        """This data rank's part of what evaluation asks, as the recipe's kind of row holds it out, the same at every
-        call; and how many are left out of it by reason."""
+        """This data rank's held-out data for the evaluation, the same at every call.
+
+        Returns:
+            the data as the recipe's kind of row reads them, and how many samples could not be read, by reason.
+        """
         data, model, evaluation = self.recipe.data, self.recipe.model, self.recipe.evaluation
 
         def read() -> tuple[list[Any], Counter[str]]:
@@ -134,18 +140,18 @@ class Feed:
         return self._share(read)
 
     def answers(self, swapped: bool) -> list[Row]:
-        """This data rank's rows of the held-out chats with media, with their own or with those of others."""
+        """This data rank's rows of the held-out chats with media, with their own media or with those of other chats."""
         recipe = self.recipe
         return self._share_rows(
             lambda: answer_rows(recipe.data, recipe.model, recipe.evaluation, swapped=swapped, **_my_part())
         )
 
     def state(self):
-        """State of the loader on the reading rank, None elsewhere."""
+        """State of the loader on the reading rank, for checkpoints; None elsewhere."""
         return self.loader.state_dict() if self.reads else None
 
     def restore(self, states: list) -> None:
-        """Continue where the data ranks that wrote `states` stopped, on as many ranks or on another number."""
+        """Continue where the data ranks that wrote `states` stopped, whatever their number."""
 
         def load() -> None:
             world = platform.parallel.data_world_size()
@@ -162,7 +168,7 @@ class Feed:
 
 
 def prepare(recipe: Recipe) -> None:
-    """Start what loader workers are forked from, on ranks that will read: it is ready when the model is built."""
+    """Start the server that loader workers are forked from, on ranks that read: it is ready when the model is built."""
     if recipe.data.workers and platform.rank() == _reading_rank():
         start_server()
 

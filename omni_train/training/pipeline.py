@@ -24,7 +24,7 @@ from omni_train.training.unlogged import UnloggedStep
 
 
 def run_pipeline(pipeline: Pipeline) -> int:
-    """Run every stage that is not complete, on this rank with whatever ranks the launcher started, and report.
+    """Run every stage that is not complete, on this rank with whatever ranks the launcher started, then report.
 
     Returns:
         the process's exit status.
@@ -74,13 +74,17 @@ def _run_stages(pipeline: Pipeline, lock: RunLock) -> int:
 
 
 def _go_back(error: DamagedCheckpoint, pipeline: Pipeline, number: int) -> int:
-    """The stage whose last checkpoint is damaged, which goes on from the one before: that is set aside.
+    """Number of the earlier stage whose last checkpoint is damaged, and which must go on from the one before it.
+
+    The damaged checkpoint is set aside.
 
     Args:
         error: what ended stage `number`, on all ranks.
+        pipeline: the pipeline of the stages.
+        number: number of the stage that could not start.
 
     Raises:
-        DamagedCheckpoint: it is no checkpoint of an earlier stage.
+        DamagedCheckpoint: the damaged checkpoint is not of an earlier stage.
     """
     for before, (name, recipe) in enumerate([*pipeline.stages.items()][:number]):
         folder = Path(recipe.runs_dir, recipe.run, "checkpoints").resolve()
@@ -121,9 +125,9 @@ def is_complete(recipe: Recipe) -> bool:
 
 
 def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
-    """The recipe with the checkpoints that its earlier stages ended with in the place of their directories.
+    """Recipe that names the last checkpoints of earlier stages in the place of their directories.
 
-    So that the run can be repeated, and a stage notices that one before it was trained on.
+    So the run can be repeated, and a stage notices that an earlier one was trained further.
     """
     runs = {str(Path(stage.runs_dir, stage.run)) for stage in pipeline.stages.values()}
 

@@ -1,4 +1,4 @@
-"""A run goes on with the recipe that it was made with, but for what may change."""
+"""Resuming with a changed recipe: a run goes on with the recipe that it was made with, but for what may change."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from omni_train.recipe.schema import Recipe
 
 
 def check_resume(recipe: Recipe, directory: Path) -> None:
-    """Say what a recipe changes of the run in a directory, where there is one to go on with. Collective.
+    """Log what a recipe changes of the run in a directory, where there is one to go on with. Collective.
 
     Raises:
-        UserError: on all ranks: something of it may not change.
+        UserError: on all ranks: the recipe changes a key that may not change.
     """
 
     def check() -> None:
@@ -37,10 +37,10 @@ def check_resume(recipe: Recipe, directory: Path) -> None:
 
 
 def changes(recipe: Recipe, directory: Path) -> list[Difference]:
-    """What a recipe changes of the one that the run in a directory was last started with; nothing where that is lost.
+    """Differences of a recipe from the one that the run in a directory was last started with; none where that is lost.
 
     Raises:
-        UserError: its recipe.yaml cannot be read.
+        UserError: the run's recipe.yaml cannot be read.
     """
     path = directory / "recipe.yaml"
     if not path.exists():
@@ -54,7 +54,11 @@ def changes(recipe: Recipe, directory: Path) -> list[Difference]:
 
 
 def refuse_change(directory: Path, change: Difference) -> NoReturn:
-    """Refuse to go on with the run in a directory."""
+    """Refuse to go on with the run in a directory, because of a change of its recipe.
+
+    Raises:
+        UserError: always.
+    """
     moved = described(recipe_type())[change.key].key.linkable
     links = "; where data were moved, leave links" if moved else ""
     raise UserError(

@@ -1,4 +1,4 @@
-"""A recipe from the command line to its end."""
+"""A run of a recipe, from the command line to its end."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ def run(recipe: Recipe) -> int:
 
 
 def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
-    """As :func:`run`; False where a signal asked to stop. The last line says how it ended.
+    """Train a recipe on this rank and say how it ended; raises as :func:`run` does.
 
     Args:
-        lock: what holds the run's directory, where something does already.
+        recipe: a validated recipe.
+        lock: the lock of the run's directory, where the caller holds it already.
+
+    Returns:
+        False where a signal asked to stop.
     """
     validate(recipe, platform.world_size())
     check_rows(recipe)
@@ -82,7 +86,7 @@ def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
 
 
 def _write_recipe(recipe: Recipe, directory: Path) -> bool:
-    """Write the run's ``recipe.yaml`` on the first rank; False where it cannot be, which a run can do without."""
+    """Write the run's ``recipe.yaml`` on the first rank; False where that fails, which does not stop a run."""
     path = directory / "recipe.yaml"
     try:
         if platform.rank() == 0:

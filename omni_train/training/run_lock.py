@@ -1,4 +1,4 @@
-"""One run, one directory: the first rank takes its lock, and all ranks know whether it has it."""
+"""Lock of a run's directory, for one run at a time: the first rank holds it, and all ranks know whether it does."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from omni_train.platform.agreement import on_first_rank, wait_on
 
 
 class RunLock:
-    """Locks that the first rank holds for all."""
+    """Locks of directories, which the first rank holds for all ranks."""
 
     def __init__(self, locks: list[DirectoryLock]) -> None:
         self._locks = locks
 
     def check(self) -> None:
-        """Be sure that the locks are still held, before something is written. Collective.
+        """Check that the locks are still held, before something is written. Collective.
 
         Raises:
             UserError: on all ranks, as :meth:`omni_train.locks.DirectoryLock.check` says.
@@ -34,9 +34,9 @@ def holding(*directories: Path, remedy: str, when_held: Callable[[], None] = lam
     """Hold the locks of directories, all or none. Collective; joins the other ranks for it where they have not met.
 
     Args:
-        directories: made where they are not there.
-        remedy: what a command that is refused can do, beside waiting for the other one.
-        when_held: called on the first rank before any goes on; what it refuses, all refuse.
+        directories: directories to lock, made where they are missing.
+        remedy: what the user can do where another process holds a lock, beside waiting for it.
+        when_held: called on the first rank before any rank goes on; what it raises, all raise.
 
     Raises:
         UserError: on all ranks, as :meth:`omni_train.locks.DirectoryLock.acquire` says.

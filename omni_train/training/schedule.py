@@ -1,4 +1,4 @@
-"""How long a run is, and its learning rate along the way."""
+"""Length of a run, and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from omni_train.recipe.schema import Decay, OptimizerConfig, ScheduleConfig
 
 
 class Schedule:
-    """Progress and learning rate of a run whose length is in steps, or in tokens where the recipe sets them."""
+    """Progress and learning rate of a run, whose length is in steps, or in tokens where the recipe sets them."""
 
     def __init__(self, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> None:
         self.schedule, self.optimizer = schedule, optimizer

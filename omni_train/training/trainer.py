@@ -26,9 +26,9 @@ from omni_train.training.schedule import Schedule
 from omni_train.training.unlogged import UnloggedStep
 
 SECONDS_BETWEEN_SAVES = 5.0
-"""How long the last save of a run waits where it failed, before it is tried again."""
+"""Pause before the last save of a run is tried again, where it failed."""
 TRIES_WHEN_STOPPED = 3
-"""How often it is tried where a signal stops the run, at most: a scheduler does not wait for long."""
+"""Tries of the last save, at most, where a signal stops the run: a scheduler does not wait for long."""
 
 
 def build_engine(recipe: Recipe) -> Engine:
@@ -43,7 +43,14 @@ def build_engine(recipe: Recipe) -> Engine:
 
 
 class Trainer:
-    """One run of a recipe on this rank. Process groups must exist."""
+    """Training loop of one run of a recipe, on this rank. Process groups must exist.
+
+    Args:
+        recipe: a validated recipe.
+
+    Raises:
+        UserError: the run's directory, a checkpoint or the data cannot be used.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -140,29 +147,29 @@ class Trainer:
                 open_file.close()
 
     def ending(self) -> str:
-        """Why :meth:`fit` has returned, in a line."""
+        """Reason for which :meth:`fit` returned, in one line."""
         if self.stopped_by is not None:
             state = f"after step {self.step}, saved" if self.stepped else f"at step {self.step}, nothing new to save"
             return f"stopped by {self.stopped_by} {state}; the same command goes on from here"
         return f"finished: step {self.step} of {self.recipe.schedule.steps}, checkpoints in {self.store.directory}"
 
     def _evaluate_and_log(self, metrics: dict[str, float], callbacks: list[Callback]) -> bool:
-        """What is due after a step: evaluate, and log. Collective.
+        """Evaluate and log after a step, each where it is due. Collective.
 
         Returns:
             False where a signal came between: the next start makes up for it before its first step.
         """
-        config, answer_every = self.recipe.schedule, self.recipe.evaluation.every
-        evaluates = bool(config.eval_every) and self.step % config.eval_every == 0
-        answers = bool(answer_every) and self.step % answer_every == 0
-        if evaluates or answers:
+        config, evaluation_every = self.recipe.schedule, self.recipe.evaluation.every
+        losses_due = bool(config.eval_every) and self.step % config.eval_every == 0
+        evaluation_due = bool(evaluation_every) and self.step % evaluation_every == 0
+        if losses_due or evaluation_due:
             shown = None
             if not (stopped := stop_agreed()):
                 stopping.finish_first(f"leaving the evaluation after step {self.step} for the next start, and saving")
-                found = self._evaluate() if evaluates else {}
-                if answers:
-                    answered, shown = self._answer()
-                    found |= answered
+                found = self._held_out_losses() if losses_due else {}
+                if evaluation_due:
+                    evaluated, shown = self._run_evaluation()
+                    found |= evaluated
                 stopped = stop_agreed()
                 alive()
             if stopped:
@@ -173,7 +180,7 @@ class Trainer:
                 for callback in callbacks:
                     callback.on_exhibits(self.step, shown)
         last = self.schedule.done(self.step, self.progress["tokens"])  # also of a run shorter than log_every
-        if self.step % config.log_every == 0 or evaluates or answers or last:
+        if self.step % config.log_every == 0 or losses_due or evaluation_due or last:
             for callback in callbacks:
                 callback.on_metrics(metrics)
         return True
@@ -189,7 +196,7 @@ class Trainer:
         return True
 
     def _log_expert_load(self, file: MetricsFile | None) -> None:
-        """Write the load of every expert where the recipe wants it. Collective."""
+        """Log the load of every expert, where `tracking.expert_load_every` says so. Collective."""
         every = self.recipe.tracking.expert_load_every
         if not every or self.step % every:
             return
@@ -232,14 +239,14 @@ class Trainer:
         return metrics
 
     def _fractions(self, tokens: dict[str, float]) -> dict[str, float]:
-        """Each modality's share of the tokens since the run began, of rows that tell them apart."""
+        """Each modality's fraction of the tokens since the run began; nothing for rows without modalities."""
         counts = self.progress["tokens_by_modality"]
         for name, number in tokens.items():
             counts[name] = counts.get(name, 0.0) + number
         return {f"fraction_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
 
     def _count_skipped(self, rows) -> None:
-        """Add what the loaders of all data ranks refused, by reason, and say so. Collective."""
+        """Add up the samples that the loaders of all data ranks refused, by reason, and say so. Collective."""
         everywhere = platform.parallel.gather_over_data_ranks([row.skipped for row in rows])
         counts = self.progress["skipped_samples"]
         for skipped in (row for rank in everywhere for row in rank):
@@ -248,7 +255,11 @@ class Trainer:
         say(f"step {self.step}: samples skipped so far: {describe(counts)}")
 
     def _guard(self, updated: bool) -> None:
-        """Count a step that a non-finite loss or gradient made useless; give up after too many in a row."""
+        """Count a step that was skipped for a non-finite loss or gradient.
+
+        Raises:
+            UserError: more than `safety.max_nonfinite_steps` of them came in a row.
+        """
         if updated:
             self.progress["nonfinite_in_a_row"] = 0
             return
@@ -262,14 +273,14 @@ class Trainer:
                 f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
             )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _held_out_losses(self) -> dict[str, float]:
         if self._held_out is None:
             self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
         alive()
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
-    def _answer(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
-        """Ask held-out questions; metrics, and what is to be shown. Collective."""
+    def _run_evaluation(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
+        """Metrics and exhibits of the network's evaluation on held-out data. Collective."""
         if self._evaluation is None:
             self._evaluation = self.engine.evaluation(*self.feed.questions())
         evaluated = self._evaluation()
@@ -282,10 +293,10 @@ class Trainer:
         return metrics, evaluated.exhibits
 
     def _save_last(self) -> None:
-        """Save until it is written: a run that ends well leaves its last step behind.
+        """Save the last step, again and again until it is written.
 
         Raises:
-            RunFailed: it cannot be, `checkpoint.max_failures` times; fewer where a signal stops the run.
+            RunFailed: it failed `checkpoint.max_failures` times, or fewer where a signal stops the run.
         """
         self.store.failures = 0
         while True:
@@ -301,7 +312,7 @@ class Trainer:
             time.sleep(SECONDS_BETWEEN_SAVES)
 
     def _mark_saved(self) -> None:
-        """Leave a file that says that the run has a checkpoint."""
+        """Leave a file in the run's directory that says that the run has a checkpoint."""
         if platform.rank() == 0:
             with contextlib.suppress(OSError):  # a full disk: the next time, then
                 self._saved.touch()

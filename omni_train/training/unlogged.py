@@ -17,7 +17,7 @@ class UnloggedStep:
         self.path = directory / "unlogged_step.json"
 
     def exists(self) -> bool:
-        """Whether a start of this run has something to make up for."""
+        """Whether the run has a step that is still to be evaluated and logged."""
         return self.path.exists()
 
     def keep(self, metrics: dict[str, float]) -> None:
@@ -29,7 +29,7 @@ class UnloggedStep:
                 warn(f"{self.path}: cannot be written: {error.strerror}; step {metrics['step']} will not be logged")
 
     def read(self, step: int) -> dict[str, float] | None:
-        """The metrics of the step, if they are what is kept. Collective."""
+        """Metrics of a step, None where those of that step are not kept. Collective."""
         return on_first_rank(lambda: self._read(step))
 
     def _read(self, step: int) -> dict[str, float] | None:
@@ -42,6 +42,6 @@ class UnloggedStep:
         return metrics if metrics["step"] == step else None
 
     def forget(self) -> None:
-        """They are logged, or of a step that the run no longer has."""
+        """Remove the file: its metrics are logged, or of a step that the run no longer has."""
         if platform.rank() == 0:
             self.path.unlink(missing_ok=True)

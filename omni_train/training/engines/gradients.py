@@ -1,7 +1,6 @@
-"""What is known of gradients while autograd gives them: whether each parameter gets one, and whether all are numbers.
+"""Checks of gradients as autograd computes them: that each parameter gets one, and that all are finite.
 
-Both are asked on every parameter as its gradient comes, before anyone's optimizer takes it away: watch a network before
-it is wrapped.
+Both are hooks on parameters, called before an optimizer takes the gradient away: make them before a network is wrapped.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ _NAMED = 3
 
 
 class Arrivals:
-    """Whether each parameter that is trained gets a gradient at all: one that does not would silently stay as it is.
+    """Check that each trained parameter gets a gradient in the first step: without one it would silently not change.
 
-    One of zeros counts, as that of an expert whom no token chose, or of an encoder in a batch without its media: the
-    loss does depend on them. None comes where no path of the graph leads to the parameter.
+    A gradient of zeros counts, as that of an expert that no token chose, or of an encoder in a batch without its media:
+    the loss does depend on them. A parameter gets none where no path of the graph leads to it.
 
     Args:
-        named: parameters, by the names that they have in the whole model.
+        named: (name in the whole model, parameter) pairs.
     """
 
     def __init__(self, named: Named) -> None:
@@ -37,13 +36,13 @@ class Arrivals:
         self._waiting.pop(parameter, None)
 
     def check(self, step: int) -> None:
-        """Stop watching, and refuse to go on where a parameter got no gradient on any rank that has it. Collective.
+        """Remove the hooks, and refuse to go on where a parameter got no gradient on any rank that has it. Collective.
 
         Args:
             step: steps done before the one whose backward passes are over.
 
         Raises:
-            UserError: naming some, the same on every rank.
+            UserError: a parameter got none; the message names some, the same on every rank.
         """
         for hook in self._hooks:
             hook.remove()
@@ -66,7 +65,7 @@ class Arrivals:
 
 
 class Finite:
-    """Whether the gradients of a step, as each rank made them, are finite."""
+    """Check that the gradients of a step, as each rank computed them, are finite."""
 
     def __init__(self, named: Named) -> None:
         self._total = torch.zeros((), device=platform.device())
@@ -79,10 +78,10 @@ class Finite:
         self._total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
 
     def begin_step(self) -> None:
-        """Forget those of the step before."""
+        """Forget the gradients of the step before."""
         self._total.zero_()
 
     def everywhere(self) -> bool:
-        """Whether those since :meth:`begin_step` are, on all ranks. Collective."""
+        """Whether all gradients since :meth:`begin_step` are finite, on all ranks. Collective."""
         torch.distributed.all_reduce(self._total)
         return math.isfinite(self._total)

@@ -1,4 +1,4 @@
-"""Metrics of a global batch from those of its rows, over all ranks; the engines know no names."""
+"""Metrics of a global batch from those of its rows, over all ranks; engines need not know the names of metrics."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from omni_train.objectives.base import Metric
 
 
 class Totals:
-    """Adds up metrics over rows and ranks.
+    """Sums of metrics over rows and ranks.
 
     Args:
-        precision: of the sums while a rank adds them up, row after row.
-        ranks: the ranks that have different rows, or parts of them.
-        pipeline: the pipeline ranks, of which the last has metrics and tells the others; None where each has.
+        precision: dtype of the sums while a rank adds them up, row after row.
+        ranks: process group of the ranks that have different rows, or parts of them.
+        pipeline: process group of the pipeline ranks, of which the last has metrics and sends them to the others; None
+            where each rank has them.
     """
 
     def __init__(self, precision: torch.dtype, ranks: Any = None, pipeline: Any = None) -> None:
@@ -26,11 +27,11 @@ class Totals:
         self._names: dict[bool, list[tuple[str, bool]]] = {}  # by `training`: (name, whether it has a weight)
 
     def over(self, rows: Sequence[Mapping[str, Metric]], training: bool) -> dict[str, float]:
-        """Each metric over the global batch, without those of nothing. Collective.
+        """Metrics over the global batch, without those whose weight is 0. Collective.
 
         Args:
             rows: metrics of this rank's rows; none on pipeline ranks before the last.
-            training: whether they are of a training step: each kind has its names.
+            training: whether they are of a training step: held-out rows may have other metrics.
 
         Raises:
             RuntimeError: the rows of a batch name different metrics.
@@ -58,7 +59,7 @@ class Totals:
         }
 
     def _agreed(self, rows: Sequence[Mapping[str, Metric]], training: bool) -> list[tuple[str, bool]]:
-        """What the rows name, which pipeline ranks before the last learn once."""
+        """(name, whether it has a weight) of each metric, which pipeline ranks before the last learn once."""
         kinds = [[(name, weight is not None) for name, (_, weight) in row.items()] for row in rows]
         if training not in self._names:
             told: list = [kinds[0] if kinds else []]

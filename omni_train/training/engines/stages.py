@@ -1,4 +1,4 @@
-"""What the last pipeline stage knows of rows, told to the others."""
+"""Tensors of the last pipeline stage, sent to the other stages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def shared_by_stages(found: list[dict[str, torch.Tensor]], rows: int) -> list[di
     """Tensors of each row, on all pipeline stages. Collective.
 
     Args:
-        found: of each row, on the last stage; nothing elsewhere.
-        rows: how many.
+        found: tensors of each row by name, on the last stage; ignored elsewhere.
+        rows: number of rows.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
