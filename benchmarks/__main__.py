@@ -63,7 +63,7 @@ def main(names: list[str]) -> int:
     for row in rows:
         table.add_row(row["name"], formatted(row["value"]), row["unit"])
     Console().print(table)
-    if not names:  # a partial run would leave a page whose figures are of different days
+    if not names:  # a partial run would leave a page whose results are of different days
         before, _, _ = PAGE.read_text().partition(HEADING)
         PAGE.write_text(f"{before}{HEADING}\n{machine()}\n\n{markdown(rows)}")
     return 0

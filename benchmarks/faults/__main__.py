@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = report(trials, f"seed {options.seed}, {options.jobs} trials side by side, {minutes:.0f} min")
     print(result)
     broken = [trial for trial in trials if trial.problems]
-    if not (options.only or options.trials):  # a part would leave a page with figures of different days
+    if not (options.only or options.trials):  # a part would leave a page with results of different days
         write(PAGE, result)
     if not broken:
         shutil.rmtree(folder)
@@ -116,8 +116,8 @@ def report(trials: list[Trial], how: str) -> str:
             sum((trial.counts for trial in mine), Counter()),
             sum((trial.faults for trial in mine), Counter()),
         )
-        figures = [faults.total(), counts["starts"], counts["steps"], *(counts[kind] for kind in Wrong)]
-        lines.append(f"| {scenario} | {' | '.join(f'{figure:,}' for figure in figures)} |")
+        counted = [faults.total(), counts["starts"], counts["steps"], *(counts[kind] for kind in Wrong)]
+        lines.append(f"| {scenario} | {' | '.join(f'{count:,}' for count in counted)} |")
         named = [f"{name} ×{times}" if times > 1 else name for name, times in sorted(faults.items())]
         named += [f"{trial.moment} was not tried: {trial.skipped}" for trial in mine if trial.skipped]
         kinds.append(f"- **{scenario}**: {'; '.join(named)}.")

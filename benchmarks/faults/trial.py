@@ -130,7 +130,7 @@ class Trial:
         return self.runs_dir / "run" / stage
 
     def lines(self, stage: str = "") -> dict[int, tuple]:
-        """The compared figures of every step in a stage's metrics; a line that a kill cut short is none."""
+        """The compared metrics of every step in a stage's metrics; a line that a kill cut short is none."""
         return history(self.run(stage) / "metrics.jsonl")
 
     def newest(self, stage: str = "") -> int:
@@ -211,7 +211,7 @@ class Trial:
             self.counts["steps"] += len(mine)
             if missed := set(range(1, max(mine, default=0))) - mine.keys() - missing:
                 self.wrong(Wrong.unequal, f"{stage} metrics lack steps {sorted(missed)}", len(missed))
-            if other := [step for step, figures in mine.items() if figures != whole.get(step)]:
+            if other := [step for step, metrics in mine.items() if metrics != whole.get(step)]:
                 step = other[0]
                 self.wrong(Wrong.unequal, f"{stage} step {step} has {mine[step]}, not {whole.get(step)}", len(other))
 
@@ -242,7 +242,7 @@ def raw(run: Path) -> str:
 
 
 def history(metrics: Path) -> dict[int, tuple]:
-    """The compared figures of every step in a file of metrics."""
+    """The compared metrics of every step in a file of metrics."""
     found = {}
     try:
         lines = metrics.read_text(errors="replace").splitlines()
@@ -250,8 +250,8 @@ def history(metrics: Path) -> dict[int, tuple]:
         return {}
     for line in lines:
         try:
-            figures = json.loads(line)
-            found[figures["step"]] = tuple(figures.get(name) for name in COMPARED)
+            logged = json.loads(line)
+            found[logged["step"]] = tuple(logged.get(name) for name in COMPARED)
         except (ValueError, KeyError, TypeError):
             continue
     return found
