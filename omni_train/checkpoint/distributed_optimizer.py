@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer, made to write into checkpoints what it holds and to hold what it read from them."""
+"""Repairs of Megatron's distributed optimizer: its state is saved and restored completely and correctly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omni_train.errors import UserError
 
 
 def adapt(optimizer) -> None:
-    """Make one of Megatron's optimizers fit for checkpoints, where it is a distributed one, before anything uses it."""
+    """Repair Megatron's optimizer for checkpoints, where it is a distributed one; must be called before its use."""
     logging.getLogger(distrib_optimizer.__name__).addFilter(_refuse_wrong_offsets)
     for part in _distributed_parts(optimizer):
         _number_parameters(part)
@@ -31,7 +31,12 @@ def adapt(optimizer) -> None:
 
 
 def restore(optimizer, state: dict, checkpoint: Path) -> None:
-    """Give an optimizer the state that a checkpoint holds of it, after the model has its weights. Collective.
+    """Load the state of an optimizer, after the model has its weights. Collective.
+
+    Args:
+        optimizer: Megatron's optimizer.
+        state: the optimizer's state, as read from the checkpoint.
+        checkpoint: the checkpoint's directory, for messages.
 
     Raises:
         UserError: the master weights in it are not the model's weights, as :func:`_correct_offsets` explains.
@@ -63,7 +68,7 @@ def _distributed_parts(optimizer) -> Iterator[DistributedOptimizer]:
 
 
 def _correct_offsets(part: DistributedOptimizer) -> None:
-    """Let an optimizer look for parameters where it keeps them when it makes its `fully_reshardable` state.
+    """Correct the offsets of parameters with which an optimizer makes its `fully_reshardable` state.
 
     Megatron 0.19.2 gathers the buckets of a gradient buffer without the padding at their ends, and then cuts out the
     parameters at their offsets in the padded buffer. So masters and moments of all that follows the first padded bucket
@@ -80,7 +85,7 @@ def _correct_offsets(part: DistributedOptimizer) -> None:
 
 @contextmanager
 def _unpadded(buffers: list) -> Iterator[None]:
-    """Offsets of parameters in each buffer as if its buckets had no padding."""
+    """Context in which the offsets of parameters in each buffer are as if its buckets had no padding."""
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer in buffers:
         padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
@@ -97,7 +102,7 @@ def _unpadded(buffers: list) -> Iterator[None]:
 
 
 def _refuse_wrong_offsets(record: logging.LogRecord) -> bool:
-    """Megatron warns where it cuts parameters out of the wrong places: nothing that it then writes can be resumed."""
+    """Logging filter that refuses Megatron's warning of wrong offsets: what it then writes cannot be resumed."""
     if "param range exceeds" in record.getMessage():
         raise UserError(
             f"megatron-core {__shortversion__} would write optimizer state at wrong offsets ({record.getMessage()}); "
@@ -107,7 +112,7 @@ def _refuse_wrong_offsets(record: logging.LogRecord) -> bool:
 
 
 def _number_parameters(part: DistributedOptimizer) -> None:
-    """Give parameters their places in the groups, which checkpoints look their states up by.
+    """Number parameters by their places in the groups, by which checkpoints look up their states.
 
     Megatron puts a group's fp32 parameters before the others, and numbers all in the order of their gradient buffers.
     """
@@ -137,16 +142,16 @@ def _keep_settings(part: DistributedOptimizer) -> None:
 
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-"""Of a parameter group, what the recipe says of all. Learning rate and weight decay are set at every step."""
+"""Settings of a parameter group that the recipe fixes. Learning rate and weight decay are set at every step."""
 
 
 def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
-    """Make the AdamW that Megatron takes without Transformer Engine fast, and able to save and load its state."""
+    """Make torch's AdamW, which Megatron takes without Transformer Engine, fused and fit to save and load its state."""
     inner, restore_one, load = part.optimizer, part._set_main_param_and_optimizer_states, part.load_state_dict
     make_state_dict = part.state_dict
 
     def fuse() -> None:
-        """One pass over each parameter instead of one per operation."""
+        """Fuse the update: one pass over each parameter instead of one per operation."""
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
 

@@ -1,4 +1,4 @@
-"""Digests of a checkpoint's files, made when they are written, and what they show to be damaged.
+"""Digests of a checkpoint's files, computed while they are written, and the damage that they show.
 
 ``digests.json`` in a checkpoint names every other file of it with its size in bytes and the SHA-256 of its content.
 """
@@ -31,23 +31,30 @@ Digests = dict[str, tuple[int, str]]
 
 
 class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is not as it was written: `damage` names it, `checkpoint` is the directory."""
+    """Error of a checkpoint in the directory `checkpoint`: a file is not as it was written, and `damage` names it."""
 
     checkpoint: Path | None = None
     damage = ""
 
 
 def damaged(checkpoint: Path, damage: str, remedy: str = "restore it, or use another") -> DamagedCheckpoint:
-    """The error that says what of a checkpoint is damaged."""
+    """Error that says what of a checkpoint is damaged, and what to do.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        damage: the file, and what is wrong with it.
+        remedy: what the user can do.
+    """
     error = DamagedCheckpoint(f"{checkpoint}: damaged: {damage}; {remedy}")
     error.checkpoint, error.damage = checkpoint, damage
     return error
 
 
 class HashedFile:
-    """A new file that is written from start to end, with the digest of what it was given.
+    """A new file that is written from start to end, and the digest of its content.
 
     Args:
+        path: path of the new file.
         cancelled: once set, the next write raises.
 
     Raises:
@@ -96,10 +103,10 @@ class HashedFile:
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> Digests:
-    """Of files just written, which are then on disk.
+    """Digests of files that were just written; when it returns, the files are on disk.
 
     Raises:
-        OSError: one cannot be read, or could not be written after all.
+        OSError: a file cannot be read, or could not be written after all.
     """
     digests = {}
     for name in names:
@@ -111,10 +118,14 @@ def digests_of(folder: Path, names: Iterable[str]) -> Digests:
 
 
 def write_digests(checkpoint: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
-    """Write ``digests.json``, the last file of a checkpoint; those that are not known are read for it.
+    """Write ``digests.json``, the last file of a checkpoint.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        known: digests that are known already; the other files are read.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be read, or ``digests.json`` cannot be written.
     """
     digests = dict(known or {})
     digests |= digests_of(checkpoint, sorted(_files(checkpoint) - digests.keys()))
@@ -125,7 +136,7 @@ def write_digests(checkpoint: Path, known: Mapping[str, tuple[int, str]] | None 
 
 
 def read_digests(checkpoint: Path) -> Digests | None:
-    """The digests that a checkpoint was written with; None where it has none.
+    """Digests that a checkpoint was written with; None where it has none.
 
     Raises:
         DamagedCheckpoint: they cannot be read.
@@ -140,11 +151,13 @@ def read_digests(checkpoint: Path) -> Digests | None:
 
 
 def find_damage(checkpoint: Path, how: Verify, only: Iterable[str] | None = None, together: bool = True) -> str | None:
-    """What is damaged of a checkpoint, a file first; None where nothing is.
+    """Damage of a checkpoint, in words that begin with a file; None where there is none.
 
     Args:
-        only: patterns of the names to look at; None for all files, of which then none may be missing or too many.
-        together: collective: the ranks share the files among them. Else this process alone reads them.
+        checkpoint: directory of the checkpoint.
+        how: how much is verified: names and sizes, contents, or nothing.
+        only: glob patterns of the file names to verify; None for all files, and that there are no others.
+        together: whether the ranks share the files among them, which is collective; else this process reads them all.
 
     Raises:
         UserError: a file may not be read.
@@ -166,10 +179,10 @@ def find_damage(checkpoint: Path, how: Verify, only: Iterable[str] | None = None
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around what reads one file of a checkpoint.
+    """Context around reading one file of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: whatever went wrong.
+        DamagedCheckpoint: an error of any kind came up in it.
     """
     try:
         yield
@@ -180,17 +193,17 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def require_intact(checkpoint: Path, how: Verify, only: Iterable[str] | None = None, together: bool = True) -> None:
-    """As :func:`find_damage`.
+    """Refuse a damaged checkpoint; the arguments are those of :func:`find_damage`.
 
     Raises:
-        DamagedCheckpoint: naming the first file that is not as it was written.
+        DamagedCheckpoint: it names the first file that is not as it was written.
     """
     if damage := find_damage(checkpoint, how, only, together):
         raise damaged(checkpoint, damage)
 
 
 def _survey(checkpoint: Path, how: Verify, only: tuple[str, ...] | None) -> tuple[str | None, Digests]:
-    """What names and sizes show to be damaged, and the files whose content is to be compared."""
+    """Damage that names and sizes show, and the digests of the files whose content is still to be compared."""
     try:
         written = read_digests(checkpoint)
         if written is None:
@@ -218,7 +231,7 @@ def _survey(checkpoint: Path, how: Verify, only: tuple[str, ...] | None) -> tupl
 
 
 def _older_with_digests(checkpoint: Path) -> bool:
-    """Whether a checkpoint of an earlier step beside this one has digests: then this one was written with some too."""
+    """Whether a checkpoint of an earlier step beside this one has digests: then this one has had some too."""
     return any(path.parent.name < checkpoint.name for path in checkpoint.parent.glob(f"step_????????/{DIGESTS}"))
 
 
@@ -243,7 +256,7 @@ def _unreadable(error: OSError) -> str:
 
 
 def _files(checkpoint: Path) -> set[str]:
-    """Names of the files of a checkpoint, but that of their digests."""
+    """Names of the files of a checkpoint, without ``digests.json``."""
     names = {
         str(Path(folder, name).relative_to(checkpoint)) for folder, _, names in os.walk(checkpoint) for name in names
     }

@@ -1,4 +1,4 @@
-"""Checkpoints of whole networks: ``NETWORK.safetensors`` each, which anything can open.
+"""Checkpoints of whole networks, a ``NETWORK.safetensors`` each, which any program can open.
 
 ``NETWORK_ema.safetensors`` beside it has the averaged weights of a run that keeps them. Both engines read these files:
 the ZeRO engine writes them, and a Thinker may start its audio encoder from them.
@@ -34,7 +34,12 @@ def write_networks(directory: Path, states: Mapping[str, Mapping[str, torch.Tens
 
 
 def read_network(checkpoint: Path, name: str, averaged: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors of a network, averaged over the steps where the run kept that and `averaged` asks for it.
+    """Tensors of a network by name.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        name: name of the network.
+        averaged: whether to take the averaged weights where the checkpoint has them.
 
     Raises:
         UserError: the checkpoint has no such network, or is damaged.
@@ -58,15 +63,15 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The network's state without what Megatron's layers add to it that is no tensor."""
+    """State of a network, without the entries of Megatron's layers that are no tensors."""
     return {key: value for key, value in network.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def check_shapes(checkpoint: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a checkpoint in which a tensor of those that both have is of another shape.
+    """Refuse a checkpoint in which a tensor has another shape; tensors that either side lacks are passed over.
 
     Raises:
-        UserError: naming the first.
+        UserError: it names the first such tensor.
     """
     for key in sorted(wanted.keys() & found.keys()):
         here, there = tuple(wanted[key].shape), tuple(found[key].shape)
@@ -75,7 +80,7 @@ def check_shapes(checkpoint: Path, wanted: Mapping[str, torch.Tensor], found: Ma
 
 
 def read_plain_progress(checkpoint: Path) -> dict:
-    """What the trainer must remember, as it was saved.
+    """State of the trainer in a checkpoint.
 
     Raises:
         DamagedCheckpoint: it cannot be read.
@@ -85,7 +90,7 @@ def read_plain_progress(checkpoint: Path) -> dict:
 
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the checkpoint's networks."""
+    """Shape of every tensor of a checkpoint's networks, by name."""
     found = {}
     for path in _files(checkpoint):
         with reading(path), safe_open(path, "pt") as file:
@@ -94,12 +99,12 @@ def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint's networks; averaged ones are not among them."""
+    """Every tensor of a checkpoint's networks by name, without averaged weights."""
     return {key: value for path in _files(checkpoint) for key, value in _read(path).items()}
 
 
 def load_from_plain(sharded: dict, checkpoint: Path) -> dict:
-    """What a Megatron sharded state asks for, cut out of whole tensors.
+    """Megatron's sharded state with its tensors cut out of a checkpoint's whole tensors.
 
     Raises:
         UserError: a tensor is missing or has another shape.

@@ -34,7 +34,7 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.
 
 
 def read_progress(checkpoint: Path) -> dict:
-    """What :meth:`CheckpointStore.save` was given as `progress`, without process groups.
+    """The `progress` that :meth:`CheckpointStore.save` was given; needs no process groups.
 
     Raises:
         DamagedCheckpoint: it cannot be read.
@@ -86,7 +86,7 @@ def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
 
 
 def state_metadata() -> dict:
-    """How sharded states are laid out: independent of the layout that wrote them."""
+    """Megatron's metadata of sharded states: formats that do not depend on the layout that wrote them."""
     from megatron.core import parallel_state
 
     return {
@@ -98,7 +98,12 @@ def state_metadata() -> dict:
 
 
 def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConfig) -> None:
-    """Read the model's parameters from a checkpoint written in any layout.
+    """Load the model's parameters from a checkpoint written in any layout. Collective.
+
+    Args:
+        chunks: this rank's model chunks.
+        checkpoint: directory of the checkpoint.
+        model: the model that the checkpoint must hold.
 
     Raises:
         UserError: the checkpoint is of another architecture, or incomplete.
@@ -109,16 +114,16 @@ def load_model(chunks: list[torch.nn.Module], checkpoint: Path, model: ModelConf
 
 
 def apply_model_state(chunks: list[torch.nn.Module], state: dict, strict: bool = True) -> None:
-    """Give the model chunks what :func:`load_sharded` read, with `strict` nothing missing."""
+    """Load into model chunks what :func:`load_sharded` read; with `strict` no tensor may be missing."""
     for key, chunk in _keyed(chunks).items():
         chunk.load_state_dict(state.get(key, {}), strict=strict)
 
 
 def load_sharded(sharded: dict, checkpoint: Path) -> dict:
-    """Read what a sharded state asks for, or a part of it, from a checkpoint of any layout. Collective.
+    """Read the tensors of a sharded state, or of a part of it, from a checkpoint of any layout. Collective.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: a tensor is not in the checkpoint, or the checkpoint is damaged.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -140,10 +145,10 @@ def load_sharded(sharded: dict, checkpoint: Path) -> dict:
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
-    """The model that a checkpoint holds.
+    """Configuration of the model that a checkpoint holds.
 
     Raises:
-        UserError: the checkpoint does not say it.
+        UserError: the checkpoint's ``model.pt`` is not there, damaged, or of a model that is not known.
     """
     written = model_of_today(read_state(checkpoint / "model.pt"))
     kind = model_type()
@@ -159,10 +164,10 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
     """Refuse a checkpoint whose model is not the recipe's.
 
     Args:
-        modules: those that are taken from it; None for the whole model.
+        modules: modules that are taken from it; None for the whole model.
 
     Raises:
-        UserError: naming the first key that differs.
+        UserError: it names the first key that differs.
     """
     written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
     if modules is None:
@@ -182,7 +187,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
 
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
-    """What decides the shapes and the meaning of tensors, by dotted key."""
+    """Values of the keys that decide the shapes and the meaning of tensors, by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in described(model).items():
         flat[name] = "there" if isinstance(value, dict) else value
@@ -195,13 +200,13 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
 
 
 def described(model: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint says of its model; `layers` is the same however the pattern is written."""
+    """Model as a checkpoint describes it; `layers` is the same however the pattern is written."""
     layers = "" if model.thinker is None else model.thinker.pattern.replace("|", "") * model.thinker.repeats
     return asdict(model) | {"layers": layers}
 
 
 class CheckpointStore(Store):
-    """The checkpoints of one run of the Megatron engine."""
+    """Store of the checkpoints of one run of the Megatron engine."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
         self.model = model
@@ -217,9 +222,9 @@ class CheckpointStore(Store):
             step: optimizer steps done.
             chunks: this rank's model chunks.
             optimizer: Megatron's optimizer, None to write the model alone.
-            progress: what the trainer must remember; equal on all ranks.
-            loader_state: this data rank's loader, None on ranks that do not load.
-            state: what to write of the model; that of `chunks` where it is not given.
+            progress: state of the trainer; equal on all ranks.
+            loader_state: state of this data rank's loader, None on ranks that do not load.
+            state: sharded state of the model to write; None for that of `chunks`.
         """
         from omni_train.checkpoint.sharded_write import Write, plan, staged
 
@@ -245,7 +250,7 @@ class CheckpointStore(Store):
             self.finish(blocking=True)
 
     def _write_small(self, partial: Path, loader_state) -> Digests:
-        """Write what this rank has beside tensors."""
+        """Write this rank's states that are no tensors, random and loader state; returns their digests."""
         names = self._write_loader(partial, loader_state)
         names.append(f"random_{platform.rank():05d}.pt")
         write_state(partial / names[-1], random_state())
@@ -259,7 +264,7 @@ class CheckpointStore(Store):
         return digests_of(partial, names) | carried
 
     def finish(self, blocking: bool = False) -> None:
-        """Complete the write that is done; with `blocking`, wait for it. Collective."""
+        """Complete a checkpoint whose files are written; with `blocking`, wait for them. Collective."""
         if self._writing is None:
             return
         partial, final, digests, planned, write = self._writing
@@ -277,7 +282,7 @@ class CheckpointStore(Store):
         self._complete(partial, final, digests, write.results, lambda results: seal(planned, partial, results))
 
     def abandon(self) -> None:
-        """Stop what is being written; nothing where nothing is. Not collective: for a run that ends by an error."""
+        """Stop a write that is under way, if any. Not collective: for a run that ends by an error."""
         if self._writing is not None:
             self._writing[-1].cancel()
             self._writing = None
@@ -287,17 +292,17 @@ class CheckpointStore(Store):
         super()._completed(final)
 
     def carry_from(self, checkpoint: Path) -> None:
-        """Let what an import left in a checkpoint (tokenizer, configuration) travel on with the next ones."""
+        """Copy what an import left in a checkpoint (tokenizer, configuration) into all that this store will write."""
         carried = checkpoint / "hf"
         self.carried = carried if carried.is_dir() else None
         written = (read_digests(checkpoint) or {}) if self.carried else {}
         self._carried_digests = {name: digest for name, digest in written.items() if name.startswith("hf/")}
 
     def load(self, checkpoint: Path, chunks, optimizer) -> dict:
-        """Read model, optimizer and random state. Collective.
+        """Load model, optimizer and random state. Collective.
 
         Returns:
-            what :meth:`save` was given as `progress`.
+            the `progress` that :meth:`save` was given.
         """
         from omni_train.checkpoint.distributed_optimizer import restore
 
@@ -318,7 +323,7 @@ class CheckpointStore(Store):
 
 
 def _link(source: str, target: str) -> None:
-    """The same file under another name, or a copy where there can be none: a Talker is gigabytes."""
+    """Link a file under another name, as it may be gigabytes; copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -326,7 +331,7 @@ def _link(source: str, target: str) -> None:
 
 
 def random_state() -> dict:
-    """Of all generators of this process, in plain containers."""
+    """States of all random generators of this process, in plain containers."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     kind, words, *rest = np.random.get_state()
@@ -341,10 +346,10 @@ def random_state() -> dict:
 
 
 def restore_random_state(checkpoint: Path) -> None:
-    """Draw on as the rank of this number did in the run that wrote a checkpoint, where it was in the same layout.
+    """Restore the random generators of this rank from a checkpoint, where a run of the same layout wrote it.
 
     Raises:
-        DamagedCheckpoint: it is not there, or cannot be read.
+        DamagedCheckpoint: their states are not there, or cannot be read.
     """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 

@@ -1,4 +1,4 @@
-"""How Megatron's sharded checkpoints are read: as data.
+"""Reading of Megatron's sharded checkpoints as data, without running any code that they hold.
 
 They hold pickles in two places, which ``torch.distributed.checkpoint`` reads as they come: the file ``.metadata``, and
 in the shards whatever is no tensor. Here the first is read into inert records, of which the few real objects are made
@@ -38,11 +38,11 @@ from omni_train.platform.unpickling import tensors_and
 
 @contextlib.contextmanager
 def as_data(checkpoint: Path) -> Iterator[None]:
-    """Let Megatron read a checkpoint through a :class:`Reader`.
+    """Context in which Megatron reads a checkpoint through a :class:`Reader`.
 
     Raises:
-        UserError: what is read is damaged, or more than data.
-        RuntimeError: as of :func:`unwrapped_errors`.
+        UserError: the checkpoint is damaged, or holds more than data.
+        RuntimeError: as :func:`unwrapped_errors` raises it.
     """
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import torch as strategy
@@ -68,11 +68,11 @@ def as_data(checkpoint: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Around ``torch.distributed.checkpoint``, which wraps what a reader meets in what is no ``Exception``.
+    """Context that unwraps errors of ``torch.distributed.checkpoint``, which wraps them in no ``Exception``.
 
     Raises:
         UserError: a rank's reader raised it.
-        RuntimeError: with the message of whatever else the first rank that failed has met.
+        RuntimeError: with the message of any other error, of the first rank that failed.
     """
     try:
         yield
@@ -84,10 +84,10 @@ def unwrapped_errors() -> Iterator[None]:
 
 
 class Reader(FileSystemReader):
-    """Reads the shards of a checkpoint, and what is in them, without running any of it.
+    """Storage reader of a checkpoint's shards that runs nothing of what is in them.
 
     Raises:
-        UserError: on reading, a file holds more than data, or is damaged.
+        UserError: on reading: a file holds more than data, or is damaged.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -111,7 +111,7 @@ class Reader(FileSystemReader):
 
 
 class _PlainObjects:
-    """A planner that is handed objects only after they were read as data, and written anew."""
+    """Load planner that gets objects only after they were read as data and serialized again."""
 
     def __init__(self, planner: LoadPlanner, path: Path) -> None:
         self._planner, self._path = planner, path
@@ -130,7 +130,7 @@ class _PlainObjects:
 
 
 class _Record:
-    """Stands for an object of a pickle: what it was made of and its state, but nothing that it can do."""
+    """Inert stand-in for an object of a pickle: its arguments and its state, without its methods."""
 
     def __init__(self, *made_of: Any) -> None:
         self.made_of = made_of
@@ -143,7 +143,7 @@ class _Record:
 
 
 class _Foreign(pickle.UnpicklingError):
-    """Something that no checkpoint has; its text is the name."""
+    """Inert stand-in for something that no genuine checkpoint has; its text is the name."""
 
 
 _KNOWN = {
@@ -168,13 +168,13 @@ _KNOWN = {
         for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
     ),
 }
-"""What genuine checkpoints of every layout name in ``.metadata``."""
+"""Classes and functions that genuine checkpoints of every layout name in ``.metadata``."""
 
 _RECORDS = {known: type(known[1], (_Record,), {}) for known in _KNOWN}
 
 
 class _Records(pickle.Unpickler):
-    """Makes records of the objects that it knows."""
+    """Unpickler that makes records in the place of known objects."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -186,7 +186,7 @@ class _Records(pickle.Unpickler):
 
 
 def _metadata(record: _Record) -> Metadata:
-    """What reading needs, with every field of the type that it should have."""
+    """Metadata of a checkpoint, with every field checked for its type."""
     entries = {_text(name): _entry(entry) for name, entry in record.state["state_dict_metadata"].items()}
     storage = {_index(index): _place(place) for index, place in record.state["storage_data"].items()}
     return Metadata(entries, storage_data=storage)

@@ -1,4 +1,4 @@
-"""A rank's part of Megatron's sharded checkpoint: staged on the host, then written by a thread.
+"""Writing of a rank's part of Megatron's sharded checkpoint: staged on the host, then written by a thread.
 
 Megatron 0.19.2 writes in a process that it forks from this one, whose threads (CUDA, gloo, NCCL) do not survive a fork,
 and gets the outcome through a manager process. Here it plans the files, as ever, and a thread of this process writes
@@ -27,7 +27,7 @@ from omni_train.checkpoint.integrity import Digests, HashedFile
 
 @dataclass
 class Plan:
-    """What this rank is to write, and, on the first rank, what will be said of the whole."""
+    """Plan of a checkpoint: the buckets that this rank writes, and on the first rank the metadata of the whole."""
 
     buckets: list  # a file each: its path, its name in the metadata, and its items with their objects and tensors
     metadata: Metadata | None
@@ -41,10 +41,12 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def plan(state: dict, folder: Path, check: bool) -> Plan:
-    """Decide which rank writes what of a sharded state. Collective; writes nothing.
+    """Plan which rank writes which part of a sharded state. Collective; writes nothing.
 
     Args:
-        check: whether to see that every part of every tensor is there once.
+        state: sharded state of this rank.
+        folder: folder to write to.
+        check: whether to check that every part of every tensor is there once.
     """
     filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process for one
     return dist_checkpointing.save(
@@ -58,7 +60,7 @@ def plan(state: dict, folder: Path, check: bool) -> Plan:
 
 
 def staged(buckets: list) -> list:
-    """The buckets with their tensors on the host, where no step to come changes them."""
+    """Copies of the buckets with their tensors on the host, which later steps do not change."""
     copies = [
         (path, name, [*objects, *((item, _staged(item, tensor)) for item, tensor in tensors)])
         for path, name, (objects, tensors) in buckets
@@ -75,20 +77,25 @@ def _staged(item, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def seal(plan: Plan, folder: Path, results: list[list[WriteResult]]) -> None:
-    """Write, on the first rank, where the ranks have put what, and what Megatron knows a whole checkpoint by.
+    """Write the metadata of a checkpoint, by which Megatron knows it to be whole; on the first rank.
+
+    Args:
+        plan: plan of the checkpoint.
+        folder: folder of the checkpoint.
+        results: what each rank has written.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     plan.writer.finish(plan.metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 class Write(threading.Thread):
-    """Writes a rank's files, once started; afterwards there is an `error`, or `results` and `digests`.
+    """Thread that writes a rank's files; afterwards there is an `error`, or `results` and `digests`.
 
     Args:
-        buckets: from :func:`staged`.
+        buckets: staged buckets, from :func:`staged`.
     """
 
     def __init__(self, buckets: list) -> None:
@@ -116,6 +123,6 @@ class Write(threading.Thread):
             self._buckets = []  # the host's memory is needed again
 
     def cancel(self) -> None:
-        """Stop soon, and wait for that."""
+        """Stop writing soon, and wait for the end of the thread."""
         self._cancelled.set()
         self.join()

@@ -1,4 +1,4 @@
-"""What a fresh run's parameters start from: one checkpoint, several, or their fresh initialisation."""
+"""Initialisation of a fresh run's parameters: from one checkpoint, from several, or at random."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ RANDOM = "random"
 
 
 def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
-    """Fill a model as the recipe's `init_from` and `init_parts` say, and say what started where. Collective.
+    """Initialize a model as the recipe's `init_from` and `init_parts` say, and log what came from where. Collective.
 
     A parameter that no pattern of `init_parts` matches comes from `init_from`; without it, it is fresh. Checkpoints may
     be of any layout, and of models that have only the parts taken from them.
 
     Args:
         chunks: this rank's model chunks.
+        recipe: a validated recipe.
 
     Returns:
-        the checkpoint of `init_from`.
+        the checkpoint of `init_from`, None without one.
 
     Raises:
         UserError: a path without a checkpoint, a damaged one, a part of another architecture, a parameter that its
@@ -50,10 +51,10 @@ def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
 
 
 def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe) -> None:
-    """As :func:`initialize`, of the whole networks of the ZeRO engine, from checkpoints that it wrote.
+    """Initialize the whole networks of the ZeRO engine as :func:`initialize` does, from checkpoints that it wrote.
 
     Raises:
-        UserError: as there, or a checkpoint of Megatron's shards.
+        UserError: as :func:`initialize`, or a checkpoint of the Megatron engine.
     """
     states = {name: tensors_of(network) for name, network in networks.items()}
     alone = len(networks) == 1
@@ -74,7 +75,7 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
 
 
 def _sources(recipe: Recipe, keys: list[str], depth: int = 1) -> Iterator[tuple[Path, list[str]]]:
-    """Each checkpoint that the recipe starts from, and the keys to take from it; says it when they have been taken.
+    """(checkpoint, keys to take from it) of each checkpoint that the recipe starts from; logs each when it was read.
 
     Collective: each is verified first. What a person named is not replaced by another when it is damaged.
 
@@ -114,7 +115,7 @@ def _of_all_ranks(values: set) -> list:
 
 
 def _origins(keys: list[str], base: Path | None, parts: dict[str, Path | None]) -> dict[str, Path | None]:
-    """Where each tensor of the model comes from, None being its fresh initialisation."""
+    """Checkpoint that each tensor of the model comes from, None being its fresh initialisation."""
     first = {key: next((pattern for pattern in parts if fnmatchcase(key, pattern)), None) for key in keys}
     for pattern in parts:
         if pattern not in first.values():

@@ -1,4 +1,4 @@
-"""Small states of a checkpoint, as files that can hold data but no code.
+"""Files of a checkpoint's small states, which can hold data but no code.
 
 ``torch.save`` writes a pickle, which may name any function to call when it is read, and a checkpoint may come from
 anybody. What is read here holds plain containers, numbers, text, bytes and tensors, or is refused.
@@ -22,10 +22,10 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.Tensor)
 
 
 def write_state(path: str | Path, state: Any) -> None:
-    """Write what :func:`read_state` can read.
+    """Write a state of plain containers, numbers, text, bytes and tensors to a file.
 
     Raises:
-        TypeError: it holds something that is not plain.
+        TypeError: the state holds something else.
     """
     if (other := _first_other(state)) is not None:
         raise TypeError(f"{path}: a {type(other).__name__} is no plain state")
@@ -33,11 +33,11 @@ def write_state(path: str | Path, state: Any) -> None:
 
 
 def read_state(path: str | Path) -> Any:
-    """What :func:`write_state` wrote, its tensors on the CPU.
+    """State that :func:`write_state` wrote, its tensors on the CPU.
 
     Raises:
-        DamagedCheckpoint: it is not there, or damaged.
-        UserError: it holds something that is not plain; nothing of that is run.
+        DamagedCheckpoint: the file is not there, or damaged.
+        UserError: the file holds something that is not plain; nothing of that is run.
     """
     with reading(Path(path)):
         state = load_plain(path, path, bytes)  # which is how no bytes at all are written
@@ -47,16 +47,16 @@ def read_state(path: str | Path) -> Any:
 
 
 def load_plain(file: str | Path | IO[bytes], name: str | Path, *classes: type) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors, plain containers, and objects of ``classes``.
+    """State that ``torch.save`` wrote, on the CPU: tensors, plain containers, and objects of ``classes``.
 
     Args:
         file: path or open file.
-        name: the file's, for people.
-        classes: none of which may do more than hold data when one is made.
+        name: name of the file for messages.
+        classes: classes whose objects may be made: they must do no more than hold data.
 
     Raises:
-        UserError: it holds something else; nothing of that is run.
-        Exception: of any kind, where it is damaged.
+        UserError: the file holds something else; nothing of that is run.
+        Exception: of any kind, where the file is damaged.
     """
     try:
         with tensors_and(*classes):
@@ -68,14 +68,14 @@ def load_plain(file: str | Path | IO[bytes], name: str | Path, *classes: type) -
 
 
 def check_extra_states(name: str | Path, entries: Iterable[tuple[str, Any]]) -> None:
-    """Refuse what Transformer Engine would unpickle: the state of a layer itself, which is empty where no FP8 is used.
+    """Refuse extra states of layers, which Transformer Engine would unpickle: without FP8 they are empty.
 
     Args:
-        name: the file's, for people.
+        name: name of the file for messages.
         entries: keys and values of a model's state.
 
     Raises:
-        UserError: one is not empty.
+        UserError: an extra state is not empty.
     """
     for key, value in entries:
         empty = value is None or (isinstance(value, torch.Tensor) and not value.numel())
@@ -84,20 +84,20 @@ def check_extra_states(name: str | Path, entries: Iterable[tuple[str, Any]]) -> 
 
 
 def named_in(error: pickle.UnpicklingError) -> str | None:
-    """What ``torch.load`` has refused to make, where it was that."""
+    """Name of the class or function that ``torch.load`` refused, None where the error is another."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return found and found[1]
 
 
 def refusal(name: str | Path, found: str) -> UserError:
-    """Of a file that holds more than data."""
+    """Error of a file that holds more than data."""
     return UserError(
         f"{name}: holds {found}, which no checkpoint of omni_train does, and was not run; use another checkpoint"
     )
 
 
 def _first_other(state: Any) -> Any:
-    """Something in a state that is not plain, None where all is."""
+    """First thing in a state that is not plain, None where all is."""
     if type(state) is dict:
         parts = [*state.keys(), *state.values()]
     elif type(state) in (list, tuple):

@@ -41,12 +41,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a run's ``checkpoints``, or that its link leads to."""
+    """The newest complete checkpoint in a run's ``checkpoints``, or where its link leads; None where there is none."""
     return next(iter(_complete_ones(directory)), None)
 
 
 def holds_checkpoints(directory: Path) -> bool:
-    """Whether there are checkpoints in a directory, complete or not, or what is left of them."""
+    """Whether a directory holds checkpoints, complete or not, or traces of some."""
     return bool(_remains(directory))
 
 
@@ -68,7 +68,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
+    """Number of optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step_")) if checkpoint.name.startswith("step_") else 0
 
 
@@ -81,7 +81,7 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Give a checkpoint a name under which none looks for it, and return that.
+    """Rename a checkpoint so that no run finds it, and return its new path.
 
     Raises:
         UserError: its folder cannot be written.
@@ -98,7 +98,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def _steps(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first, complete or not."""
+    """Checkpoints in a directory, oldest first, complete or not."""
     return sorted(filter(_is_step, directory.glob("step_*")), key=step_of)
 
 
@@ -107,21 +107,21 @@ def _is_step(path: Path) -> bool:
 
 
 def _complete_ones(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, and that its link leads to, newest first."""
+    """Complete checkpoints in a directory, and where its link leads, newest first."""
     linked = Path(os.path.realpath(directory / _LATEST))
     found = dict.fromkeys(path.resolve() for path in (*_steps(directory), *filter(_is_step, [linked])))
     return sorted(filter(is_complete, found), key=step_of, reverse=True)
 
 
 def _remains(directory: Path) -> list[Path]:
-    """All that says that a run has had a checkpoint: also one set aside, and a link that leads nowhere."""
+    """Traces of a run's checkpoints: those set aside too, and a link that leads nowhere."""
     aside = [path for path in sorted(directory.glob("step_*.damaged*")) if path.is_dir()]
     link = directory / _LATEST
     return [*aside, *([Path(os.path.realpath(link))] if os.path.lexists(link) else []), *_steps(directory)]
 
 
 def attempt(write: Callable[[], None]) -> str | None:
-    """What stops a write, None where nothing does."""
+    """Error that stopped a write, in words; None where it succeeded."""
     try:
         write()
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
@@ -130,14 +130,14 @@ def attempt(write: Callable[[], None]) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """What stopped a write, and on which rank."""
+    """Error that stopped a write, in words, with the rank that it came up on."""
     where = f"rank {platform.rank()}: " if platform.world_size() > 1 else ""
     kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
     return f"{where}{kind}{first_line(error)}"
 
 
 class Store:
-    """What the stores of both engines share. Process groups must exist.
+    """Base of the two engines' stores of checkpoints. Process groups must exist.
 
     A checkpoint that cannot be written costs a warning; `config.max_failures` in a row raise ``RunFailed``, by whatever
     call of :meth:`save` or :meth:`finish` learns it, on all ranks.
@@ -163,12 +163,12 @@ class Store:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole, to go on from; None where a run has none yet. Collective.
+        """The newest intact checkpoint, to resume from; None where a run has none yet. Collective.
 
-        Those that are newer but damaged or incomplete are set aside, and named.
+        Newer ones that are damaged or incomplete are set aside, and named in a warning.
 
         Raises:
-            UserError: something is there, but nothing that a run can go on from.
+            UserError: there are checkpoints, but none that a run can resume from.
         """
         candidates = on_first_rank(self._candidates)
         damage: dict[Path, str] = {}
@@ -185,7 +185,7 @@ class Store:
         return found
 
     def _candidates(self) -> list[Path]:
-        """The complete checkpoints, newest first."""
+        """Complete checkpoints of the run, newest first."""
         link = self.directory / _LATEST
         if link.is_dir() and not link.is_symlink():
             raise UserError(
@@ -212,28 +212,28 @@ class Store:
             self._link(found)
 
     def _link(self, checkpoint: Path) -> None:
-        """The link is for people: a run can do without."""
+        """Point the link ``latest`` to a checkpoint; a run can do without it, so it may fail."""
         try:
             point_latest(self.directory / checkpoint.name)
         except OSError as error:
             warn(f"{self.directory / _LATEST}: cannot be moved to {checkpoint.name}: {error.strerror}")
 
     def finish(self, blocking: bool = False) -> None:
-        """Complete the writes that are done; with `blocking`, wait for all of them. Collective."""
+        """Complete checkpoints whose files are written; with `blocking`, wait for all of them. Collective."""
 
     def close(self) -> None:
         """Wait for the last write. Collective."""
         self.finish(blocking=True)
 
     def abandon(self) -> None:
-        """Stop what is being written; nothing where nothing is. Not collective: for a run that ends by an error."""
+        """Stop a write that is under way, if any. Not collective: for a run that ends by an error."""
 
     @staticmethod
     def loader_states(checkpoint: Path) -> list:
-        """The loader states of all data ranks that wrote the checkpoint, in their order.
+        """States of the loaders of all data ranks that wrote a checkpoint, in their order.
 
         Raises:
-            DamagedCheckpoint: one is not there, or cannot be read.
+            DamagedCheckpoint: a state is not there, or cannot be read.
         """
         states = [read_state(path) for path in sorted(checkpoint.glob("loader_*.pt"))]
         if not states or len(states) != states[0]["world_size"]:
@@ -241,7 +241,7 @@ class Store:
         return states
 
     def _begin(self, step: int) -> tuple[Path, Path] | None:
-        """Where a checkpoint is written and where it will be. None: it is there, or cannot be begun. Collective."""
+        """(directory to write to, final directory) of a checkpoint; None where it exists or cannot be. Collective."""
         self.guard()
         final = self.directory / f"step_{step:08d}"
         partial = final.with_name(final.name + _PARTIAL)
@@ -261,7 +261,7 @@ class Store:
 
     @staticmethod
     def _write_loader(partial: Path, loader_state) -> list[str]:
-        """Write this rank's loader, where it has one; the names of the files."""
+        """Write the state of this rank's loader, where it has one; returns the names of the files."""
         if loader_state is None:
             return []
         name = f"loader_{platform.parallel.data_rank():05d}.pt"
@@ -271,12 +271,14 @@ class Store:
     def _complete(
         self, partial: Path, final: Path, digests: Digests, results: object = None, seal: Callable | None = None
     ) -> None:
-        """Make a checkpoint of what all ranks have written. Collective.
+        """Make a complete checkpoint of what all ranks have written. Collective.
 
         Args:
-            digests: of the files that this rank has written; of others the first rank makes them.
-            results: anything that the first rank needs of this one.
-            seal: writes on the first rank what is left to write, given the results of all.
+            partial: directory that the ranks have written to.
+            final: directory that it becomes.
+            digests: digests of the files that this rank has written; the first rank computes those of other files.
+            results: anything that the first rank needs from this one.
+            seal: called on the first rank with the results of all ranks, to write what is left to write.
         """
         self.guard()
         parts = gathered((digests, results))
@@ -294,14 +296,14 @@ class Store:
         on_first_rank(lambda: self._completed(final))
 
     def _completed(self, final: Path) -> None:
-        """On the first rank, when a checkpoint is there."""
+        """Link a checkpoint that was completed, and remove old ones; on the first rank."""
         self.saved()
         self._link(final)
         if problem := attempt(lambda: self._prune(final)):
             warn(f"{self.directory}: older checkpoints cannot be removed: {problem}")
 
     def _failed(self, final: Path, problem: str) -> None:
-        """Count a checkpoint that could not be written. The ranks have agreed on it."""
+        """Count a checkpoint that could not be written, which the ranks have agreed on."""
         self.failures += 1
         if platform.rank() == 0:
             self._remove_partial()
@@ -312,7 +314,7 @@ class Store:
         warn(f"{what}; the next save tries again ({self.failures} of {allowed} in a row)")
 
     def _prune(self, written: Path) -> None:
-        """Remove what is older than the newest `keep` checkpoints up to the one just written."""
+        """Remove all but the newest `keep` checkpoints up to the one just written."""
         if not self.config.keep:
             return
         older = [path for path in _steps(self.directory) if step_of(path) <= step_of(written)]

@@ -38,14 +38,14 @@ Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How optimizer states are shared among ranks: those of another layout cannot be read."""
+    """Layout in which optimizer states are sharded over ranks: a run in another layout cannot read them."""
 
     ranks: int
     zero_stage: int
 
 
 class ZeroStore(Store):
-    """The checkpoints of one run of the ZeRO engine."""
+    """Store of the checkpoints of one run of the ZeRO engine."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
         super().__init__(directory, config)
@@ -56,11 +56,11 @@ class ZeroStore(Store):
 
         Args:
             step: optimizer steps done.
-            states: what to write of the networks, whole; averaged weights under ``NETWORK_ema``.
-            engines: whose optimizers' states are written, each rank's share.
-            layout: in which they are shared.
-            progress: what the trainer must remember; equal on all ranks.
-            loader_state: this rank's loader.
+            states: whole tensors of the networks; averaged weights under ``NETWORK_ema``.
+            engines: DeepSpeed's engines, of whose optimizers each rank writes its shard.
+            layout: layout in which the optimizers are sharded.
+            progress: state of the trainer; equal on all ranks.
+            loader_state: state of this rank's loader.
         """
         paths = self._begin(step)
         if paths is None:
@@ -92,7 +92,7 @@ class ZeroStore(Store):
             self._complete(partial, final, digests, seal=seal)
 
     def check(self, checkpoint: Path, layout: Layout) -> None:
-        """Refuse a checkpoint that a run in this layout cannot go on from.
+        """Refuse a checkpoint that a run in this layout cannot resume from.
 
         Raises:
             UserError: another engine, another number of ranks or another stage of ZeRO wrote it.
@@ -107,10 +107,10 @@ class ZeroStore(Store):
             )
 
     def load(self, checkpoint: Path, engines: Engines) -> dict:
-        """Read optimizers and random state for networks that have started from the same checkpoint.
+        """Load optimizers and random state, for networks that have their weights from the same checkpoint.
 
         Returns:
-            what :meth:`save` was given as `progress`.
+            the `progress` that :meth:`save` was given.
         """
         if step_of(checkpoint) > 0:
             for name, one in engines.items():
@@ -125,9 +125,9 @@ class ZeroStore(Store):
 
 
 def _shares(engines: Engines, folder: Path) -> dict[Path, dict]:
-    """What DeepSpeed would write on this rank of each network, by the file it would write it to. Collective.
+    """States that DeepSpeed would write on this rank, by the file that it would write each to. Collective.
 
-    It writes while the ranks wait for each other, and would leave them waiting for one whose disk is full.
+    DeepSpeed writes between collectives, and would leave the other ranks waiting for one whose disk is full.
     """
     shares: dict[Path, dict] = {}
     for name, one in engines.items():
@@ -139,7 +139,7 @@ def _shares(engines: Engines, folder: Path) -> dict[Path, dict]:
 
 
 class _Collector:
-    """What DeepSpeed takes for its writer of checkpoints."""
+    """Collector in the place of DeepSpeed's writer of checkpoints, which keeps the states instead of writing them."""
 
     def __init__(self, files: dict[Path, dict]) -> None:
         self.files = files
@@ -160,10 +160,10 @@ class _Collector:
 
 
 def _read_share(path: str, map_location: Any = None) -> dict:
-    """What DeepSpeed wrote of this rank's share, in place of its own reading, which runs what is in a file.
+    """Shard of this rank that DeepSpeed wrote; in the place of its own reading, which runs what is in a file.
 
     Raises:
-        Exception: as :func:`load_plain`.
+        Exception: as :func:`load_plain` raises it.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -175,10 +175,10 @@ def _read_share(path: str, map_location: Any = None) -> dict:
 
 
 def fill(network: torch.nn.Module, checkpoint: Path, name: str) -> None:
-    """Give a network, not yet sharded, the tensors of a checkpoint.
+    """Load the tensors of a checkpoint into a network that is not yet sharded.
 
     Raises:
-        UserError: they do not fit, naming the first that does not.
+        UserError: it names the first tensor that does not fit.
     """
     wanted, found = tensors_of(network), read_network(checkpoint, name, averaged=False)
     if other := sorted(wanted.keys() ^ found.keys()):

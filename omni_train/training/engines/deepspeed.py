@@ -1,4 +1,4 @@
-"""DeepSpeed around one network: its configuration, and what of its global state a run must put in order."""
+"""DeepSpeed around one network: its configuration, and the global state of it that a run must reset."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from omni_train import platform
 from omni_train.recipe.schema import Precision, Recipe
 
 ELEMENTS_AT_ONCE = 200_000_000
-"""Gradients or parameters in one collective, at most; buffers of this size are kept."""
+"""Most gradients or parameters in one collective; buffers of this size are kept."""
 
 
 def import_deepspeed():
-    """DeepSpeed, on the device that the platform computes on, joined to the process groups that exist."""
+    """The module ``deepspeed``, set to the platform's device and joined to the process groups that exist."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if platform.has_cuda() else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(platform.local_rank()))  # it insists, also on a lone process
     import deepspeed
@@ -30,9 +30,9 @@ def import_deepspeed():
 
 
 def forget_groups() -> None:
-    """Let DeepSpeed forget the process groups of a run, which end with it, and their threads with them.
+    """Let DeepSpeed forget the process groups of a run, so that they and their threads can end with it.
 
-    It also counts parameters anew, whose numbers must be the same on all ranks, whatever ran on some of them before.
+    It also numbers parameters from 0 again: the numbers must agree on all ranks, whatever ran on some of them before.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -46,7 +46,7 @@ def forget_groups() -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """Where ZeRO shares nothing (stage 0): clips and guards as its own optimizers do at the other stages.
+    """AdamW for ZeRO stage 0 that clips gradients and skips non-finite ones, as ZeRO's own optimizers do from stage 1.
 
     DeepSpeed reads `overflow` and `_global_grad_norm` of whatever optimizer it steps.
     """
@@ -57,7 +57,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update, unless a gradient is not finite."""
+        """Update every parameter, unless a gradient is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch.stack([gradient.float().norm() for gradient in gradients])
         self._global_grad_norm = float(norms.norm())
@@ -70,15 +70,16 @@ class AdamW(torch.optim.AdamW):
 
 
 def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict]):
-    """A network with its optimizer in DeepSpeed's hands, sharded as the recipe says.
+    """DeepSpeed's engine of a network with its optimizer, sharded as the recipe says.
 
     Args:
-        deepspeed: from :func:`import_deepspeed`.
-        module: the same on every rank.
-        groups: the optimizer's parameter groups.
+        deepspeed: the module, from :func:`import_deepspeed`.
+        recipe: a validated recipe.
+        module: the network, with equal parameters on every rank.
+        groups: parameter groups of the optimizer.
 
     Returns:
-        DeepSpeed's engine: call it for the forward pass, `backward` as often as wanted, then `step`.
+        the engine: call it for the forward pass, `backward` as often as wanted, then `step`.
     """
     config, optimizer = recipe.zero, recipe.optimizer
     options = dict(lr=optimizer.lr, betas=tuple(optimizer.betas), eps=optimizer.eps, weight_decay=0.0)
@@ -123,9 +124,9 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
 
 
 def spoil(engine) -> None:
-    """Make the next step of an engine one that DeepSpeed skips, and whose gradients it drops. Collective.
+    """Make DeepSpeed skip the next step of an engine and drop its gradients. Collective.
 
-    All networks of a task step, or none: where one's gradient is no number, neither is any other's.
+    All networks of an objective step, or none: where the gradient of one is not finite, the others are skipped too.
     """
     import deepspeed
 

@@ -1,8 +1,8 @@
-"""Muon for the matrices of a model, its state cut over data ranks like that of AdamW beside it.
+"""Muon for the matrices of a model, its state sharded over data ranks like that of AdamW beside it.
 
-Momentum, orthogonalised by Newton–Schulz iterations: K. Jordan and others, "Muon: an optimizer for hidden layers in
-neural networks" (2024); the scale that gives its updates the size of AdamW's, so that both share a learning rate and a
-weight decay, from Moonlight (arXiv:2502.16982, section 2.2).
+The update is momentum, orthogonalised by Newton–Schulz iterations: K. Jordan and others, "Muon: an optimizer for hidden
+layers in neural networks" (2024). It is scaled to the size of AdamW's updates, so that both share a learning rate and a
+weight decay: Moonlight (arXiv:2502.16982, section 2.2).
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ _MARK = "is_managed_by_layer_wise_optimizer"
 
 
 def mark_matrices(model: torch.nn.Module) -> None:
-    """Have the matrices of a model trained by Muon. Before it is wrapped."""
+    """Mark the matrices of a model to be trained by Muon; must be called before the model is wrapped."""
     for parameter, rows in matrices(model).items():
         parameter.fused_rows = rows
         setattr(parameter, _MARK, True)
 
 
 def orthogonalized(updates: Tensor, precision: str) -> Tensor:
-    """Of each matrix G = USVᵀ of (N, rows, columns) about UVᵀ, scaled to the root mean square of AdamW's updates.
+    """Orthogonalised updates, about UVᵀ of each update USVᵀ, scaled to the root mean square of AdamW's updates.
 
     Args:
-        precision: of the products, as :func:`torch.set_float32_matmul_precision` takes it; "medium" is bf16.
+        updates: (N, rows, columns), N matrices.
+        precision: precision of matrix products, as :func:`torch.set_float32_matmul_precision` takes it; "medium" is
+            bf16.
     """
     from emerging_optimizers.orthogonalized_optimizers import get_muon_scale_factor
     from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
@@ -59,13 +61,15 @@ def orthogonalized(updates: Tensor, precision: str) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, decoupled weight decay, and `orthogonalize` between them.
+    """Muon: Nesterov momentum, orthogonalised updates, decoupled weight decay.
 
     Args:
-        groups: of parameters, flat pieces of matrices.
+        groups: parameter groups, of flat pieces of matrices.
+        lr: learning rate.
+        weight_decay: decoupled, as AdamW's.
 
     Attributes:
-        orthogonalize: replaces every update in {parameter: update} in place.
+        orthogonalize: function that replaces every update in {parameter: update} in place.
     """
 
     orthogonalize: Callable[[dict[Tensor, Tensor]], None]
@@ -88,15 +92,16 @@ class Muon(torch.optim.Optimizer):
 
 
 class DistributedMuon(DistributedOptimizer):
-    """Megatron's distributed optimizer around :class:`Muon`: a data rank has its share of master weights and momentum.
+    """Megatron's distributed optimizer around :class:`Muon`: each data rank has a shard of master weights and momentum.
 
-    Its state in a checkpoint is one tensor for each parameter, whole, so that every layout goes on from it.
+    Its state in a checkpoint is one whole tensor for each parameter, so that any layout can resume from it.
 
     Args:
-        tensor_group: the ranks that hold parts of the same matrices.
-        group: those, of all data ranks.
+        optimizer: Muon over this rank's shards.
+        tensor_group: tensor ranks, which hold parts of the same matrices.
+        group: the tensor ranks of all data ranks.
         precision: see :func:`orthogonalized`.
-        wrapped: what the distributed optimizer takes.
+        wrapped: further arguments of the distributed optimizer.
     """
 
     def __init__(self, optimizer: Muon, *, tensor_group, group, precision: str, **wrapped) -> None:
@@ -116,7 +121,7 @@ class DistributedMuon(DistributedOptimizer):
         optimizer.orthogonalize = partial(self._orthogonalize, partial(orthogonalized, precision=precision))
 
     def _main_shard(self, parameter: torch.nn.Parameter) -> Tensor | None:
-        """This rank's master weights of a parameter, None where it has none."""
+        """This rank's shard of the master weights of a parameter, None where it has none."""
         if parameter not in self.model_param_group_index_map:
             return None
         group, position = self.model_param_group_index_map[parameter]
@@ -128,20 +133,20 @@ class DistributedMuon(DistributedOptimizer):
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        """What Megatron's checkpoints hold of a parameter, beside its master weights."""
+        """Names of a parameter's optimizer states in Megatron's checkpoints, beside its master weights."""
         return ("momentum_buffer",)
 
     def state_dict(self) -> dict:
-        """Nothing: the momentum goes into the checkpoint with the parameters, the rest is the recipe's."""
+        """Empty: the momentum is saved with the parameters, and the settings are the recipe's."""
         return {}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The momentum and master weights of a checkpoint, where it has them."""
+        """Load momentum and master weights of a checkpoint, where it has them."""
         if "param_state" in state_dict:
             self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
 
     def start_param_sync_for_bucket_group_subset(self) -> None:
-        """Gather the parameters of this optimizer's buffers; AdamW's gathers its own."""
+        """Gather the parameters in the buffers of this optimizer only: AdamW gathers its own."""
         mine = {id(bucket) for buffer in self.buffers for bucket in buffer.buckets}
         for chunk in self.model_chunks:
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
@@ -157,7 +162,7 @@ def _tile(parameter: torch.nn.Parameter, start: int, share: int) -> Tile:
 
 
 def _exchange_group(tensor_group, data_group) -> torch.distributed.ProcessGroup:
-    """The tensor ranks of all ranks of a data group. Collective over those."""
+    """Process group of the tensor ranks of all ranks of a data group. Collective over those ranks."""
     if tensor_group.size() == 1:
         return data_group
     data_groups: list = [None] * tensor_group.size()
@@ -168,12 +173,12 @@ def _exchange_group(tensor_group, data_group) -> torch.distributed.ProcessGroup:
 
 
 def build_with_muon(options: OptimizerConfig, chunks: list[torch.nn.Module], overrides: dict) -> ChainedOptimizer:
-    """Muon over the marked matrices of wrapped model chunks, AdamW over all else, each cut over its data ranks.
+    """Optimizer of wrapped model chunks: Muon for the marked matrices, AdamW for all else, sharded over data ranks.
 
     Args:
-        options: AdamW's; learning rate, weight decay and precision are Muon's too.
-        chunks: this rank's.
-        overrides: Megatron's, of parameter groups.
+        options: Megatron's configuration of AdamW; learning rate, weight decay and precision are Muon's too.
+        chunks: this rank's model chunks.
+        overrides: Megatron's overrides of options by parameter group.
     """
     gloo = platform.has_cuda()
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, chunks, use_gloo_process_groups=gloo)

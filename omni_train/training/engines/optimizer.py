@@ -12,11 +12,15 @@ from omni_train.errors import UserError
 from omni_train.recipe.schema import OptimizerConfig, OptimizerName, Recipe
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
-"""Parameters with their names as recipes match them: those of the whole model, without wrappers."""
+"""(name, parameter) pairs, named as recipes match them: in the whole model, without wrappers."""
 
 
 def freeze(named: Named, trainable: list[str]) -> None:
-    """Leave gradients only to the parameters whose names match one of the patterns. Before the model is wrapped.
+    """Freeze all parameters whose names match none of the patterns; must be called before the model is wrapped.
+
+    Args:
+        named: parameters of the model on this rank.
+        trainable: glob patterns of the names of parameters to train.
 
     Raises:
         UserError: a pattern matches no parameter on any rank.
@@ -40,7 +44,7 @@ def _never_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
 
 
 def _factors(config: OptimizerConfig, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
-    """(learning-rate factor, weight-decay factor) of a parameter."""
+    """Factors of a parameter on learning rate and weight decay."""
     decay = 0.0 if _never_decayed(name, parameter) else 1.0
     for group in config.groups:
         if fnmatch.fnmatchcase(name, group.match):
@@ -60,11 +64,13 @@ def parameter_groups(config: OptimizerConfig, named: Named) -> list[dict]:
 def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named):
     """Megatron's distributed optimizer over wrapped model chunks, in the recipe's parameter groups.
 
-    AdamW's, and beside it Muon's for what :func:`omni_train.training.engines.muon.mark_matrices` has marked.
+    It is AdamW, with Muon beside it for the matrices that :func:`omni_train.training.engines.muon.mark_matrices` has
+    marked.
 
     Args:
-        chunks: this rank's.
-        named: their parameters.
+        recipe: a validated recipe.
+        chunks: this rank's model chunks.
+        named: parameters of the chunks.
     """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import ParamKey, get_megatron_optimizer
@@ -110,7 +116,7 @@ def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named)
 
 
 def set_learning_rate(groups: list[dict], learning_rate: float, weight_decay: float) -> None:
-    """Give every group the step's values, times its factors."""
+    """Set learning rate and weight decay of every parameter group, times the group's factors."""
     for group in groups:
         group["lr"] = learning_rate * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -118,7 +124,7 @@ def set_learning_rate(groups: list[dict], learning_rate: float, weight_decay: fl
 
 @torch.no_grad()
 def guarded_step(optimizer, loss: float, clip_grad: float) -> tuple[float, bool]:
-    """Clip and step, unless the loss or a gradient is not finite.
+    """Clip the gradients and step, unless the loss or a gradient is not finite.
 
     Returns:
         (global L2 norm of the gradients before clipping, whether the parameters were updated).

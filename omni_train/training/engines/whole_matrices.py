@@ -1,4 +1,4 @@
-"""Whole matrices out of what data and tensor ranks hold of them, and back.
+"""Exchange that assembles whole matrices from the shards of data and tensor ranks, and scatters results back.
 
 The distributed optimizer cuts its buffers into equal shares, one for each data rank, and tensor parallelism cuts the
 matrices before that. As in Distributed Muon (Moonlight, arXiv:2502.16982, section 2.3) a matrix is made whole for the
@@ -26,12 +26,13 @@ _BATCH_NUMEL = 1 << 26  # numbers that an owner works on at once: a quarter of a
 
 @dataclass(frozen=True)
 class Tile:
-    """A parameter (…, rows, columns) as every tensor rank holds one, cut by the data ranks.
+    """A parameter as every tensor rank holds one, sharded over the data ranks.
 
     Args:
-        rows: of each map in it, see :data:`omni_train.nn.matrices.FusedRows`.
+        shape: (…, rows, columns) of the parameter on a tensor rank.
+        rows: rows of each linear map in it, see :data:`omni_train.nn.matrices.FusedRows`.
         split: axis of the matrix that tensor ranks divide, 0 for rows or 1 for columns; None where each has all.
-        start: where it begins in its bucket.
+        start: offset of the parameter in its bucket, in numbers.
         share: numbers of the bucket that each data rank holds.
     """
 
@@ -63,12 +64,12 @@ class _Matrix:
 
 
 class Exchange:
-    """Applies a function of whole matrices to tensors that are spread over ranks. Collective to use, not to make.
+    """Exchange that applies a function of whole matrices to tensors sharded over ranks.
 
     Args:
-        tiles: the same on every rank of the group, in the same order.
-        group: all tensor ranks of all data ranks that share the tiles.
-        places: the (tensor rank, data rank) of each rank of the group.
+        tiles: parameters, the same on every rank of the group and in the same order.
+        group: process group of all tensor ranks of all data ranks that share the tiles.
+        places: (tensor rank, data rank) of each rank of the group.
     """
 
     def __init__(self, tiles: list[Tile], group: torch.distributed.ProcessGroup, places: list[tuple[int, int]]) -> None:
@@ -80,10 +81,10 @@ class Exchange:
         self._batches = [_Batch(batch, self.rank, len(places)) for batch in _in_batches(matrices)]
 
     def apply(self, shards: dict[int, Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        """Put function(matrices) in the place of the matrices.
+        """Replace the matrices by a function of them. Collective.
 
         Args:
-            shards: this rank's piece of each tile that it holds any of, flat.
+            shards: index of a tile -> this rank's shard of it, flat, for every tile that it holds any of.
             function: (matrices, rows, columns) -> the same shape, each matrix by itself.
         """
         for batch in self._batches:
@@ -119,7 +120,7 @@ class Exchange:
 
 @dataclass
 class _Batch:
-    """What one round moves. Both sides go through matrices and pieces in the same order."""
+    """Matrices and pieces of one round of the exchange, in the same order on the sending and the receiving rank."""
 
     matrices: list[_Matrix]
     rank: int
@@ -174,7 +175,7 @@ def _matrices(index: int, tile: Tile, ranks: dict[tuple[int, int], int]) -> Iter
 
 
 def _runs(tile: Tile, part: int, tensor: int) -> Iterable[tuple[int, int]]:
-    """Where a part's rows begin and end among a tensor rank's, whose first is row `tensor` · rows of them all."""
+    """(start, stop) of the rows of a linear map on a tensor rank, whose rows follow those of the ranks before it."""
     rows, period = tile.shape[-2], sum(tile.rows)
     before, height, first = sum(tile.rows[:part]), tile.rows[part], tensor * rows
     for repeat in range(first // period, -(-(first + rows) // period)):
@@ -184,7 +185,7 @@ def _runs(tile: Tile, part: int, tensor: int) -> Iterable[tuple[int, int]]:
 
 
 def _cut(index: int, tile: Tile, start: int, stop: int, tensor: int, ranks) -> Iterable[_Piece]:
-    """The pieces of a tile's numbers from `start` to `stop`, one for each data rank that holds any."""
+    """Pieces of a tile's numbers from `start` to `stop`, one for each data rank that holds any."""
     while start < stop:
         data = (tile.start + start) // tile.share
         end = min(stop, (data + 1) * tile.share - tile.start)
@@ -193,7 +194,7 @@ def _cut(index: int, tile: Tile, start: int, stop: int, tensor: int, ranks) -> I
 
 
 def _choose_owners(matrices: list[_Matrix], size: int) -> None:
-    """The rank that holds most of a matrix; of several, the one with the least work so far."""
+    """Set each matrix's owner: the rank that holds most of it; of several, the one with the least work so far."""
     work = [0] * size
     for matrix in matrices:
         held = defaultdict(int)
@@ -204,7 +205,7 @@ def _choose_owners(matrices: list[_Matrix], size: int) -> None:
 
 
 def _in_batches(matrices: list[_Matrix]) -> list[list[_Matrix]]:
-    """Of each owner as many matrices at once as fit: all owners work in every batch, as long as they have work."""
+    """Matrices in batches, of each owner as many as fit: all owners work in every batch, as long as they have work."""
     batches, filled = [], defaultdict(lambda: (0, 0))  # of each owner its batch, and how full that is
     for matrix in matrices:
         batch, full = filled[matrix.owner]

@@ -50,7 +50,7 @@ class ZeroEngine(Engine):
         self.engines: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Hand the networks, filled by now with what they start from, to DeepSpeed."""
+        """Wrap the networks by DeepSpeed, once they have the parameters that they start from."""
         deepspeed, optimizer = import_deepspeed(), self.recipe.optimizer
         for name, network in self.networks.items():
             groups = parameter_groups(optimizer, self._named(name))
@@ -84,7 +84,7 @@ class ZeroEngine(Engine):
         return progress
 
     def _keep_settings(self) -> None:
-        """Take the recipe's settings again, in whose place DeepSpeed has put those of the checkpoint."""
+        """Restore the recipe's optimizer settings, which DeepSpeed has replaced by those of the checkpoint."""
         config = self.recipe.optimizer
         for engine in self.engines.values():
             engine.optimizer.clip_grad = config.clip_grad
@@ -101,7 +101,7 @@ class ZeroEngine(Engine):
         return Layout(torch.distributed.get_world_size(), self.recipe.zero.stage)
 
     def restore_averages(self, checkpoint: Path) -> None:
-        """Read the averaged weights of a checkpoint, where this run keeps some."""
+        """Load the averaged weights of a checkpoint, where this run keeps them."""
         if not self.decay:
             return
         for name, network in self.networks.items():
@@ -176,7 +176,7 @@ class ZeroEngine(Engine):
         return next(iter(self.plain_networks().values()))
 
     def plain_networks(self) -> dict[str, torch.nn.Module]:
-        """Whole copies of the networks on every rank, outside DeepSpeed, with averaged weights where there are any."""
+        """Whole, unwrapped copies of the networks on every rank, averaged where averages are kept. Collective."""
         if self._plain is None:
             copies = self.spec.build(self.recipe, self.frozen)
             states = self.states(averaged=bool(self._averages))
@@ -187,7 +187,11 @@ class ZeroEngine(Engine):
         return self._plain
 
     def states(self, averaged: bool = False) -> dict[str, dict[str, torch.Tensor]]:
-        """Every tensor of every network, whole, on every rank; parameters from their fp32 copies. Collective."""
+        """Whole tensors of every network, on every rank; parameters from their fp32 copies. Collective.
+
+        Args:
+            averaged: whether to take averaged parameters where they are kept.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         result = {}

@@ -1,4 +1,4 @@
-"""Parameters of networks in ZeRO's hands: their names, and what each rank has of them."""
+"""Parameters of networks that ZeRO shards: their names, and the part of them that each rank holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import torch
 
 
 def named_parameters(networks: dict[str, torch.nn.Module], alone: bool | None = None) -> Iterator:
-    """(name, parameter) as recipes match them: a lone network's own names, else behind the network's name and a dot."""
+    """(name, parameter) pairs as recipes match them, prefixed by the network's name where there are several networks.
+
+    Args:
+        networks: networks by name.
+        alone: whether names have no prefix; None where that depends on the number of networks.
+    """
     alone = len(networks) == 1 if alone is None else alone
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
@@ -16,7 +21,7 @@ def named_parameters(networks: dict[str, torch.nn.Module], alone: bool | None = 
 
 
 def shard(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank keeps of a parameter between steps: a part of it at ZeRO's stage 3, else all."""
+    """Part of a parameter that this rank holds between steps: a flat shard at ZeRO stage 3, else the whole."""
     part = getattr(parameter, "ds_tensor", None)
     return parameter.data if part is None else part.data
 
@@ -27,7 +32,7 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def share_of(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole tensor, as :func:`shard` has it."""
+    """Part of a whole tensor that this rank holds, cut as :func:`shard` of the parameter is."""
     mine = shard(parameter)
     if mine is parameter.data or mine.shape == whole.shape:
         return whole
@@ -37,7 +42,12 @@ def share_of(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor
 
 
 def whole(parameter: torch.nn.Parameter, mine: torch.Tensor) -> torch.Tensor:
-    """A parameter, or its average, from what each rank has of it as :func:`shard` says. Collective at stage 3."""
+    """Whole parameter, or its average, gathered from the shards of all ranks. Collective at ZeRO stage 3.
+
+    Args:
+        parameter: the parameter, for its shape.
+        mine: this rank's part, of the parameter or its average, as :func:`shard` returns it.
+    """
     if not hasattr(parameter, "ds_tensor"):
         return mine.detach().clone()
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
