@@ -1,4 +1,4 @@
-"""What of a recipe a run keeps from its first start to its end, and what may change when it goes on.
+"""Changes of a recipe on resume: keys that a run keeps from its first start to its end, and keys that may change.
 
 What a checkpoint holds decides: a tensor, a moment, a place in the data cannot become another's. What is read anew at
 every step (a rate, a weight of a loss, a layout) may change, and takes effect from there.
@@ -19,7 +19,7 @@ _OWN_PLACE = ("run", "runs_dir")  # of a run that was moved: nothing to tell
 
 
 class Difference(NamedTuple):
-    """A key with another value than a run was last started with."""
+    """Difference of two recipes: a key with another value than the run was last started with."""
 
     key: str
     before: Any
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 
 def differences(now: Recipe, before: Recipe) -> Iterator[Difference]:
-    """What a recipe changes of the one that a run was last started with, by key."""
+    """Differences of a recipe from the one that a run was last started with, in the order of their keys."""
     ours, theirs = _flat(asdict(now)), _flat(asdict(before))
     unused = unused_groups(now.network)
     for key in sorted(ours.keys() | theirs.keys()):
@@ -44,7 +44,7 @@ def differences(now: Recipe, before: Recipe) -> Iterator[Difference]:
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one with dotted keys, a model's layers however their pattern is written."""
+    """Nested dictionaries flattened to dotted keys; a model's layers are the same however their pattern is written."""
     if prefix == "model.thinker.":
         values["pattern"] = values["pattern"].replace("|", "") * values.pop("repeats")
     flat = {}

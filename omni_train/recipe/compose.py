@@ -1,4 +1,4 @@
-"""From the Hydra tree, or from a run's own ``recipe.yaml``, to a typed ``Recipe`` and back."""
+"""Composition of a typed ``Recipe`` from the Hydra tree, and its ``recipe.yaml``, written and read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def recipes_dir() -> Path:
-    """The Hydra tree: ``omni_train/recipes`` of an installed wheel, else ``recipes`` of the source checkout.
+    """Folder of the Hydra tree: ``omni_train/recipes`` of an installed wheel, else ``recipes`` of the source checkout.
 
     Raises:
         UserError: neither is there.
@@ -44,7 +44,7 @@ def recipes_dir() -> Path:
 
 
 def to_recipe(config: DictConfig) -> Recipe:
-    """A composed configuration as real dataclasses and enums, interpolations resolved.
+    """Recipe of a composed configuration, in dataclasses and enums, interpolations resolved.
 
     Raises:
         UserError: a key is not in the schema, a mandatory key has no value, or an interpolation cannot be resolved.
@@ -76,7 +76,7 @@ def load_recipe(overrides: Sequence[str] = (), config_dir: str | Path | None = N
 
 
 def used(config: DictConfig) -> DictConfig:
-    """A composed configuration without what its network has no use for.
+    """Composed configuration without the groups that its network does not use.
 
     Raises:
         UserError: there is no such network.
@@ -93,17 +93,17 @@ def _without(config: DictConfig, groups: Iterable[str]) -> DictConfig:
 
 
 class Tree:
-    """The recipe tree, opened with Hydra. It composes, and starts nothing that a file or a word could name."""
+    """Recipe tree, opened with Hydra. It composes, and starts nothing that a file or a word could name."""
 
     def __init__(self, hydra: Hydra, pure: bool) -> None:
         self.hydra = hydra
         self._own = None if pure else self._composed([])
 
     def compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """What these words give.
+        """Configuration that overrides compose.
 
         Raises:
-            UserError: one line, as of :func:`load_recipe`.
+            UserError: as :func:`load_recipe` raises it.
         """
         try:
             refuse_hydra_words(overrides)
@@ -121,7 +121,7 @@ class Tree:
         return config
 
     def options(self) -> dict[str, list[str]]:
-        """The recipes of each group that words choose among."""
+        """Recipes of each group, which ``group=option`` chooses among."""
         loader = self.hydra.config_loader
         groups = sorted(set(loader.list_groups("")) - {"hydra", "pipeline"})
         return {group: sorted(loader.get_group_options(group)) for group in groups}
@@ -141,7 +141,7 @@ class Tree:
                     raise UserError(f"{word.input_line}: {why}")
 
     def _refuse_hydra_files(self, found: DictConfig, own: DictConfig) -> None:
-        """Refuse what a recipe says to Hydra itself."""
+        """Refuse settings of Hydra itself in recipe files."""
         found, own = (OmegaConf.to_container(config, throw_on_missing=False) for config in (found, own))
         for key in found.keys() - _HYDRAS_NOTES:
             if found[key] != own.get(key):
@@ -149,7 +149,7 @@ class Tree:
 
 
 _HYDRAS_NOTES = {"overrides", "runtime", "job", "mode"}
-"""Keys in which Hydra writes down what it did."""
+"""Keys in which Hydra records what it did."""
 _NO_HYDRA = "Hydra composes recipes here and does nothing else, so it has no settings"
 
 
@@ -157,7 +157,7 @@ def refuse_hydra_words(overrides: Sequence[str]) -> None:
     """Refuse words that are for Hydra itself: its callbacks, launchers, search paths and the like.
 
     Raises:
-        UserError: naming the word; or it is no override.
+        UserError: it names the word; or a word is no override.
     """
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         places = (override.key_or_group, override.package or "")
@@ -167,7 +167,7 @@ def refuse_hydra_words(overrides: Sequence[str]) -> None:
 
 @contextmanager
 def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
-    """The recipe tree, opened for composing; with a folder of one's own beside it, as of :func:`load_recipe`.
+    """Context with the recipe tree opened for composing, and a folder of one's own beside it as in :func:`load_recipe`.
 
     Raises:
         UserError: the folder is not there.
@@ -189,9 +189,9 @@ def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe that ``write_recipe`` wrote, checked against the schema again.
+    """Recipe that ``write_recipe`` wrote, checked against the schema again.
 
-    Nothing in it is resolved: what was written had been.
+    Its interpolations were resolved when it was written; none is resolved here.
 
     Raises:
         UserError: the file is missing, is not YAML, does not fit the schema, or refers to other values.
@@ -221,9 +221,9 @@ def _refuse_references(value: object, key: str = "") -> None:
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe as YAML, at once or not at all: every key but those that other networks have added.
+    """Write the recipe as YAML, atomically: every key but those that other networks have added.
 
-    So that it can be read where those are not installed.
+    So it can be read where those are not installed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

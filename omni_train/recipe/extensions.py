@@ -1,4 +1,4 @@
-"""The recipe's type with the keys that networks add to it."""
+"""Dataclasses of the recipe, extended by the keys that networks add."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from omni_train.recipe.schema import ModelConfig, Recipe
 
 
 def recipe_type() -> type[Recipe]:
-    """:class:`Recipe` with the groups of all registered networks: itself where they add none."""
+    """Class of recipes: :class:`Recipe` with the groups of all registered networks, itself where they add none."""
     added = {group: schema for network in registered().values() for group, schema in network.keys.items()}
     return _extended(Recipe, "", tuple(sorted(added.items(), key=lambda one: one[0])))
 
 
 def model_type() -> type[ModelConfig]:
-    """:class:`ModelConfig` with the parts of all registered networks."""
+    """Class of models: :class:`ModelConfig` with the parts of all registered networks."""
     return _type_of("model")
 
 
@@ -28,7 +28,13 @@ def _type_of(group: str) -> type:
 
 @cache
 def _extended(schema: type, group: str, added: tuple[tuple[str, type], ...]) -> type:
-    """A group's dataclass with further ones in it, by their names from there."""
+    """Dataclass of a group with further dataclasses in it.
+
+    Args:
+        schema: the group's dataclass.
+        group: dotted name of the group.
+        added: (dotted name within the group, dataclass) of each.
+    """
     if not added:
         return schema
     replaced: list[tuple[str, Any, Any]] = []
@@ -50,7 +56,7 @@ def _extended(schema: type, group: str, added: tuple[tuple[str, type], ...]) -> 
 
 
 def _rebuilt(group: str, values: dict) -> Any:
-    """An instance as it was pickled: no module has its type."""
+    """Instance of an extended dataclass from its pickle, which cannot name a class that no module has."""
     found = object.__new__(_type_of(group))
     vars(found).update(values)
     return found

@@ -1,4 +1,4 @@
-"""What ``omni-train train --help`` says: the recipes there are, and every key with its default, bound and meaning."""
+"""Pages of ``omni-train train --help``: the recipes there are, and every key with its default, bound and meaning."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text"}
 
 
 def overview(options: Mapping[str, Sequence[str]]) -> str:
-    """The first page.
+    """First page of the help.
 
     Args:
-        options: the recipes of each group, which ``group=option`` chooses among.
+        options: recipes of each group, which ``group=option`` chooses among.
     """
     entries = described(recipe_type()).values()
     groups = [entry for entry in entries if entry.group and "." not in entry.name]
@@ -57,10 +57,10 @@ def overview(options: Mapping[str, Sequence[str]]) -> str:
 
 
 def page(name: str) -> str:
-    """The keys of a group, or one key.
+    """Page of a group's keys, or of one key.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no group or key of this name.
     """
     entries = described(recipe_type())
     if name not in entries:
@@ -92,7 +92,7 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def facts(entry: Entry) -> str:
-    """What a key's value must be, in words."""
+    """Type and bounds of a key's value, in words."""
     must = "must be given" if entry.default == MISSING else ""
     bounds = entry.key.bounds()
     if get_origin(entry.type) is list and bounds not in ("", "not empty"):
@@ -114,7 +114,7 @@ def _type(hint: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it is typed."""
+    """Value as it is typed on the command line."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list):

@@ -32,7 +32,7 @@ _ALONE = ("run", "multirun", "cfg")
 
 
 def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) -> int:
-    """Do what the arguments say: show a recipe, or compose, validate and hand each one to ``job``.
+    """Run the command line of recipes: show a recipe, or compose and validate recipes and pass each to ``job``.
 
     Under ``--multirun`` the jobs run in ``runs_dir/run/0``, ``/1`` and so on, one after the other or as a launcher
     plugin of Hydra's has it (:mod:`omni_train.recipe.sweep`). What cannot work is refused before the first; one that
@@ -40,9 +40,9 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
     failed. One that was asked to stop is the last.
 
     Args:
-        program: the name that help shows.
-        arguments: of the command line, in Hydra's syntax.
-        job: runs a validated recipe and returns an exit code.
+        program: name of the program in the help.
+        arguments: arguments of the command line, in Hydra's syntax.
+        job: function that runs a validated recipe and returns an exit code.
 
     Returns:
         The exit code of the job; of several that of the one that was stopped, else the worst.
@@ -90,10 +90,10 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """The flags of a command line, and its other words as `overrides`.
+    """Flags of a command line, and its other words as `overrides`.
 
     Raises:
-        UserError: a flag that does not exist, that is not for us, or that does not go with another.
+        UserError: a flag does not exist, is not supported, or does not go with another.
     """
     parser = get_args_parser()
     parser.error = _refuse_flag
@@ -117,7 +117,7 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def _help(tree: Tree, words: Sequence[str]) -> str:
-    """The pages of the keys that words name, else the first page; overrides among the words are checked."""
+    """Help pages of the keys that words name, else the first page; overrides among the words are checked."""
     names = [word for word in words if "=" not in word]
     if overrides := [word for word in words if "=" in word]:
         to_recipe(tree.compose(overrides))
@@ -125,7 +125,7 @@ def _help(tree: Tree, words: Sequence[str]) -> str:
 
 
 def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:
-    """A composed recipe, or a part of it."""
+    """YAML of a composed recipe, or of a part of it."""
     part = OmegaConf.select(used(composed), package) if package else used(composed)
     if part is None:
         _refuse_flag(f"--package {package}: no such part of the recipe")

@@ -1,4 +1,4 @@
-"""How a key of the recipe is described: once, where it is declared, and read from there by all that ask.
+"""Descriptions of the recipe's keys: each is given once, where the key is declared, and read from there.
 
 Validation takes its bound, a run that goes on what a change of it means, ``--help`` and docs/recipes.md its line, and
 pipelines whether it names a checkpoint::
@@ -21,7 +21,7 @@ from omegaconf import MISSING
 
 
 class Change(StrEnum):
-    """What becomes of a run that goes on with another value of a key."""
+    """Effect of resuming a run with another value of a key."""
 
     kept = "kept"  # it is refused: what a checkpoint holds (a tensor, a moment, a place in the data) depends on it
     learned = "learned"  # it goes on and learns otherwise; one that is complete is not what the recipe asks for
@@ -30,39 +30,39 @@ class Change(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What is said of a key beside its name, type and default. Bounds of a list are those of each of its elements."""
+    """Description of a key beside its name, type and default. Bounds of a list hold for each of its elements."""
 
     help: str = ""
-    """One line: what it is, in which unit."""
+    """Meaning of the key in one line, with its unit."""
     ge: float | None = None
-    """At least; as the others a bound of numbers, which `None` passes."""
+    """Least value; as the other bounds it is for numbers, and `None` passes."""
     gt: float | None = None
-    """Above."""
+    """Bound that the value must be above."""
     le: float | None = None
-    """At most."""
+    """Greatest value."""
     lt: float | None = None
-    """Below."""
+    """Bound that the value must be below."""
     not_empty: bool = False
-    """Of texts, lists and their elements."""
+    """Whether texts, lists and their elements must not be empty."""
     remedy: str = ""
-    """What to do instead, said when a bound is broken."""
+    """Advice that is added to the message when a bound is broken."""
     resume: Change | None = None
-    """None: as the group that it is in; at the top `kept`."""
+    """Effect of a change on resume; None for that of the key's group, which at the top is `kept`."""
     checkpoint: bool = False
-    """It names a checkpoint or a run, or holds their names."""
+    """Whether the value is the path of a checkpoint or a run, or holds such paths."""
     linkable: bool = False
-    """It says where files lie; where they have moved, a link will do."""
+    """Whether the value is a path of files that may be replaced by a link where they have moved."""
     first: bool = False
-    """Typed often: ``--help`` shows it on its first page."""
+    """Whether ``--help`` shows the key on its first page, as it is typed often."""
 
     def bounds(self) -> str:
-        """What must hold, in words; empty where everything may."""
+        """Bounds of the key in words; empty where it has none."""
         named = (("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt))
         words = [f"{word} {number}" for word, number in named if number is not None]
         return ", ".join(words + ["not empty"] * self.not_empty)
 
     def problem(self, value: Any) -> str | None:
-        """What a value breaks, in words."""
+        """Bound that a value breaks, in words; None where it breaks none."""
         if isinstance(value, float) and not math.isfinite(value):  # NaN passes every comparison with a bound
             return "must be a finite number"
         found = self._broken(value)
@@ -85,11 +85,11 @@ class Key:
 
 
 def key(default: Any = MISSING, **said: Any) -> Any:
-    """A key of a group, as a field of its dataclass.
+    """Field of a group's dataclass that declares a key.
 
     Args:
-        default: its value where nothing is said; without one it must be given. Of a group, its dataclass.
-        said: see :class:`Key`.
+        default: default value, without which the key must be given; of a group, its dataclass.
+        said: attributes of :class:`Key`.
     """
     metadata = {"key": Key(**said)}
     if isinstance(default, type):
@@ -100,27 +100,27 @@ def key(default: Any = MISSING, **said: Any) -> Any:
 
 
 def key_of(one: Field) -> Key:
-    """What is said of a dataclass's field."""
+    """Description of the key that a field of a dataclass declares."""
     return one.metadata.get("key", Key())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A key or a group of keys, as the schema has it."""
+    """A key or a group of keys in the schema."""
 
     name: str
-    """Dotted, from the root; entries of a list by the list's name."""
+    """Dotted name from the root; entries of a list have the list's name."""
     type: Any
     default: Any
-    """Of a group that is always there, None."""
+    """Default value; None for a group that is always there."""
     key: Key
     change: Change
     group: type | None
-    """The dataclass of a group, or of the entries of a list."""
+    """Dataclass of a group, or of the entries of a list."""
 
     @property
     def help(self) -> str:
-        """One line; of a group the first sentence of its docstring, and whether it may be left out or is a list."""
+        """Meaning in one line; of a group the first sentence of its docstring, and whether it is optional or a list."""
         if self.group is None:
             return self.key.help
         many = "; a list of them" if get_origin(self.type) is list else ""
@@ -151,7 +151,7 @@ def _entries(schema: type, prefix: str, inherited: Change) -> Iterator[Entry]:
 
 
 def values(group: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
-    """Every key and group of a recipe's group with what is said of it and its value, elements of lists included."""
+    """(name, description, value) of every key and group within a group of a recipe, elements of lists included."""
     for one in fields(group):
         name, said, value = prefix + one.name, key_of(one), getattr(group, one.name)
         yield name, said, value
@@ -165,6 +165,6 @@ def values(group: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
 
 
 def first_sentence(documented: type) -> str:
-    """What the docstring of a class begins with."""
+    """First sentence of the docstring of a class."""
     paragraph = " ".join((documented.__doc__ or "").partition("\n\n")[0].split())
     return paragraph.partition(". ")[0].rstrip(".").replace("``", "`")

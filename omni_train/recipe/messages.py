@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse, said in one line that a person can act on."""
+"""Errors of Hydra and OmegaConf as one line that a person can act on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SENTENCES = (
 
 
 def unknown_key(key: str) -> UserError:
-    """``key`` is not in the schema; name those that may be meant."""
+    """Error of a ``key`` that is not in the schema; it names those that may be meant."""
     keys = described(recipe_type())
     if (today := key_of_today(key)) in keys:
         return UserError(f"{key} is not a key of the recipe; it is {today} now")
@@ -37,9 +37,9 @@ def unknown_key(key: str) -> UserError:
 
 
 def one_line(error: BaseException) -> UserError:
-    """The error of composing a recipe as a ``UserError``.
+    """``UserError`` of one line for an error of composing a recipe.
 
-    What neither Hydra nor OmegaConf refused is a defect of ours and is raised again as it is.
+    An error that comes from neither Hydra nor OmegaConf is a defect of ours, and is raised again as it is.
     """
     chain = list(_chain(error))
     for cause in chain:
@@ -82,7 +82,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _full_key(cause: OmegaConfBaseException, error: BaseException) -> str:
-    """The key from the root of the recipe. OmegaConf names an entry of a list from the entry; Hydra names the list."""
+    """Key of an error, from the root of the recipe: OmegaConf names it from the entry of a list, Hydra the list."""
     key = re.sub(r"\[\d+\]", "", cause.full_key or str(cause.key or ""))
     override = re.search(r"override '?[~+]*([\w./]+)", str(error))
     if override and override[1].startswith(f"{key}."):  # which knows only where the path ends

@@ -1,4 +1,4 @@
-"""What a recipe must know of a network: a table that the networks fill, and that anyone may add to."""
+"""Table of what recipes know of networks: the networks of the package and of plug-ins register here."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from omni_train.recipe.schema import EngineName, ModelConfig, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkKeys:
-    """A network as recipes see it."""
+    """Description of a network as far as recipes need it."""
 
     name: str
     """The value of ``network=``."""
     engines: tuple[EngineName, ...]
-    """That train it."""
+    """Engines that can train it."""
     rows: str
-    """The kind of rows that it learns from."""
+    """Kind of rows that it is trained on, a value of ``data.rows``."""
     parts: tuple[str, ...]
-    """Of ``model``, that it is made of."""
+    """Parts of ``model`` that it needs."""
     optional_parts: tuple[str, ...] = ()
-    """Of ``model``, that it may have."""
+    """Parts of ``model`` that it may have."""
     settings: tuple[str, ...] = ()
-    """Groups of the schema's keys that are of this network, and of others that name them."""
+    """Groups of keys in the schema that are for this network and others that list them."""
     keys: Mapping[str, type] = field(default_factory=dict)
-    """Groups that it adds to the recipe: ``model.PART`` (null where nothing is said), ``GROUP`` or ``GROUP.NAME`` ->
-    dataclass with keys, see `recipe.keys`."""
+    """Groups that it adds to the recipe: ``model.PART`` (by default null), ``GROUP`` or ``GROUP.NAME`` -> dataclass
+    with keys, see `recipe.keys`."""
     check: Callable[[Recipe], None]
-    """Refuses what cannot work, with a UserError of one line."""
+    """Function that refuses recipes that cannot work, with a UserError of one line."""
 
     def validate(self, recipe: Recipe) -> None:
-        """Refuse what cannot work with this network.
+        """Refuse a recipe that cannot work with this network.
 
         Raises:
             UserError: the first thing found, in one line.
@@ -47,10 +47,10 @@ _TABLE: dict[str, NetworkKeys] = {}
 
 
 def register(network: NetworkKeys) -> None:
-    """Add a network, its keys among the recipe's.
+    """Add a network to the table, and its keys to the recipe's.
 
     Raises:
-        ValueError: there is one of this name, which is not the same, or one of its groups has a name that is taken.
+        ValueError: there is another network of this name, or one of its groups has a name that is taken.
     """
     for group, schema in network.keys.items():
         if group in described(Recipe) or any(one.keys.get(group, schema) is not schema for one in _TABLE.values()):
@@ -60,10 +60,10 @@ def register(network: NetworkKeys) -> None:
 
 
 def network_of(name: str) -> NetworkKeys:
-    """The network that a recipe's ``network`` means.
+    """Network that a recipe's ``network`` names.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no network of this name.
     """
     networks = registered()
     if name not in networks:
@@ -72,14 +72,14 @@ def network_of(name: str) -> NetworkKeys:
 
 
 def registered() -> Mapping[str, NetworkKeys]:
-    """All networks by name: the package's own, and those that plug-ins add."""
+    """Registered networks by name: the package's own, and those that plug-ins add."""
     importlib.import_module("omni_train.networks")  # of a room above, which looks back here
     plugins.load()
     return _TABLE
 
 
 def unused_groups(network: str) -> list[str]:
-    """Groups of keys, dotted, that are of other networks: a run of this one neither prints nor checks them."""
+    """Dotted names of the groups of keys for other networks: a run of this one neither prints nor checks them."""
     mine, all_of_them = network_of(network), registered().values()
     added = {group for one in all_of_them for group in one.keys}
     own = {name for name, entry in described(ModelConfig).items() if entry.group and "." not in name}

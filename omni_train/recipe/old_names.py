@@ -1,4 +1,4 @@
-"""Names that recipes and checkpoints once had, read as those of today."""
+"""Names that keys once had in recipes and checkpoints, read as those of today."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _THINKER = {entry.name for entry in fields(ThinkerConfig)}
 
 
 def model_of_today(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model as it was written, with the Thinker's keys in ``thinker``: they once stood beside the other parts."""
+    """Model as it was written, with the Thinker's keys in ``thinker``: they once stood beside the other parts."""
     found = dict(model)
     once = {key: found.pop(key) for key in model if key in _THINKER}
     if once and "thinker" not in found:
@@ -21,7 +21,7 @@ def model_of_today(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's recipe as it was written, with the keys of today."""
+    """Recipe of a run as it was written, with the keys of today."""
     found = dict(recipe)
     if isinstance(found.get("model"), Mapping):
         found["model"] = model_of_today(found["model"])
@@ -29,6 +29,6 @@ def recipe_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_of_today(key: str) -> str | None:
-    """The key that was once written like this."""
+    """Today's key for one that was once written; None where the name is none of the past."""
     group, _, name = key.rpartition(".")
     return f"model.thinker.{name}" if group == "model" and name in _THINKER else None

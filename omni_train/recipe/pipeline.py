@@ -48,18 +48,18 @@ Pipelines and their stages:
 
 @dataclass
 class Pipeline:
-    """Composed and validated stages, in their order; each starts from a path, or from the run directory of another."""
+    """Composed and validated stages in their order; each starts from a path, or from the run directory of another."""
 
     directory: Path  # of the whole, with the stages' run directories in it
     stages: dict[str, Recipe]
 
     def to_yaml(self) -> str:
-        """What each stage uses of its recipe."""
+        """YAML of the keys that each stage uses of its recipe."""
         return OmegaConf.to_yaml({name: used(OmegaConf.structured(recipe)) for name, recipe in self.stages.items()})
 
 
 def run(arguments: Sequence[str], job: Callable[[Pipeline], int]) -> int:
-    """Do what the arguments say: show help or the composed stages, or hand the pipeline to ``job``.
+    """Run the command line of pipelines: show help or the composed stages, or pass the pipeline to ``job``.
 
     Returns:
         The exit code of the job, 0 where something was shown.
@@ -88,7 +88,7 @@ def _usage(config_dir: str | None) -> str:
 
 
 def _known(config_dir: str | None) -> dict[str, Path]:
-    """Name -> file, ours before one's own, as Hydra takes them."""
+    """File of each pipeline by name, ours before those of ``config_dir``, as Hydra takes them."""
     folders = [Path(config_dir)] if config_dir else []
     found = [path for folder in (*folders, recipes_dir()) for path in sorted((folder / "pipeline").glob("*.yaml"))]
     return {path.stem: path for path in found}
@@ -133,7 +133,7 @@ def _find(name: str, known: dict[str, Path]) -> Path:
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Words of all stages, and those of each."""
+    """Words of all stages in a pipeline's file, and those of each stage."""
     try:
         file = yaml.safe_load(path.read_text())
         shared, stages = file.pop("all", []), file.pop("stages")
@@ -156,7 +156,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The typed words for all stages, and those for each."""
+    """Typed words for all stages, and those for each stage."""
     for_all, for_one = [], {stage: [] for stage in stages}
     keys = {entry.name for entry in fields(recipe_type())}
     for word in words:
@@ -174,7 +174,7 @@ def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[
 
 
 def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
-    """Put run directories in the place of stages' names, and the stage before where nothing is said."""
+    """Recipe of a stage with run directories in the place of stages' names; `init_from` is the one before by default."""
 
     def directory(source: str) -> str:
         return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
@@ -185,7 +185,7 @@ def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
 
 
 def with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """The recipe with every checkpoint that it names changed."""
+    """Recipe with every checkpoint that it names replaced by ``change`` of it."""
 
     def within(value: Any, names: bool) -> Any:
         if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""How a recipe is refused: by key and value, in one line."""
+"""Refusals of recipes: errors of one line, by key and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def refuse(recipe: Recipe, key: str, why: str) -> NoReturn:
 
 
 def value(recipe: Recipe, key: str):
-    """The value of a dotted key."""
+    """Value of a dotted key in a recipe."""
     found = recipe
     for name in key.split("."):
         found = getattr(found, name)
@@ -22,13 +22,13 @@ def value(recipe: Recipe, key: str):
 
 
 def answers_no_questions(recipe: Recipe) -> None:
-    """Refuse settings of answers for a network that gives none."""
+    """Refuse settings of answers for a network that does not generate any."""
     if recipe.evaluation.swap_media:
         refuse(recipe, "evaluation.swap_media", f"network={recipe.network} answers no questions; set it to false")
 
 
 def keeps_activations(recipe: Recipe) -> None:
-    """Refuse recomputation of a network that has none."""
+    """Refuse activation recomputation for a network that has none."""
     if recipe.recompute is not Recompute.none:
         refuse(recipe, "recompute", f"network={recipe.network} keeps its activations; set recompute=none")
 

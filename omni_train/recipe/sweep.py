@@ -1,4 +1,4 @@
-"""The jobs of ``--multirun``: one after the other in this process, or wherever a launcher plugin of Hydra's runs them.
+"""Jobs of ``--multirun``: one after the other in this process, or wherever a launcher plugin of Hydra's runs them.
 
 With ``hydra/launcher=NAME`` a job is an ``omni-train train`` of its own, started by the plugin: with its own signals
 and exit code, and no harm to the others however it ends. A plugin and its settings come from the command line alone,
@@ -39,7 +39,7 @@ from omni_train.recipe.messages import one_line
 from omni_train.recipe.schema import Recipe
 
 BASIC = "basic"
-"""The launcher that is meant where none is named: one job after the other, in this process."""
+"""Launcher where none is named: one job after the other, in this process."""
 
 _CHOICE = re.compile(r"hydra/launcher=([\w-]+)")
 _SETTING = re.compile(r"\+?hydra\.launcher(?:\.[A-Za-z]\w*)+=")
@@ -52,17 +52,17 @@ _GLANCE = 0.1  # seconds between two looks at whether a signal came
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher of Hydra's: a name, and the words that were typed for it."""
+    """Launcher of Hydra's: its name, and the words that were typed for it."""
 
     name: str = BASIC
     words: tuple[str, ...] = ()
 
 
 def split(words: Sequence[str]) -> tuple[Launcher, list[str]]:
-    """The launcher that the words name, and the words that are for the recipe.
+    """Launcher that the words name, and the words that are for the recipe.
 
     Raises:
-        UserError: the launcher is named twice, or a setting of it is none.
+        UserError: the launcher is named twice, or a word for it is no setting.
     """
     ours = [word for word in words if _CHOICE.fullmatch(word) or _SETTING.match(word)]
     names = [match[1] for word in ours if (match := _CHOICE.fullmatch(word))]
@@ -76,7 +76,7 @@ def split(words: Sequence[str]) -> tuple[Launcher, list[str]]:
 
 
 def jobs(words: Sequence[str]) -> list[list[str]]:
-    """The words of each job, the values of the last word changing fastest.
+    """Words of each job of a sweep, the values of the last word changing fastest.
 
     Raises:
         UserError: a word is no override, or is for Hydra itself.
@@ -92,7 +92,7 @@ def jobs(words: Sequence[str]) -> list[list[str]]:
 
 
 def one_after_the_other(recipes: Sequence[Recipe], job: Callable[[Recipe], int]) -> int:
-    """Run all jobs in this process; the exit code of the one that was stopped, which is the last, else the worst."""
+    """Run all jobs in this process; returns the exit code of one that was stopped, which ends all, else the worst."""
     codes = []
     for recipe in recipes:
         try:
@@ -113,7 +113,7 @@ _STOPPED = (Exit.stopped, Exit.interrupted)
 
 
 def _worst(codes: Sequence[int]) -> int:
-    """That of a job that was stopped, else a crash, which another try may mend, before a mistake, which none will."""
+    """Worst exit code: of a job that was stopped, else of a crash, which another try may mend, else of a mistake."""
 
     def badness(code: int) -> tuple[bool, bool, bool]:
         return code in _STOPPED, code not in (Exit.finished, Exit.wrong), code == Exit.wrong
@@ -125,9 +125,9 @@ class Sweep:
     """Jobs that a launcher plugin starts.
 
     Args:
-        launcher: which plugin, and its settings.
-        folder: the sweep's own, for what the plugin keeps.
-        commands: the words of ``omni-train train`` of each job, by the name of its run.
+        launcher: the plugin, and its settings.
+        folder: folder of the sweep, for files of the plugin.
+        commands: words of ``omni-train train`` of each job, by the name of its run.
 
     Raises:
         UserError: the plugin is not installed, does not have a setting, or cannot work with several processes.
@@ -175,17 +175,17 @@ class Sweep:
 
 
 def quoted(value: str) -> str:
-    """A value as a word of Hydra's has it, whatever is in it."""
+    """Value quoted for a word of Hydra's, whatever is in it."""
     return value if re.fullmatch(r"[A-Za-z_][\w/.-]*", value) else "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a launcher plugin carries to where a job runs, and calls there; it can be pickled.
+    """Function that a launcher plugin pickles, sends to where a job runs, and calls there.
 
     Attributes:
-        commands: the command of each job.
-        folder: that relative paths refer to.
+        commands: command of each job.
+        folder: folder that relative paths refer to.
         sweep: process id of the sweep.
     """
 
@@ -210,7 +210,7 @@ class Task:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Signals go to the jobs on this machine, also to those that start later; they end when all is saved."""
+    """Context in which signals are passed on to the jobs on this machine, also to those that start later."""
     stopping.finish_first("the jobs finish their steps and save")
     stopping.hold()  # as inherited by a plugin's processes, which a terminal's Ctrl-C reaches too
     over = threading.Event()
@@ -236,7 +236,7 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def _running() -> Iterator[psutil.Process]:
-    """The jobs: they lead sessions of their own, and whoever started them is of ours."""
+    """Processes of the jobs on this machine: they lead sessions of their own, and their parents are of ours."""
     for process in psutil.Process().children(recursive=True):
         with suppress(OSError, psutil.Error):
             if os.getsid(process.pid) == process.pid and os.getsid(process.ppid()) == os.getsid(0):

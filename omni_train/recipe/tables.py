@@ -1,4 +1,4 @@
-"""Write the tables of keys in docs/recipes.md from the schema: ``python -m omni_train.recipe.tables [--check]``."""
+"""Tables of keys in docs/recipes.md, written from the schema: ``python -m omni_train.recipe.tables [--check]``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BEGIN, _END = (
 
 
 def tables() -> str:
-    """A table of the keys at the top, and one of each group."""
+    """Tables in Markdown: of the keys at the top, and of each group."""
     keys = described(Recipe)
     groups = {"": [one for one in keys.values() if "." not in one.name]}
     for name, entry in keys.items():
@@ -41,14 +41,14 @@ def _row(entry: Entry) -> str:
 
 
 def renewed(page: str) -> str:
-    """The page with the tables as the schema has them."""
+    """Page with its tables replaced by those of the schema."""
     before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return f"{before}{_BEGIN}\n\n{tables()}\n{_END}{after}"
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page; with ``--check`` only say whether it is as the schema has it, by the exit status."""
+    """Write the page; with ``--check`` only report whether it is up to date, by the exit status."""
     page = PAGE.read_text()
     if page == (now := renewed(page)):
         return 0

@@ -1,4 +1,4 @@
-"""One pass over a recipe that refuses what cannot work, before anything is allocated.
+"""Validation of a recipe: one pass that refuses what cannot work, before anything is allocated.
 
 Each refusal is one line: the key and its value, what is wrong, what to do. docs/recipes.md has the table.
 """
@@ -30,7 +30,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
     """Refuse a recipe that cannot run.
 
     Args:
-        recipe: composed, every key typed.
+        recipe: a composed recipe.
         world_size: processes that will run it on this machine or cluster; None skips what depends on them and on the
             packages installed here, so that a recipe for a cluster can be checked anywhere.
 
@@ -56,12 +56,12 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
 
 
 def processes(parallel: ParallelConfig) -> int:
-    """The smallest world that the layout runs on."""
+    """Smallest number of processes that the layout runs on."""
     return parallel.pipeline * lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
 
 
 def _values(recipe: Recipe) -> None:
-    """Every key that the run uses within the bounds that the schema says."""
+    """Refuse values out of the schema's bounds, of all keys that the run uses."""
     unused = unused_groups(recipe.network)
     for name, said, found in values(recipe):
         if any(f"{name}.".startswith(f"{group}.") for group in unused):
@@ -71,7 +71,7 @@ def _values(recipe: Recipe) -> None:
 
 
 def _rows(recipe: Recipe) -> None:
-    """The length of a row, its alignment and the blend it is made from."""
+    """Refuse lengths of rows, alignments and blends that cannot work."""
     data, parallel = recipe.data, recipe.parallel
     if parallel.context > 1:
         divides(recipe, 2 * parallel.context, "2·parallel.context", "data.alignment")
@@ -137,7 +137,7 @@ def _world(recipe: Recipe, world_size: int) -> None:
 
 
 def _packages(recipe: Recipe) -> None:
-    """Optional packages that the recipe's choices need on this machine."""
+    """Refuse choices that need optional packages which this machine lacks."""
     if recipe.evaluation.normalizer is Normalizer.whisper and find_spec("whisper_normalizer") is None:
         refuse(
             recipe,

@@ -1,4 +1,4 @@
-"""What of the engine cannot work with a network, a layout or another choice; a part of the one validation pass."""
+"""Validation of the engine, with the network, the layout and other choices; a part of the one validation pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Refuse a network on an engine that does not train it, and what that engine cannot do.
+    """Refuse a network on an engine that does not train it, and choices that the engine does not support.
 
     Raises:
         UserError: the first thing found, in one line.

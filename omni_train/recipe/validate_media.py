@@ -1,4 +1,4 @@
-"""What of media's settings cannot work; a part of the one validation pass."""
+"""Validation of the settings of media; a part of the one validation pass."""
 
 from __future__ import annotations
 
