@@ -1,4 +1,4 @@
-"""The networks that a run can train: each in a module of its own, and in this table."""
+"""Table of the networks that a run can train, each of which has a module of its own."""
 
 from omni_train.networks.codec import CODE2WAV, CODEC
 from omni_train.networks.recognizer import RECOGNIZER

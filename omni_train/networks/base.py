@@ -1,4 +1,4 @@
-"""What the rooms above know of a network: how it is built, what it learns from, how it is asked."""
+"""Specification of a network: how it is built, its objective, its evaluation and its FLOPs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
     from omni_train.objectives.base import NetworksObjective
 
 Networks = Mapping[str, Any]
-"""Name -> module. On the Megatron engine ``model`` alone, a list of this rank's pipeline stages
+"""Networks by name. On the Megatron engine ``model`` alone, a list of this rank's pipeline stages
 (:class:`omni_train.models.stage.PipelineStage`); on the ZeRO engine whole networks, each with an optimizer and a state
 in the checkpoint of its own."""
 Frozen = Mapping[str, Any]
-"""Name -> :class:`omni_train.frozen.offload.FrozenModel`."""
+"""Frozen models by name, each an :class:`omni_train.frozen.offload.FrozenModel`."""
 
 
 def no_frozen_models(recipe: Recipe) -> dict[str, FrozenModel]:
-    """None."""
+    """No frozen models: the default of a network."""
     return {}
 
 
 def six_per_parameter(recipe: Recipe, rows: Sequence[Any], tokens: float, parameters: int) -> float:
-    """Forward and backward are six operations per parameter and token, roughly."""
+    """FLOPs of one training step, estimated as six per parameter and token (Kaplan et al. 2020, section 2.1)."""
     return 6.0 * parameters * tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec(NetworkKeys):
-    """All that is special about a network. What is heavy is imported by the functions that need it.
+    """All that is special about a network. Heavy packages are imported by the functions that need them.
 
     Attributes:
         build: (recipe, frozen) -> fresh networks on this rank's device, the same on every rank.
-        objective: (recipe, networks, frozen) -> what they minimise.
-        frozen: recipe -> the models beside it that do not learn. Collective.
-        evaluation: (recipe, held-out questions of the network's kind of rows, how many are left out by reason, frozen)
-            -> what asks them; None: the network answers no questions.
-        flops: (recipe, rows, their tokens, parameters of the whole network) -> operations of a training step over rows.
+        objective: (recipe, networks, frozen) -> the objective that they minimise.
+        frozen: recipe -> frozen models beside the network. Collective.
+        evaluation: (recipe, held-out data as the network's kind of rows reads them, how many samples could not be read
+            by reason, frozen) -> the evaluation on them; None where the network has no evaluation.
+        flops: (recipe, rows, their tokens, parameters of the whole network) -> FLOPs of a training step over the rows.
     """
 
     build: Callable[[Recipe, Frozen], Networks]
@@ -61,10 +61,10 @@ class NetworkSpec(NetworkKeys):
 
 
 def spec_of(name: str) -> NetworkSpec:
-    """The network that a recipe's ``network`` means.
+    """Specification of the network that a recipe's ``network`` names.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no network of this name.
     """
     found = network_of(name)
     assert isinstance(found, NetworkSpec), f"network={name} is registered without a spec"

@@ -1,4 +1,4 @@
-"""What of the encoders cannot work, wherever they are a part of a network."""
+"""Checks of the audio and the vision encoder, for every network that has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_parts(recipe: Recipe) -> None:
     """Refuse patterns over the parameters of an encoder that the model does not have.
 
     Raises:
-        UserError: the first of them.
+        UserError: it names the first of them.
     """
     for encoder, sense in (("audio", "hear"), ("vision", "see")):
         if getattr(recipe.model, encoder) is not None:

@@ -50,8 +50,8 @@ REFUSED = [
     (f"{CODE2WAV} model.code2wav=null", "network=code2wav: model=tiny has no model.code2wav; choose a model with it"),
     (
         f"{CODEC} model.codec.upsampling_ratios=[8,6,5]",
-        "model.codec.upsampling_ratios=[8, 6, 5]: make frames of 480 samples, and model.code2wav 1920 of each; let the "
-        "two agree",
+        "model.codec.upsampling_ratios=[8, 6, 5]: must make frames of 1920 samples, as model.code2wav does, not 480; "
+        "change one of the two",
     ),
     (
         f"{CODEC} model.codec.codebook_size=128",
@@ -96,7 +96,7 @@ REFUSED = [
     ),
     (
         f"{CODEC} codec_training.discriminators.stft_windows=[] codec_training.discriminators.periods=[]",
-        "codec_training.discriminators.stft_windows=[]: there is nobody to judge; give windows or periods, or set "
+        "codec_training.discriminators.stft_windows=[]: there is no discriminator; give windows or periods, or set "
         "adversarial_weight and feature_weight to 0",
     ),
     (f"{CODEC} codec_training.quantized_fraction=1.5", "codec_training.quantized_fraction=1.5: must be at most 1"),

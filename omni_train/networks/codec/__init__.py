@@ -1,4 +1,4 @@
-"""The speech codec, waveform to codes and back, and Code2Wav alone on given codes; both on the ZeRO engine."""
+"""Specifications of the speech codec, waveform to codes and back, and of Code2Wav alone; both on the ZeRO engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omni_train.recipe.schema import EngineName
 
 
 def _teacher(recipe):
-    """Whoever teaches codebook 0 what speech means: a WavLM or a recognizer."""
+    """Teacher of codebook 0, a WavLM or a recognizer, where the recipe has one."""
     from omni_train import platform
     from omni_train.frozen.recognizer import open_recognizer
     from omni_train.frozen.wavlm import WavLM, is_wavlm

@@ -1,4 +1,4 @@
-"""What of the codec, its crops and its training cannot work."""
+"""Checks of the codec and of Code2Wav: their sizes, crops and losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_codec(recipe: Recipe) -> None:
 
 
 def check_code2wav(recipe: Recipe) -> None:
-    """Refuse the same of Code2Wav alone, and what it has no codebooks for.
+    """Refuse a Code2Wav as :func:`check_codec` does, and settings that need an encoder or codebooks.
 
     Raises:
         UserError: the first thing found, in one line.
@@ -55,12 +55,12 @@ def _model(recipe: Recipe) -> None:
     divides(recipe, model.codec.num_key_value_heads, f"{codec}.num_key_value_heads", f"{codec}.num_attention_heads")
     divides(recipe, model.codec.compress, f"{codec}.compress", f"{codec}.num_filters")
     # Two frames of the encoder become one of the codes.
-    heard, spoken = 2 * prod(model.codec.upsampling_ratios), _frame_samples(recipe)
-    if heard != spoken:
+    encoded, synthesized = 2 * prod(model.codec.upsampling_ratios), _frame_samples(recipe)
+    if encoded != synthesized:
         refuse(
             recipe,
             "model.codec.upsampling_ratios",
-            f"make frames of {heard} samples, and model.code2wav {spoken} of each; let the two agree",
+            f"must make frames of {synthesized} samples, as model.code2wav does, not {encoded}; change one of the two",
         )
     for key in ("num_quantizers", "codebook_size"):
         if getattr(model.codec, key) != getattr(model.code2wav, key):
@@ -99,15 +99,15 @@ def _crops(recipe: Recipe) -> None:
 
 def _losses(recipe: Recipe) -> None:
     training = recipe.codec_training
-    judges = training.discriminators
+    discriminators = training.discriminators
     if len(training.mel_windows) != len(training.mel_bins):
         refuse(recipe, "codec_training.mel_bins", "must be mel bins, a number for each of mel_windows")
-    if judges.periods and not judges.period_channels:
+    if discriminators.periods and not discriminators.period_channels:
         refuse(recipe, "codec_training.discriminators.period_channels", "must be channels of a layer at least")
-    judged = training.adversarial_weight > 0 or training.feature_weight > 0
-    if judged and not (judges.stft_windows or judges.periods):
+    adversarial = training.adversarial_weight > 0 or training.feature_weight > 0
+    if adversarial and not (discriminators.stft_windows or discriminators.periods):
         refuse(
             recipe,
             "codec_training.discriminators.stft_windows",
-            "there is nobody to judge; give windows or periods, or set adversarial_weight and feature_weight to 0",
+            "there is no discriminator; give windows or periods, or set adversarial_weight and feature_weight to 0",
         )

@@ -1,4 +1,4 @@
-"""The recognizer: the audio encoder with a decoder that writes transcripts (AuT pre-training), on the ZeRO engine."""
+"""Specification of the recognizer: audio encoder with a transcript decoder (AuT pre-training), on the ZeRO engine."""
 
 from __future__ import annotations
 

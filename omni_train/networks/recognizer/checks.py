@@ -1,4 +1,4 @@
-"""What of the recognizer cannot work."""
+"""Checks of the recognizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Thinker: a language model with encoders for sound and vision, on the Megatron engine."""
+"""Specification of the Thinker: a language model with audio and vision encoders, on the Megatron engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a Thinker cannot work: its layers, and how a layout splits them."""
+"""Checks of the Thinker: its layers, and how a layout splits them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _sizes(recipe: Recipe) -> None:
 
 
 def _layout(recipe: Recipe) -> None:
-    """What of the model each axis of the layout must divide."""
+    """Refuse layouts whose axes do not divide the sizes of the model."""
     thinker, parallel = recipe.model.thinker, recipe.parallel
     divides(recipe, parallel.tensor, "parallel.tensor", "model.vocab_size", "model.thinker.num_attention_heads")
     # Megatron gives several tensor ranks one key-value head each where there are fewer heads than ranks.
