@@ -1,4 +1,4 @@
-"""What watches a run. Only rank 0 has any of these."""
+"""Callbacks that follow a run. Only rank 0 has any."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from omni_train.platform.logs import warn
 
 
 class Callback:
-    """Sees every logged step and evaluation."""
+    """Follower of a run: it is called with every logged step and the exhibits of every evaluation."""
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
-        """A step was logged; `metrics` has ``step`` and what is known of that step."""
+        """Hook for the metrics of a logged step, ``step`` among them."""
 
     def on_exhibits(self, step: int, exhibits: Sequence[Exhibit]) -> None:
-        """Some of what the evaluation after `step` asked and got; the metrics of the same step come later."""
+        """Hook for exhibits of the evaluation after a step; the metrics of that step come after them."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Hook for the end of the run."""
 
 
 class Spared(Callback):
-    """A callback that a run can do without: where its files cannot be written, that is said once."""
+    """Wrapper of a callback that a run can do without: that its files cannot be written is a warning, given once."""
 
     def __init__(self, callback: Callback) -> None:
         self._callback, self._failed = callback, False

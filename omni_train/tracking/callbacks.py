@@ -1,4 +1,4 @@
-"""The callbacks of a run: the metrics file, wandb, and the progress."""
+"""Callbacks of a run: the metrics file, wandb and the progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from omni_train.tracking.weights_and_biases import Wandb
 
 
 def build_callbacks(recipe: Recipe, directory: Path, resume_step: int) -> list[Callback]:
-    """The recipe's callbacks, for rank 0."""
+    """Callbacks that the recipe asks for, on rank 0.
+
+    Args:
+        recipe: a validated recipe.
+        directory: directory of the run.
+        resume_step: steps done; what was logged after them is dropped.
+    """
     callbacks: list[Callback] = [MetricsFile(directory / "metrics.jsonl", resume_step)]
     if recipe.tracking.mode is not WandbMode.disabled:
         callbacks.append(Spared(Wandb(recipe, directory)))

@@ -9,11 +9,11 @@ from omni_train.data.rows.batch import MODALITIES
 
 
 def draw_losses(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """The loss by modality over the steps of each stage, stage beside stage.
+    """Draw the loss by modality over the steps of each stage, stages side by side.
 
     Args:
-        stages: the logged steps of each stage, in order.
-        path: the PNG to write.
+        stages: name -> logged steps of each stage, in order.
+        path: the PNG file to write.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a line for every logged step, whatever the disk does meanwhile."""
+"""Writer of ``metrics.jsonl``: a line for every logged step, kept through a full disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from omni_train.tracking.step_log import read_lines
 
 
 class MetricsFile(Callback):
-    """One JSON object per logged step. What came after the checkpoint a run resumes from is dropped.
+    """Callback that writes one JSON object per logged step.
 
     Steps that cannot be written, on a full disk say, are kept until they can.
+
+    Args:
+        path: the file, which may exist.
+        resume_step: steps done by the checkpoint that the run resumes from; lines of later steps are dropped.
 
     Raises:
         UserError: the file cannot be written when it is opened.

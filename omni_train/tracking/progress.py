@@ -1,4 +1,4 @@
-"""A run on the terminal."""
+"""Progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ _SHOWN = {
     "tflops_per_second": "{:.3g} TFLOP/s",
     "mfu": "MFU {:.1%}",
 }
-"""What of a step's metrics the progress shows, in order, and how."""
+"""Metrics of a step that the progress shows, in order, with their formats."""
 
 
 class Progress(Callback):
-    """A bar with loss, tokens/s, TFLOP/s, utilisation and the time left; plain lines where there is no terminal."""
+    """Progress bar with loss, tokens/s, TFLOP/s, utilisation and the time left; plain lines without a terminal.
+
+    Args:
+        total: steps of the run.
+        done: steps done before.
+    """
 
     def __init__(self, total: int, done: int) -> None:
         from rich.console import Console
@@ -57,7 +62,7 @@ class Progress(Callback):
             self._show(f"  {exhibit.line()}")
 
     def _show(self, line: str) -> None:
-        """Above the bar, if there is one."""
+        """Print a line, above the bar if there is one."""
         if self._live:
             self._console.print(line, highlight=False, markup=False)
         else:

@@ -1,7 +1,7 @@
-"""How a run, or a pipeline of runs, went: ``python -m omni_train.tracking.report runs/smoke``.
+"""Report of a run, or of a pipeline of runs: ``python -m omni_train.tracking.report runs/smoke``.
 
-A run is a table of its steps. A pipeline is a table of its stages and one of its evaluations, which are written with
-curves into its ``report/`` too.
+A run gives a table of its steps. A pipeline gives a table of its stages and one of its evaluations, which are also
+written with curves into its ``report/``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COLUMNS = {
     "lr": "{:.2e}",
     "tokens_per_second": "{:,.0f}",
 }
-"""Keys of ``metrics.jsonl`` that are shown of a run, in order, and how."""
+"""Keys of ``metrics.jsonl`` that are shown of a run, in order, with their formats."""
 
 Stages = Mapping[str, Sequence[Mapping[str, float]]]
-"""The logged steps of each stage of a pipeline."""
+"""Name -> logged steps of each stage of a pipeline, in order."""
 
 
 def read_steps(run: Path) -> list[dict]:
-    """The logged training steps of a run directory, oldest first.
+    """Logged training steps of a run directory, oldest first.
 
     Raises:
         UserError: the run has logged no step.
@@ -47,10 +47,10 @@ def read_steps(run: Path) -> list[dict]:
 
 
 def read_stages(pipeline: Path) -> Stages:
-    """The logged training steps of the stages that have any, in the pipeline's order.
+    """Logged training steps of the stages that have any, in the pipeline's order.
 
     Raises:
-        UserError: none has.
+        UserError: no stage has logged a training step.
     """
     names = yaml.safe_load((pipeline / "pipeline.yaml").read_text())
     paths = {name: pipeline / name / "metrics.jsonl" for name in names}
@@ -61,10 +61,10 @@ def read_stages(pipeline: Path) -> Stages:
 
 
 def _steps(path: Path) -> list[dict]:
-    """The training steps of a file, their numbers only.
+    """Training steps of a ``metrics.jsonl``, without values that are no numbers.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         steps = [step for _, step in read_lines(path) if "loss" in step]
@@ -74,12 +74,12 @@ def _steps(path: Path) -> list[dict]:
 
 
 def _is_metric(value: object) -> bool:
-    """Numbers, but not what is logged as null since it is none."""
+    """Whether a logged value is a number: null stands for one that was not finite."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def steps_table(steps: list[dict], rows: int = 12) -> Table:
-    """At most ``rows`` steps, evenly spaced, the first and the last among them."""
+    """Table of at most ``rows`` steps, evenly spaced, the first and the last among them."""
     last = len(steps) - 1
     shown = sorted({round(i * last / max(1, rows - 1)) for i in range(rows)})
     first, final = (_shown(step, "loss", "{:.3f}") for step in (steps[0], steps[-1]))
@@ -89,7 +89,7 @@ def steps_table(steps: list[dict], rows: int = 12) -> Table:
 
 
 def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a stage each, its length and its losses, those by modality as they were last logged."""
+    """Header and rows of the table of stages: length and losses of each, those by modality as last logged."""
     last = {name: _last_values(steps) for name, steps in stages.items()}
     modalities = [name for name in MODALITIES if any(f"loss_{name}" in values for values in last.values())]
     header = ["stage", "steps", "tokens", "first loss", "last loss", "held-out loss", *modalities]
@@ -102,7 +102,7 @@ def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
 
 
 def metrics_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a metric of the evaluations each, its name first, as every stage logged it last."""
+    """Header and rows of the table of evaluations: each metric's name, and its value as each stage last logged it."""
     last = {name: _last_values(steps) for name, steps in stages.items()}
     keys = sorted({key for values in last.values() for key in values if key.startswith("eval_") and key != "eval_loss"})
     shown = [name for name, values in last.items() if any(key in values for key in keys)]
@@ -114,12 +114,15 @@ def metrics_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
 
 
 def summary(rows: list[list[str]]) -> list[list[str]]:
-    """The rows of :func:`metrics_cells` that are not of one language or codebook among several."""
+    """Rows of :func:`metrics_cells`, without those of one language or codebook among several."""
     names = {row[0] for row in rows}
 
     def is_part(name: str) -> bool:
-        """Languages are named in two or three characters, codebooks in two; of a language there is also the metric of
-        all."""
+        """Whether a metric is of one language or codebook.
+
+        Languages are named by two or three characters, codebooks by two; beside that of a language there is always the
+        metric of all languages.
+        """
         words = name.split()
         wholes = [" ".join(words[:at] + words[at + 1 :]) for at, word in enumerate(words) if len(word) in (2, 3)]
         return any(whole in names or whole.startswith("codebook") for whole in wholes)
@@ -129,15 +132,15 @@ def summary(rows: list[list[str]]) -> list[list[str]]:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on: where nobody reads any more, the report is still a file, and the run a success."""
+        """Ignore that nobody reads the output any more: the report is still written to a file."""
         self.quiet = True
 
 
 def report(directory: Path, console: Console | None = None) -> None:
-    """Print how a run or a pipeline went; of a pipeline, also write ``report/report.md`` and its curves.
+    """Print the report of a run or a pipeline; of a pipeline, also write ``report/report.md`` and its curves.
 
     Raises:
-        UserError: nothing was logged there.
+        UserError: the directory holds no logged training step.
     """
     console = console or _Console(width=None if sys.stdout.isatty() else 160)
     if not (directory / "pipeline.yaml").exists():
@@ -161,7 +164,7 @@ def report(directory: Path, console: Console | None = None) -> None:
 
 
 def _last_values(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric as it was last logged; a step logs only what it has."""
+    """Last logged value of each metric: not every step logs all."""
     return {key: value for step in steps for key, value in step.items() if value is not None}
 
 

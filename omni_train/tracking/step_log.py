@@ -1,4 +1,4 @@
-"""The files that a run logs its steps to, ``metrics.jsonl`` and ``expert_load.jsonl``, whatever became of them."""
+"""Reader of the files that a run logs its steps to, ``metrics.jsonl`` and ``expert_load.jsonl``, damaged or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omni_train.platform.logs import warn
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict]]:
-    """The lines of a file with the steps that they hold, in order; none where there is no file.
+    """(line, the step that it holds) of each line of a file, in order; none where there is no file.
 
     Lines that are no JSON object with a number as ``step``, as a crash may leave one, are left out, and counted in a
     warning.

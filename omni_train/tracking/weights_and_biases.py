@@ -1,4 +1,4 @@
-"""A run on wandb."""
+"""Logging of a run to Weights & Biases (wandb)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from omni_train.tracking.base import Callback
 
 
 class Wandb(Callback):
-    """A wandb run, resumed under the same id when the run is."""
+    """Callback that logs to a wandb run, which is resumed under the same id when the run is.
+
+    Args:
+        recipe: a validated recipe; its ``tracking`` says how.
+        directory: directory of the run.
+
+    Raises:
+        UserError: wandb refuses the run, or its files cannot be written.
+    """
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -50,7 +58,7 @@ class Wandb(Callback):
         self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
 
     def on_exhibits(self, step: int, exhibits: Sequence[Exhibit]) -> None:
-        """A table of them; their media are kept as files of the run."""
+        """Log a table of the exhibits; their media are kept as files of the run."""
         if not exhibits:
             return
         rows = [exhibit.cells() for exhibit in exhibits]
