@@ -1,4 +1,4 @@
-"""The error a user can act on, and how it is shown."""
+"""Errors that a user can act on, and how they are printed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import time
 from omni_train import lines
 
 HEAD_START_SECONDS = 10.0
-"""How long a rank leaves the first one to print the error of both: a launcher ends all when one exits."""
+"""Seconds for which a rank waits for the first one to print the error of both: a launcher ends all when one exits."""
 
 FAILED = "omni_train/failed"
-"""Key of the ranks' store: exit code and line of the rank that failed first."""
+"""Key in the ranks' store of exit code and line of the rank that failed first."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one line: what, where, what to do. The command line exits 2."""
+    """Error of something that the user gave. The message is one line: what, where, what to do. The exit code is 2."""
 
     announced = False
     status = 2
 
 
 class RunFailed(UserError):
-    """What a run needs has failed it, as a full disk does. One line too; the command line exits 1: worth a try."""
+    """Error of something that a run needs, as a full disk. The message is one line; the exit code is 1: try again."""
 
     status = 1
 
@@ -44,7 +44,7 @@ _OF_A_PERSON = (
 
 
 def cannot_write(path: object, error: OSError) -> UserError:
-    """What to raise where a run cannot do without writing `path`: a ``UserError`` where only a person can mend it."""
+    """Error of a file that must be written: a ``UserError`` where only a person can mend it, else a ``RunFailed``."""
     if error.filename and os.path.islink(error.filename) and not os.path.exists(error.filename):
         return UserError(f"{error.filename}: is a link that leads nowhere; is a disk missing?")
     wrong = error.errno in _OF_A_PERSON
@@ -52,7 +52,7 @@ def cannot_write(path: object, error: OSError) -> UserError:
 
 
 class RankFailed(Exception):
-    """Another rank has failed, and has said so; this one only lost its connection to it.
+    """Error on a rank that lost its connection to another one, which has failed and has said so.
 
     Args:
         code: exit code of the run.
@@ -65,12 +65,12 @@ class RankFailed(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
+    """First line of an error's message, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def described(error: BaseException) -> str:
-    """What happened, and where."""
+    """Description of an error in one line: class, message, rank and host."""
     rank = os.environ.get("RANK", "0")
     return f"{type(error).__name__}: {first_line(error)} on rank {rank} at {lines.host()}"
 

@@ -1,4 +1,4 @@
-"""One command on N processes of this machine, with the manners of a single process.
+"""Launcher of one command on N processes of this machine, which behave as a single process to the user.
 
 Torchrun would hide a user's one-line error under pages of its own, always exit 1, and kill the ranks 30 s after a
 SIGTERM, which a large checkpoint outlasts. Here the first failing rank's exit code is the launcher's, signals are
@@ -33,11 +33,11 @@ def main(arguments: list[str], commands: Collection[str]) -> int:
     """Run ``N COMMAND …`` and return the exit code; a lone process takes the place of this one.
 
     Args:
-        arguments: as typed after ``omni-train launch``.
-        commands: those there are.
+        arguments: words after ``omni-train launch``.
+        commands: names of the commands that can be launched.
 
     Raises:
-        UserError: there is no number of processes, or no such command.
+        UserError: the number of processes is missing, or there is no such command.
     """
     count, *command = arguments or [""]
     if not count.isdecimal() or int(count) < 1:
@@ -85,7 +85,7 @@ def _place(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 class _Watch:
-    """Passes signals on to the ranks until all have ended."""
+    """Watch over the ranks until all have ended, which passes signals on to them."""
 
     def __init__(self, ranks: list[subprocess.Popen], store) -> None:
         self.ranks, self.store = ranks, store
@@ -93,7 +93,7 @@ class _Watch:
         self.deadline = float("inf")  # when those that have not ended are killed
 
     def follow(self) -> int:
-        """The exit code of all."""
+        """Wait for the end of all ranks; returns the exit code of the launcher."""
         interrupts = 0
         while running := [rank for rank in self.ranks if rank.poll() is None]:
             if self.code == Exit.finished:

@@ -17,13 +17,13 @@ _in_a_run = False
 
 
 def begin_log() -> None:
-    """A run begins: what came before was the answer to a command."""
+    """Begin the log of a run: from here on lines may have a stamp."""
     global _in_a_run
     _in_a_run = True
 
 
 def write(text: str) -> None:
-    """Print lines at once. A full disk or a reader that has gone loses them, and nothing else."""
+    """Print lines on standard error and flush. A full disk or a closed pipe loses them, and raises nothing."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         before = stamp() if _is_log() else ""
         sys.stderr.write("".join(f"{before}{line}\n" for line in text.splitlines()))
@@ -31,14 +31,14 @@ def write(text: str) -> None:
 
 
 def show_cursor() -> None:
-    """Undo what a progress bar did to the terminal, where the bar itself has no time to."""
+    """Show the cursor that a progress bar has hidden, where the bar itself cannot any more."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr.isatty():
             sys.stderr.write("\033[?25h")
 
 
 def flush() -> None:
-    """Let what cannot be written any more go, else the interpreter ends with an exit code of its own for it."""
+    """Flush the standard streams and drop what cannot be written: the interpreter's exit code would change for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -49,7 +49,7 @@ def flush() -> None:
 
 @functools.cache
 def host() -> str:
-    """The name of this machine, up to the first dot."""
+    """Name of this machine, up to the first dot."""
     return socket.gethostname().partition(".")[0]
 
 
@@ -58,7 +58,7 @@ def _is_log() -> bool:
 
 
 def stamp() -> str:
-    """What a line of a log begins with."""
+    """Stamp that a line of a log begins with: time, host, job and rank."""
     words = [time.strftime("%Y-%m-%d %H:%M:%S"), host()]
     job, step, restarts = (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     if job:

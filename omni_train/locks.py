@@ -1,4 +1,4 @@
-"""One command at work in a directory: a lock that holds over the machines of a cluster. Imports nothing heavy.
+"""Lock of a directory, for one command at a time on all machines of a cluster. Imports nothing heavy.
 
 Locks of the kernel (flock, fcntl) do not hold on every NFS or Lustre, so the lock is a file that only one can create,
 renewed by its holder every few seconds. Whether a holder on another machine still lives is seen by watching the file,
@@ -28,15 +28,15 @@ from omni_train.errors import UserError, cannot_write
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 1.0
 SILENT_POLLS = 60
-"""Looks at an unchanged lock before its holder counts as ended. Looks, not seconds: a file system that hangs for
-everybody silences nobody."""
+"""Polls of an unchanged lock before its holder counts as ended. Polls, not seconds: while the file system hangs, no
+holder can renew its lock, and no one polls."""
 
 _NAME = ".lock"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: what it writes into it."""
+    """Process that holds a lock, as it is written into the lock."""
 
     token: str  # of this one lock
     host: str
@@ -49,7 +49,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Description of this process as a holder."""
         return cls(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -62,8 +62,7 @@ class Holder:
         )
 
     def alive(self, asking: Holder) -> bool | None:
-        """Whether this one still runs, as far as the process that is asking can know at once; None: only watching
-        tells."""
+        """Whether the holder still runs, as far as the asking process can know; None where only watching tells."""
         if self.job and self.job == asking.job and self.restart < asking.restart:
             return False
         if self.kernel and self.kernel == asking.kernel:
@@ -76,11 +75,11 @@ class Holder:
 
 
 class DirectoryLock:
-    """Held by one process at a time. Use it as a context manager, or :meth:`acquire` and :meth:`release` it.
+    """Lock of a directory, held by one process at a time: a context manager, or to :meth:`acquire` and :meth:`release`.
 
     Args:
-        directory: what is locked; made where it is not there.
-        remedy: what a command that is refused can do, beside waiting for the other one.
+        directory: the directory, made where it is missing.
+        remedy: what the user can do where another process holds the lock, beside waiting for it.
     """
 
     def __init__(self, directory: Path, remedy: str) -> None:
@@ -97,13 +96,13 @@ class DirectoryLock:
         self.release()
 
     def acquire(self, waiting: Callable[[], None] = lambda: None) -> None:
-        """Take the lock, also over from a holder that has ended without giving it back.
+        """Take the lock, also from a holder that has ended without releasing it.
 
         Where only watching tells whether the holder lives, this takes up to a minute. A lock that is refused is left
         as it is.
 
         Args:
-            waiting: called about every second meanwhile.
+            waiting: function that is called about every second meanwhile.
 
         Raises:
             UserError: another process holds it, named in one line; or the directory cannot be written to.
@@ -140,7 +139,7 @@ class DirectoryLock:
             raise cannot_write(self.directory, error) from error
 
     def check(self) -> None:
-        """Be sure that the lock is still held, before something is written.
+        """Check that the lock is still held, before something is written.
 
         Raises:
             UserError: another process took it over, because this one was suspended for long, or it was removed.
@@ -152,7 +151,7 @@ class DirectoryLock:
         raise UserError(f"{self.directory}: {by} while process {self._me.pid} was at work here; this one ends")
 
     def release(self) -> None:
-        """Give the lock back, where this process still holds it."""
+        """Release the lock, where this process still holds it."""
         if self._me is None:
             return
         self._stop.set()
@@ -164,7 +163,7 @@ class DirectoryLock:
         self._me = None
 
     def _create(self, me: Holder) -> bool:
-        """Write a lock of this process, where there is none."""
+        """Create the lock of this process; False where there is one already."""
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -184,7 +183,7 @@ class DirectoryLock:
         return True
 
     def _beat(self, file: int, offset: int) -> None:
-        """Renew the lock: this process's own file, whoever may have put another in its place."""
+        """Renew the lock in this process's own file, even where another process has replaced it."""
         for beat in itertools.count():
             if self._stop.wait(HEARTBEAT_SECONDS):
                 break
@@ -194,7 +193,7 @@ class DirectoryLock:
         os.close(file)
 
     def _is_silent(self, content: bytes, holder: Holder | None, waiting: Callable[[], None]) -> bool:
-        """Whether a lock stays as it is for long."""
+        """Whether a lock is not renewed for long."""
         for look in range(SILENT_POLLS):
             if look == 1:
                 seconds = round(SILENT_POLLS * POLL_SECONDS)
@@ -208,7 +207,7 @@ class DirectoryLock:
         return True
 
     def _remove(self, token: str) -> bool:
-        """Remove the lock of a token. Nobody else can at the same time, and then remove the next holder's.
+        """Remove the lock of a token. Two processes never do at once: the second would remove the next holder's.
 
         Returns:
             False where another process is removing it.
@@ -234,7 +233,7 @@ class DirectoryLock:
 
 
 def _parsed(content: bytes) -> Holder | None:
-    """None: just being written, or damaged."""
+    """Holder that a lock names; None where it is just being written, or damaged."""
     try:
         holder = Holder(**json.loads(content.splitlines()[0]))
         # It becomes part of a file's name, and of a line.
@@ -246,7 +245,7 @@ def _parsed(content: bytes) -> Holder | None:
 
 
 def _token(content: bytes | None) -> str:
-    """Of the lock in a file; of none, nothing."""
+    """Token of a lock; empty where there is none."""
     if content is None:
         return ""
     holder = _parsed(content)
@@ -261,7 +260,7 @@ def _kernel() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in the kernel's ticks; None where there is none, or it has ended."""
+    """Time at which a process of this machine started, in the kernel's ticks; None where it does not run."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

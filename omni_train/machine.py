@@ -1,4 +1,4 @@
-"""The environment of a process that trains on this machine: threads, memory, and MKL on request. Imports nothing heavy.
+"""Environment of a process that trains on this machine: threads, memory, and MKL on request. Imports nothing heavy.
 
 A launcher sets it, because neither the C library nor the loader reads it after a process has started. What a person has
 set wins. ``env $(python -m omni_train.machine N) torchrun …`` gives it to N processes that something else starts.
@@ -22,7 +22,7 @@ from omni_train import lines
 from omni_train.errors import UserError, first_line
 
 FULL_WIDTH = "OMNI_TRAIN_MKL_FULL_WIDTH"
-"""The variable that asks, with 1, for MKL's products of full width on AMD's processors."""
+"""Variable that asks, with 1, for MKL's full-width matrix products on AMD's processors."""
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _KEEP = 1 << 30  # bytes of a block up to which memory is kept for the next step
@@ -30,11 +30,12 @@ _MKL_ASKS = "mkl_serv_intel_cpu_true"  # is this Intel's? MKL chooses its widest
 
 
 def environment(processes: int, cores: int | None = None) -> dict[str, str]:
-    """The environment of each of the processes that share this machine.
+    """Environment variables of each of the processes that share this machine.
 
     Args:
-        processes: how many.
-        cores: that they share; None for those that this process may use, and a lone one's threads are OpenMP's choice.
+        processes: number of processes.
+        cores: cores that they share; None for those that this process may use, where a lone process leaves the number
+            of threads to OpenMP.
 
     Raises:
         UserError: the variable ``FULL_WIDTH`` is neither 0 nor 1.
@@ -55,13 +56,13 @@ def environment(processes: int, cores: int | None = None) -> dict[str, str]:
 
 
 def say_what_came_too_late() -> None:
-    """Say in one line that ``FULL_WIDTH`` needs a launcher, if it is still to be done in a process that runs."""
+    """Warn that ``FULL_WIDTH`` needs a launcher, where it is set and this process was started without its effect."""
     if _is_full_width_asked() and os.environ.get("LOCAL_RANK", "0") == "0":
         lines.write(f"{FULL_WIDTH}=1 changes nothing in a process that has started; omni-train launch 1 … does it")
 
 
 def _memory() -> dict[str, str]:
-    """Let glibc keep what a step has freed. It would hand large blocks back, and fault every page in again."""
+    """Variables that let glibc keep freed memory: it would return large blocks, and fault every page in again."""
     try:
         is_taken = ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _KEEP)
     except AttributeError:  # another C library
@@ -71,7 +72,7 @@ def _memory() -> dict[str, str]:
 
 
 class _CannotBe(Exception):
-    """Why MKL cannot be told."""
+    """Error that says why MKL cannot be set."""
 
 
 def _is_full_width_asked() -> bool:
@@ -81,7 +82,7 @@ def _is_full_width_asked() -> bool:
 
 
 def _preloaded() -> Path:
-    """A library that answers MKL's question with yes, compiled where this user keeps such things."""
+    """Library that tells MKL that the processor is Intel's, compiled into the user's cache."""
     if "AuthenticAMD" not in (cpu := Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""):
         raise _CannotBe("the processor is not AMD's, or this is not Linux")
     if " avx512f " not in cpu:

@@ -15,17 +15,17 @@ _TRUTH = {"true": True, "false": False}
 
 
 def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments: Sequence[str]) -> int:
-    """Run ``program <action> key=value …``.
+    """Run ``program <action> key=value …`` and return the exit code.
 
     Args:
-        program: the words before the action, for messages.
-        actions: name -> a loader that imports and returns the function. Its parameters are the keys, their annotations
-            (str, int, float, bool, Path, or one of these and None) the types, their defaults what may be left out. The
-            fields of a parameter that is a dataclass are keys too, as ``parameter.field``.
+        program: words before the action, for messages.
+        actions: name -> a loader that imports and returns the function. Its parameters are the keys; their annotations
+            (str, int, float, bool, Path, or one of these and None) are the types, and those with defaults are optional.
+            The fields of a parameter that is a dataclass are keys too, as ``parameter.field``.
         arguments: the action and its ``key=value`` words, or ``--help``.
 
     Raises:
-        UserError: unknown action or key, a key given twice or left out, a value of another type.
+        UserError: the action or a key is unknown, a key is given twice or missing, or a value is of another type.
     """
     words = [word for word in arguments if word not in ("-h", "--help")]
     wants_help = len(words) < len(arguments)
@@ -86,7 +86,7 @@ def _parse(usage: str, function: Callable, pairs: Sequence[str]) -> dict[str, An
 
 
 def _types(function: Callable) -> dict[str, Any]:
-    """The type of each parameter, str where none is given; of a type or None, the type."""
+    """Type of each parameter of a function; str where it has no annotation, the type where that is a type or None."""
     hints = get_type_hints(function)
     annotations = {key: hints.get(key, str) for key in inspect.signature(function).parameters}
     return {

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop count from its first line to its last. Imports nothing heavy.
+"""Handling of the signals that ask a run to stop, from its first line to its last. Imports nothing heavy.
 
 SIGTERM and SIGUSR1 are what schedulers send before they kill, SIGINT is Ctrl-C. While there is nothing to save (at the
 start, between the stages of a pipeline) the first of them ends the process at once, with the exit code that says that
@@ -22,7 +22,7 @@ from omni_train.processes import Exit
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMANDS = ("train", "pipeline")
-"""Those that stop where all is saved. The others end at the first signal, as any program does."""
+"""Commands that stop where all is saved. The others end at the first signal, as any program does."""
 
 _LINE_SECONDS = 1.0  # for the line of a signal to be written, where standard error takes one
 _GO_ON = "the same command goes on from here"
@@ -37,29 +37,33 @@ _lost: Callable[[], tuple[int, str] | None] = lambda: None  # noqa: E731
 
 
 def hold() -> None:
-    """Keep these signals for later: until :func:`listen` or :func:`let_go`, here or in a process started from here."""
+    """Block these signals until :func:`listen` or :func:`let_go`, here or in a process started from here."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def let_go() -> None:
-    """Let the signals do what they do to any program."""
+    """Unblock these signals, so that they end this process as they do any program."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def listen() -> None:
-    """Heed the signals from here on. From the main thread, before anything else starts threads or processes."""
-    heard, written = os.pipe()
-    os.set_blocking(written, False)
-    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    """Handle the signals from here on; call it in the main thread, before anything starts threads or processes."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _remember)
-    let_go()  # before the thread starts, which hears them also where the main one holds them
-    threading.Thread(target=_heed, args=(heard,), name="signals", daemon=True).start()
+    let_go()  # before the thread starts, which inherits the mask
+    threading.Thread(target=_read_signals, args=(reading,), name="signals", daemon=True).start()
     _keep_from_children()
 
 
 def finish_first(doing: str) -> None:
-    """From here on a signal waits until `doing` is done, as in ``finishing step 7 and saving``."""
+    """Let signals wait from here on until something is done.
+
+    Args:
+        doing: what is done first, for the line that says so, as in ``finishing step 7 and saving``.
+    """
     global _doing
     with _changing:
         if _doing is None and _asked is not None:
@@ -68,10 +72,10 @@ def finish_first(doing: str) -> None:
 
 
 def at_once(where: str) -> None:
-    """From here on, and if a signal came already, it ends the process at once.
+    """Let a signal end the process at once from here on, also one that came already.
 
     Args:
-        where: for the line that says so, as in ``at step 40, nothing new to save``.
+        where: where the run stops, for the line that says so, as in ``at step 40, nothing new to save``.
     """
     global _doing, _where
     with _changing:
@@ -81,31 +85,40 @@ def at_once(where: str) -> None:
 
 
 def asked() -> signal.Signals | None:
-    """The signal that asks this run to stop, if any does."""
+    """Signal that asks this run to stop, None where none does."""
     return _asked
 
 
 def agreed(number: int) -> None:
-    """All ranks stop by this signal, whichever had it; whoever started them may now send it to the others too."""
+    """Note that all ranks stop by a signal, whichever had it; a launcher may now send it to the others too."""
     global _told
     _remember(number)
     _told = True
 
 
 def unless_lost(lost: Callable[[], tuple[int, str] | None]) -> None:
-    """Ask this when a signal comes: the exit code and the reason where a rank has failed, and the rest only end."""
+    """Set the function that tells, when a signal comes, whether a rank has failed and the others must only end.
+
+    Args:
+        lost: function that returns the exit code and the reason of the failed rank, None where none has failed.
+    """
     global _lost
     _lost = lost
 
 
 def over() -> None:
-    """All is said: a scheduler's signal changes nothing any more, not even the exit code."""
+    """Ignore a scheduler's signals from here on: the run has ended, and its exit code stands."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end(code: int, line: str) -> NoReturn:
-    """End the process now, whatever its threads are held up in; the first rank says why."""
+    """End the process now, whatever its threads wait for; the first rank prints the reason.
+
+    Args:
+        code: exit code.
+        line: the reason.
+    """
     _last_word.acquire(timeout=_LINE_SECONDS)
     if _is_first():
         lines.show_cursor()
@@ -120,7 +133,7 @@ def _remember(number: int, _frame: object = None) -> None:
         _asked = signal.Signals(number)
 
 
-def _heed(pipe: int) -> None:
+def _read_signals(pipe: int) -> None:
     interrupts = 0
     while True:
         (number,) = os.read(pipe, 1)
@@ -129,11 +142,11 @@ def _heed(pipe: int) -> None:
         interrupts += number == signal.SIGINT
         if interrupts > 1:
             end(Exit.interrupted, "interrupted: ended at once by a second Ctrl-C; what was saved before is kept")
-        # In a thread: should it hang, a second Ctrl-C is still heard.
-        threading.Thread(target=_answer, args=(number,), daemon=True).start()
+        # In a thread: should it hang, a second Ctrl-C is still read.
+        threading.Thread(target=_handle, args=(number,), daemon=True).start()
 
 
-def _answer(number: int) -> None:
+def _handle(number: int) -> None:
     global _told
     if failure := _lost():
         end(failure[0], f"failed: {failure[1]}")
@@ -156,7 +169,7 @@ def _end_stopped() -> NoReturn:
 
 
 def _keep_from_children() -> None:
-    """A forked process is a helper: it has our pipe and our terminal, but a signal to stop was for the run."""
+    """Keep forked processes from handling the signals: they share our pipe and terminal, but only the run must stop."""
     mask = threading.local()
 
     def before() -> None:
