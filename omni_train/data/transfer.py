@@ -1,4 +1,4 @@
-"""Objects from one process to another: tensors and arrays lie in memory that both map, and only its descriptor travels.
+"""Transfer of objects between processes: tensors and arrays lie in memory that both map, and its descriptor is sent.
 
 The memory has no name, so that nothing of it is left behind however a process ends, and it does not count against the
 size of /dev/shm, which is 64 MiB in many containers. A message is whole or not there at all: a process that is killed
@@ -19,18 +19,22 @@ from typing import Any
 import torch
 
 ALIGNMENT = 64
-"""Bytes: what is in the memory begins at multiples of it."""
+"""Alignment in bytes of the tensors in shared memory."""
 MAX_BUFFERS = 1024
 MAX_DESCRIPTORS = 8
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """The two ends of a connection between a process and one that it starts."""
+    """Both ends of a connection between a process and one that it starts."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(end: socket.socket, value: Any, *descriptors: int) -> None:
-    """Send an object with open files beside it. Raises OSError when the other end is gone."""
+    """Send an object, with descriptors of open files beside it.
+
+    Raises:
+        OSError: the other end is closed.
+    """
     buffers: list[pickle.PickleBuffer] = []
     body = io.BytesIO()
     _Pickler(body, protocol=5, buffer_callback=buffers.append).dump(value)
@@ -52,7 +56,7 @@ def send(end: socket.socket, value: Any, *descriptors: int) -> None:
 
 
 def receive(end: socket.socket) -> tuple[Any, list[int]]:
-    """The next object and the open files beside it; its tensors stay in the memory that it came in.
+    """Next object and the descriptors of open files beside it; its tensors stay in the shared memory.
 
     Raises:
         EOFError: the other end is gone, and all that it sent has been received.
@@ -89,7 +93,7 @@ def _message(end: socket.socket) -> tuple[bytes, list[int], int]:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Tensors as arrays, which leave the copying of their memory to us."""
+        """Pickle tensors as arrays, whose memory we copy ourselves."""
         return (torch.from_numpy, (value.numpy(),)) if type(value) is torch.Tensor else NotImplemented
 
 

@@ -1,4 +1,4 @@
-"""The loader's worker processes: forked by a server that has imported what they need and runs no thread of its own.
+"""Worker processes of the loader, forked by a server that has imported what they need and runs no thread of its own.
 
 A process that trains has threads (of OpenMP, gloo, NCCL, CUDA, FFmpeg). A process forked from it has none of them, but
 whatever they held at that moment, and waits for ever where it needs one of them. So each process that loads starts one
@@ -34,7 +34,7 @@ NOTE_BYTES = 1024
 
 
 class Worker:
-    """A process that runs ``function(end, *arguments)``, where ``end`` is its end of a channel (``transfer``).
+    """Worker process that runs ``function(end, *arguments)``, where ``end`` is its end of a channel (``transfer``).
 
     Args:
         function: importable by name; like its arguments, it is pickled.
@@ -54,11 +54,11 @@ class Worker:
             os.close(memory)
 
     def receive(self) -> Any:
-        """The next object that it sent.
+        """Next object that the worker sent.
 
         Raises:
-            EOFError: it has ended.
-            RuntimeError: it raised an error, whose stack trace is the message.
+            EOFError: the worker has ended.
+            RuntimeError: the worker raised an error, whose stack trace is the message.
         """
         value, _ = transfer.receive(self.end)
         if isinstance(value, _Raised):
@@ -67,12 +67,12 @@ class Worker:
 
     @property
     def note(self) -> str:
-        """What the worker last said about what it does, by ``note``; also when it has died."""
+        """Last text that the worker gave to ``note``, also when it has died."""
         return bytes(self._note).split(b"\0", 1)[0].decode(errors="replace")
 
 
 def end(workers: Collection[Worker]) -> list[int | None]:
-    """End workers at once, whatever they are doing.
+    """Kill workers at once, whatever they are doing.
 
     Returns:
         their exit codes, -n for those that signal n had killed before; None where it is not known.
@@ -89,7 +89,7 @@ _noted: mmap.mmap | None = None
 
 
 def note(text: str) -> None:
-    """Note what this process is doing, should it die of it; nothing happens outside of workers."""
+    """Note what this worker is doing, for the message should it die; does nothing in other processes."""
     if _noted is not None:
         data = text.encode(errors="replace")[: NOTE_BYTES - 1] + b"\0"
         _noted[: len(data)] = data
@@ -100,14 +100,14 @@ _server: _Server | None = None
 
 
 def start_server() -> None:
-    """Start this process's fork server unless it runs. It takes seconds to import what it needs, in the background."""
+    """Start this process's fork server unless it runs; its imports take seconds, in the background."""
     global _server
     with _lock:
         _server = _server or _Server()
 
 
 def _ask(request: Any, *descriptors: int) -> Any:
-    """The server's answer; from a new server, should the old one have been killed."""
+    """Answer of the fork server to a request; from a new server where the old one was killed."""
     global _server
     with _lock:
         for _ in range(2):
@@ -124,7 +124,7 @@ def _ask(request: Any, *descriptors: int) -> Any:
 
 
 class _Server:
-    """The server as the process that started it sees it."""
+    """Handle of the fork server in the process that started it."""
 
     def __init__(self) -> None:
         self.end, theirs = transfer.channel()
@@ -160,7 +160,7 @@ def _stop(process: subprocess.Popen, end: socket.socket) -> None:
 
 
 def serve(descriptor: int) -> None:
-    """Be the fork server of the process at the other end of the channel, until it is gone."""
+    """Run as the fork server of the process at the other end of a channel, until that process ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -210,7 +210,7 @@ def _fork(server: socket.socket, job: bytes, channel: int, memory: int) -> int:
 
 
 class _Raised:
-    """An error of a worker, on its way to the process that it works for."""
+    """Error of a worker, as it is sent to the process that it works for."""
 
     def __init__(self, trace: str) -> None:
         self.trace = trace

@@ -1,4 +1,4 @@
-"""What a kind of row has to say, and what is known of every row."""
+"""Rows, and the contract of their kinds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # which reads files: who trains on rows need not
 
 @dataclass(kw_only=True)
 class Row:
-    """One micro-batch of a data rank. Kinds of rows add their tensors; a batch axis is theirs as well.
+    """Row: one micro-batch of a data rank. Kinds of rows add tensors, a batch axis among their axes where they want.
 
     A row travels from the process that makes it to the ranks that train on it, so its class has to be one that they can
     import.
@@ -31,7 +31,7 @@ class Row:
     """Names of the tensors that only ranks of the first pipeline stage need. Each has an empty default."""
 
     MODALITIES: ClassVar[tuple[str, ...]] = ()
-    """What its tokens are told apart by."""
+    """Names of the modalities that its tokens are counted by."""
 
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
     samples: int = 0  # that begin in this row
@@ -47,28 +47,31 @@ class Row:
         return torch.zeros(len(self.MODALITIES), dtype=torch.float64)
 
     def without_media(self) -> Self:
-        """The row as the later pipeline stages have it: ``MEDIA`` are empty."""
+        """Row as later pipeline stages have it, with empty ``MEDIA``."""
         return replace(self, **{spec.name: spec.default_factory() for spec in fields(self) if spec.name in self.MEDIA})
 
 
 class Piece(Protocol):
-    """What of a sample lies in a row as a whole."""
+    """Piece of a sample that packing never splits: a token sequence, a crop."""
 
     def __len__(self) -> int:
-        """Room that it takes, in the unit of ``data.row_tokens``."""
+        """Length of the piece, in the unit of ``data.row_tokens``."""
 
     @property
     def media_bytes(self) -> int:
-        """Memory of what was decoded for it."""
+        """Memory of the piece's decoded media, in bytes."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a sample is read with.
+    """Settings with which one sample is read.
 
     Attributes:
-        seed: of the run; None where nothing is drawn, as for held-out samples.
-        key: of the sample and the epoch: another one at every reading, the same one in a stream that was restored.
+        tokenizer: tokenizer of the recipe.
+        data: data of the recipe.
+        model: model of the recipe.
+        seed: seed of the run; None where nothing is drawn, as for held-out samples.
+        key: key of the sample and the epoch: another one at every reading, the same one in a stream that was restored.
     """
 
     tokenizer: Tokenizer
@@ -79,18 +82,18 @@ class Reading:
 
     @property
     def draw(self) -> int:
-        """A number from 0 to below 2^63 for this one reading, whatever is random about it."""
+        """Random number of this reading, from 0 to below 2^63, for all that is drawn at random."""
         digest = hashlib.blake2b(repr((self.seed, self.key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest) >> 1
 
 
 class RowKind(ABC):
-    """What the rows of a run are made of, ``data.rows`` by name.
+    """Kind of rows, which ``data.rows`` names.
 
     Attributes:
-        name: in recipes.
+        name: name of the kind in recipes.
         row: class of the rows.
-        augmented: whether ``data.augmentation`` means something.
+        augmented: whether ``data.augmentation`` has a meaning.
     """
 
     name: str
@@ -99,15 +102,20 @@ class RowKind(ABC):
 
     @abstractmethod
     def read(self, sample: Sample, parts: Mapping[str, bytes], reading: Reading) -> Sequence[Piece]:
-        """The pieces of a sample whose files are ``parts``.
+        """Pieces of a sample.
+
+        Args:
+            sample: the sample.
+            parts: name -> bytes of the files beside its ``key.json``.
+            reading: settings with which it is read.
 
         Raises:
-            SampleError: the sample has none; its reason is counted.
+            SampleError: the sample is refused; its reason is counted.
         """
 
     @abstractmethod
     def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list], Row]:
-        """The function that makes a row of the pieces chosen for it, which take ``data.row_tokens`` at most."""
+        """Function that makes a row of the pieces chosen for it, of ``data.row_tokens`` together at most."""
 
     @abstractmethod
     def held_out(
@@ -121,17 +129,19 @@ class RowKind(ABC):
         data_world_size: int = 1,
         refused: Counter[str] | None = None,
     ) -> list:
-        """This rank's share of what a network is asked in evaluation, from the first ``evaluation.samples`` samples of
-        each source.
+        """This rank's share of an evaluation's held-out data, from the first ``evaluation.samples`` of each source.
 
         The same at every call, and all ranks' shares together are the same for any number of ranks; what cannot be read
         is left out.
 
         Args:
-            refused: counts what is left out, by its reason; over all ranks each sample once.
+            split: split of the sources.
+            data_rank: this data rank.
+            data_world_size: number of data ranks.
+            refused: counter of the samples that cannot be read, by reason; over all ranks each sample counts once.
 
         Raises:
-            UserError: there is nothing to ask, or the split is missing.
+            UserError: no sample can be read, or the split is missing.
         """
 
     def check(self, recipe: Recipe) -> None:
@@ -144,9 +154,9 @@ class RowKind(ABC):
             refuse(recipe, "data.augmentation", f"data.rows={self.name} are read as they are; set null")
 
     def warning(self, data: DataConfig) -> str | None:
-        """What a person should know before a run begins to read; None: nothing.
+        """Warning to give before a run begins to read; None without one.
 
         Raises:
-            UserError: what is wrong for certain.
+            UserError: the data cannot work for certain.
         """
         return None

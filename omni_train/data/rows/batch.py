@@ -1,4 +1,4 @@
-"""The rows of the package: the types in which data code and model code meet.
+"""Rows of the package: the types that data code gives to model code.
 
 Axis letters: T tokens of the row, N sequences, F mel frames, M mel bins, P patches, D values of a patch.
 """
@@ -18,7 +18,7 @@ IGNORE = -100
 
 @dataclass
 class PackedBatch(Row):
-    """One row of T tokens holding N whole sequences, one after the other.
+    """Row of T tokens that holds N whole sequences, one after the other.
 
     Each sequence is padded at its end to a multiple of the recipe's ``data.alignment``; what is left of the row is one
     last sequence of padding. Labels are shifted here and nowhere else: ``labels[t]`` is the token that position t
@@ -56,7 +56,7 @@ class PackedBatch(Row):
 
     @property
     def num_loss_tokens(self) -> float:
-        """Sum of the loss weights."""
+        """Sum of the row's loss weights."""
         return float(self.loss_weights.sum())
 
     def tokens_by_modality(self) -> torch.Tensor:
@@ -67,7 +67,7 @@ class PackedBatch(Row):
 
 @dataclass
 class WaveRow(Row):
-    """One row of B crops of speech, each of S samples: zeros follow where the speech is shorter."""
+    """Row of B crops of speech, each of S samples, filled up with zeros where the speech is shorter."""
 
     waveform: torch.Tensor  # (B, S) float32, of the codec's sampling rate
     lengths: torch.Tensor  # (B,) int64: samples of speech in each, from 1 to S

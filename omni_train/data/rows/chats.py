@@ -32,7 +32,7 @@ def tokenize(
     parts: Mapping[str, bytes],
     template: ChatTemplate = ChatTemplate.chatml,
 ) -> list[TokenSequence]:
-    """The sequences of a sample, each at most ``row_tokens`` long; ``parts`` are the files beside ``key.json``.
+    """Token sequences of a sample, each at most ``row_tokens`` long; ``parts`` are the files beside ``key.json``.
 
     A long document is cut into pieces of a whole row and a rest; positions start anew in each piece, and the label at
     the end of a piece is the first token of the next. A chat is one sequence, or one for each of its ``rounds``. Videos
@@ -52,7 +52,7 @@ def tokenize(
     shown: dict[Medium, Clip] = {}
 
     def read(medium: Medium, **room: int) -> Clip:
-        """A video, which is read anew for each room, or what is the same in every round."""
+        """Clip of a medium: a video is read anew for each number of tokens it may take, others once for all rounds."""
         if "max_tokens" in room:
             return read_clip(medium, parts=parts, model=model, media=media, **room)
         if medium not in shown:
@@ -80,7 +80,7 @@ def tokenize(
 def sequences_of(
     sample: Sample, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, parts: Mapping[str, bytes]
 ) -> list[TokenSequence]:
-    """What :func:`tokenize` makes of a sample as a recipe's data are written."""
+    """Token sequences of a sample, by :func:`tokenize` with the settings of a recipe."""
     return tokenize(
         sample,
         tokenizer,
@@ -103,7 +103,7 @@ def prompt(
     parts: Mapping[str, bytes],
     template: ChatTemplate = ChatTemplate.chatml,
 ) -> tuple[TokenSequence, str]:
-    """What a model is given to generate the last assistant turn, without labels, and the text of that turn.
+    """Prompt from which a model generates the last assistant turn, without labels, and the text of that turn.
 
     The sequence ends in ``<|im_start|>assistant`` and its line end, with an empty block of thinking where the template
     has one, and is at most ``max_tokens`` long. Raises SampleError: ``no_answer`` for a chat without an assistant turn,
@@ -132,10 +132,10 @@ def render(
     answer: bool = False,
     template: ChatTemplate = ChatTemplate.chatml,
 ) -> Rendering:
-    """Turns and those media of theirs that are among ``clips``; with ``answer``, the head of an assistant's turn.
+    """Rendering of turns with those of their media that are in ``clips``; with ``answer``, an assistant's head follows.
 
-    To be predicted are the texts of learned turns and their ``<|im_end|>``. The ids are those of the chat template,
-    except that control tokens spelled in a text stay text.
+    Labels are the texts of learned turns and their ``<|im_end|>``. The ids are those of the chat template, except that
+    control tokens spelled in a text stay text.
     """
     rendering = Rendering(tokenizer)
     for before, turn, answers in written(turns, template):

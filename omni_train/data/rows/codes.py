@@ -1,4 +1,4 @@
-"""Codes beside speech in the shards: whose they are, and how they are read.
+"""Codes beside speech in the shards: how they are read, and which codec made them.
 
 ``omni-train data codes`` writes ``key.codes.npy`` and, in the folder, ``codec.json``: the content hash of the codec
 that made them, for the folder and for each of its shards.
@@ -29,7 +29,7 @@ CODES = "codes.npy"
 """Name of the file of a key that holds its codes: (N, frames) uint16."""
 RECORD = "codec.json"
 MAX_SECONDS = 600.0
-"""Of speech that gets codes, unless others are asked for: the codec hears it in one piece, ten minutes in 8 GB."""
+"""Longest speech that is encoded by default, in seconds: the codec takes it in one piece, ten minutes in 8 GB."""
 LARGEST_RECORD = 1 << 30  # bytes; a line for each shard
 
 
@@ -74,7 +74,7 @@ def check_codes(data: DataConfig) -> None:
 
 
 def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np.ndarray:
-    """The codes (N, frames) int64 of a sample whose speech has so many samples.
+    """Codes (N, frames) int64 of a sample whose speech has ``samples`` samples.
 
     Raises SampleError: ``no_codes``, ``codes_unreadable``, or ``codes_mismatch`` where they are not as many codebooks
     or frames as the speech would have, or beyond the codebook.
@@ -87,14 +87,22 @@ def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np
 
 
 def coded_samples(parts: Mapping[str, bytes], model: ModelConfig) -> int:
-    """How long the speech is at most that a sample's codes are of. Raises SampleError: ``no_codes``, or
-    ``codes_unreadable``."""
+    """Length in samples, at most, of the speech that a sample's codes are of.
+
+    Raises:
+        SampleError: ``no_codes``, or ``codes_unreadable``.
+    """
     return _array(parts).shape[1] * codec_frame_samples(model)
 
 
 def _array(parts: Mapping[str, bytes]) -> np.ndarray:
-    """A sample's codes, integers of two axes as ``numpy.save`` writes them. ``numpy.load`` would make room for any
-    shape in a header before it looks for the numbers. Raises SampleError: ``no_codes``, or ``codes_unreadable``."""
+    """Codes of a sample, integers of two axes as ``numpy.save`` writes them.
+
+    ``numpy.load`` would allocate any shape that a header names before it looks for the numbers.
+
+    Raises:
+        SampleError: ``no_codes``, or ``codes_unreadable``.
+    """
     if CODES not in parts:
         raise SampleError("no_codes")
     data = parts[CODES]
@@ -109,6 +117,6 @@ def _array(parts: Mapping[str, bytes]) -> np.ndarray:
 
 
 def _record(path: str) -> str:
-    """The record of whose codes are in a folder."""
+    """Text of the record of which codec made the codes of a folder."""
     file = energon_path(path) / RECORD
     return read_regular(file.local_path(), LARGEST_RECORD).decode() if file.is_local() else file.read_text()

@@ -19,14 +19,14 @@ from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_o
 from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
 
 AROUND = 0.1
-"""Seconds that are read on both sides of a crop, because resampling begins and ends with what it does not know."""
+"""Seconds that are read on both sides of a crop, as resampling needs the samples around its ends."""
 GRID = 0.02
 """Reading begins at a multiple of these seconds: a whole number of samples at all usual rates."""
 
 
 @dataclass
 class Crop:
-    """A piece of one sample's speech, filled up with zeros to the length of all crops."""
+    """Crop of one sample's speech, filled up with zeros to the length of all crops."""
 
     waveform: np.ndarray  # (S,) float32
     length: int  # samples of speech in it
@@ -39,14 +39,14 @@ class Crop:
 
     @property
     def media_bytes(self) -> int:
-        """Memory of what was read."""
+        """Memory of the waveform and its codes, in bytes."""
         return self.waveform.nbytes + (0 if self.codes is None else self.codes.nbytes)
 
 
 def read_speech(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int, most: float | None = None
 ) -> np.ndarray:
-    """The waveform (n,) float32 of a sample's speech, of at most ``most`` seconds.
+    """Waveform (n,) float32 of a sample's speech, of at most ``most`` seconds.
 
     Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and as ``read_audio``.
     """
@@ -57,7 +57,7 @@ def read_speech(
 def read_coded_speech(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, model: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The waveform (n,) float32 of a sample's speech and its codes (N, frames) int64, beyond which none is decoded.
+    """Waveform (n,) float32 of a sample's speech, decoded as far as it has codes, and the codes (N, frames) int64.
 
     Raises SampleError as ``read_speech`` and ``omni_train.data.rows.codes.codes_of``.
     """
@@ -70,7 +70,7 @@ def read_coded_speech(
 
 
 def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, model: ModelConfig, draw: int) -> Crop:
-    """The crop of a sample that begins where ``draw`` says; with ``data.codec``, its codes, and it begins at a frame.
+    """Crop of a sample at the place that ``draw`` says; with ``data.codec`` it has codes, and begins at a frame.
 
     Raises SampleError as ``read_speech`` and ``omni_train.data.rows.codes.codes_of``.
     """
@@ -98,7 +98,7 @@ def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
 def _cut(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, rate: int, samples: int, draw: int
 ) -> np.ndarray:
-    """At most ``samples`` of a sample's speech, from where ``draw`` says; only they are decoded, and what is around."""
+    """Cut of at most ``samples`` of a sample's speech, at the place that ``draw`` says; little more is decoded."""
     speech = _speech(sample, parts)
     file, begin = parts[speech.file], speech.start or 0.0
     seconds = audio_seconds(file)
@@ -110,12 +110,12 @@ def _cut(
 
 
 def _drawn(draw: int, last: int) -> int:
-    """A place from 0 to ``last``, which may be below 0 where there is but one."""
+    """Place from 0 to ``last`` that a random number draws; 0 where ``last`` is below 0."""
     return int(np.random.default_rng(draw).integers(max(last, 0) + 1))
 
 
 def pack_crops(crops: list[Crop]) -> WaveRow:
-    """The row of these crops, in their order."""
+    """Row of crops, in their order."""
     coded = [crop.codes for crop in crops if crop.codes is not None]
     return WaveRow(
         waveform=torch.from_numpy(np.stack([crop.waveform for crop in crops])),

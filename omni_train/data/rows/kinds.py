@@ -1,4 +1,4 @@
-"""The table of the kinds of rows: what ``data.rows`` may be."""
+"""Table of the kinds of rows, the values of ``data.rows``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sequences(RowKind):
 
 
 class Chats(Sequences):
-    """Documents and conversations with media: the Thinker's."""
+    """Rows of documents and conversations with media, for the Thinker."""
 
     name = "chats"
 
@@ -58,7 +58,7 @@ class Chats(Sequences):
 
 
 class Transcripts(Sequences):
-    """Clips and what is said in them: the recognizer's."""
+    """Rows of clips with their transcripts, for the recognizer."""
 
     name, augmented = "transcripts", True
 
@@ -84,7 +84,7 @@ class Transcripts(Sequences):
 
 
 class Crops(RowKind):
-    """Waveforms of one length: the codec's."""
+    """Rows of waveforms of one length, for the codec."""
 
     name, row = "crops", WaveRow
 
@@ -104,10 +104,10 @@ _KINDS: dict[str, RowKind] = {kind.name: kind for kind in (Chats(), Transcripts(
 
 
 def register(kind: RowKind) -> None:
-    """Add a kind of row. The module that does so has to be named in OMNI_TRAIN_PLUGINS, for other processes read too.
+    """Add a kind of rows. The module that does so must be named in OMNI_TRAIN_PLUGINS, for other processes read too.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: there is another of that name.
     """
     if kind.name in _KINDS:
         raise ValueError(f"data.rows={kind.name} is registered already")
@@ -115,7 +115,7 @@ def register(kind: RowKind) -> None:
 
 
 def kind_of(name: str) -> RowKind:
-    """The kind of row that ``data.rows`` names.
+    """Kind of rows that ``data.rows`` names.
 
     Raises:
         UserError: there is none of that name, or a module of OMNI_TRAIN_PLUGINS cannot be imported.
@@ -136,5 +136,5 @@ def check_rows(recipe: Recipe) -> None:
 
 
 def held_out(data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any) -> list:
-    """What the kind of row of these data holds out: see ``RowKind.held_out``."""
+    """This rank's share of the held-out data, by the kind of rows of ``data``: see ``RowKind.held_out``."""
     return kind_of(data.rows).held_out(data, model, evaluation, **share)

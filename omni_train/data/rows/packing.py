@@ -1,4 +1,4 @@
-"""Packing: which sequences share a row, and the row they make."""
+"""Packing of sequences into rows: which sequences share a row, and the row that they make."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omni_train.data.rows.sequences import TokenSequence
 
 
 def aligned(length: int, alignment: int) -> int:
-    """``length`` rounded up to a multiple of ``alignment``."""
+    """Length rounded up to a multiple of ``alignment``."""
     return -(-length // alignment) * alignment
 
 
@@ -40,7 +40,7 @@ def pack(
     padding_token: int,
     float_positions: bool = False,
 ) -> PackedBatch:
-    """One row of T = ``row_tokens``, a multiple of ``alignment``; the aligned lengths sum to at most T.
+    """Row of T = ``row_tokens`` tokens, a multiple of ``alignment``, whose aligned sequences sum to at most T.
 
     Media lie in the row in the order of their sequences, and slots count from the row's first token. Rotary ids are
     int64, or float32 where ``float_positions`` or those of a sequence are; those of padding mean nothing.
@@ -75,7 +75,7 @@ def pack(
 
 
 def _positions(sequences: Sequence[TokenSequence], boundaries: list[int], floats: bool) -> np.ndarray:
-    """(3, T) rotary ids of the row between ``boundaries``."""
+    """Rotary ids (3, T) of the row of sequences between ``boundaries``."""
     positions_T = np.concatenate([np.arange(length) for length in np.diff(boundaries)])
     positions_3T = np.stack([positions_T] * 3)
     own = [sequence.positions for sequence in sequences]
@@ -88,7 +88,7 @@ def _positions(sequences: Sequence[TokenSequence], boundaries: list[int], floats
 
 
 def _media(sequences: Sequence[TokenSequence], starts: list[int]) -> dict[str, torch.Tensor]:
-    """The media fields of a row whose sequences begin at ``starts``; none for kinds of media that it does not hold."""
+    """Media fields of a row whose sequences begin at ``starts``, without kinds of media that it does not hold."""
     fields: dict[str, torch.Tensor] = {}
     if clips := [clip_FM for sequence in sequences for clip_FM in sequence.mel]:
         fields["mel"] = torch.from_numpy(np.concatenate(clips))

@@ -1,4 +1,4 @@
-"""Held-out chats as questions: what a model is given, and the answer it should give."""
+"""Held-out chats as questions: the prompt that a model is given, and the answer that it should give."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def held_out_questions(
     together are the same for any number of ranks; what cannot be read is left out.
 
     Args:
-        ask: what is given to a model of a chat, and what it should answer; called as ``prompt`` is.
-        refused: counts what is left out, by its reason; over all ranks each sample once.
+        ask: function that returns a chat's prompt and its answer; called as ``chats.prompt`` is.
+        refused: counter of the samples that cannot be read, by reason; over all ranks each sample counts once.
 
     Raises:
         UserError: no source has a chat with an answer there, or the split is missing.
@@ -105,7 +105,7 @@ def answer_rows(
 ) -> list[PackedBatch]:
     """This rank's rows of the chats with media among the first ``evaluation.samples`` samples of each source.
 
-    A model that uses what it hears and sees loses by the exchange; one that guesses from the text does not notice.
+    A model that uses its media has a larger loss with those of another chat; one that guesses from the text has not.
 
     Args:
         swapped: every chat has the files of another one of its source, of the same kinds and another last answer;
@@ -138,7 +138,7 @@ def answer_rows(
 
 
 def _partner(chats: list[tuple[Chat, Callable]], place: int) -> tuple[Chat, Callable] | None:
-    """The next chat with media of the same kinds, and another answer."""
+    """Next chat with media of the same kinds and another answer, None where there is none."""
 
     def kinds(chat: Chat) -> list[tuple[str, bool]]:
         return [(medium.kind, medium.sound) for medium in chat.media]
@@ -151,7 +151,7 @@ def _partner(chats: list[tuple[Chat, Callable]], place: int) -> tuple[Chat, Call
 
 
 def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: int) -> list[PackedBatch]:
-    """All sequences in rows; one row of padding where there is none."""
+    """Rows of all sequences; one row of padding where there is none."""
     rows: list[PackedBatch] = []
     while sequences or not rows:
         chosen = (
@@ -173,7 +173,7 @@ def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: i
 def _chats(
     source: ShardFolder, samples: int, refused: Counter[str]
 ) -> Iterator[tuple[int, Chat, Callable[[], dict[str, bytes]]]]:
-    """(number, chat, what reads its files) of those among the first samples that have an answer."""
+    """(number, chat, function that reads its files) of the chats with an answer among the first samples."""
     for index, chat, read in first_samples(source, samples, refused):
         if isinstance(chat, Chat) and any(turn.role == "assistant" for turn in chat.turns):
             yield index, chat, read

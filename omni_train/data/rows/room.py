@@ -1,4 +1,4 @@
-"""How a chat shares the room of a row: what cannot fit is refused early, videos are as large as there is room for."""
+"""Room of a row that a chat's media share: what cannot fit is refused early, videos are as large as there is room."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_clips(
 
 
 def _read_video(read: Callable[..., Clip], share: int, tokenizer: Tokenizer) -> tuple[Clip, int]:
-    """The largest reading of a video of at most ``share`` tokens, sound and timestamps included; and their number."""
+    """Largest reading of a video of at most ``share`` tokens, sound and timestamps included, and its tokens."""
     room = share
     for _ in range(VIDEO_READINGS):
         if room <= 0:

@@ -1,4 +1,4 @@
-"""Token sequences with labels and the media that stand in them: what rows of tokens are packed from."""
+"""Token sequences with labels and media, which rows of tokens are packed from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omni_train.data.rows.batch import IGNORE
 
 @dataclass
 class TokenSequence:
-    """What packing keeps whole: a sample, or one piece of a document that is longer than a row."""
+    """Token sequence, which packing never splits: a sample, or one piece of a document longer than a row."""
 
     tokens: np.ndarray  # (n,) int32
     labels: np.ndarray  # (n,) int32, shifted: labels[i] is the token that position i predicts, or IGNORE
@@ -29,12 +29,12 @@ class TokenSequence:
 
     @property
     def media_bytes(self) -> int:
-        """Memory of the decoded media."""
+        """Memory of the decoded media, in bytes."""
         return sum(array.nbytes for array in (*self.mel, *self.patches))
 
 
 def shifted(tokens: np.ndarray, learned: np.ndarray) -> np.ndarray:
-    """Shifted: the next token where that is learned."""
+    """Labels of tokens, shifted by one: the next token where that is learned, else ``IGNORE``."""
     labels = np.full_like(tokens, IGNORE)
     labels[:-1] = np.where(learned[1:], tokens[1:], IGNORE)
     return labels

@@ -1,4 +1,4 @@
-"""Clips and what is said in them as token sequences: the rows of the recognizer.
+"""Clips with their transcripts as token sequences: the rows of the recognizer.
 
 A sequence is the clip's audio tokens, then what the decoder reads:
 
@@ -40,7 +40,7 @@ def transcript_sequence(
     parts: Mapping[str, bytes],
     augmentation: Augmentation | None = None,
 ) -> TokenSequence:
-    """The sequence of a sample's first sound and its last assistant turn, whose white space becomes single spaces.
+    """Token sequence of a sample's first sound and its last assistant turn, whose white space becomes single spaces.
 
     Raises SampleError: ``no_audio``; ``no_answer``, also for one without a word; ``no_transcript`` for a sample of
     another task than ``transcribe``; ``unknown_language`` for one whose language is named and not understood;
@@ -66,7 +66,7 @@ def transcript_prompt(
     model: ModelConfig,
     parts: Mapping[str, bytes],
 ) -> tuple[TokenSequence, str]:
-    """What a recognizer is given, up to ``<|im_start|>`` and at most ``max_tokens`` long, and the right transcript.
+    """Prompt of a recognizer, up to ``<|im_start|>`` and at most ``max_tokens`` long, and the right transcript.
 
     Raises SampleError as ``transcript_sequence``.
     """
@@ -75,14 +75,14 @@ def transcript_prompt(
 
 
 def tag_end(tokenizer: Tokenizer) -> int:
-    """The token that closes the language tag."""
+    """Token that ends the language tag."""
     return tokenizer.encode(f"{UNKNOWN}{TAG_END}")[-1]
 
 
 def split_tag(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, str]:
     """(language, transcript) of tokens that a recognizer wrote, without the last ``<|im_end|>``.
 
-    Where no tag was closed all of it is the language: nothing was transcribed.
+    Where no tag was ended all of it is the language: nothing was transcribed.
     """
     tokens, end = list(tokens), tag_end(tokenizer)
     place = tokens.index(end) if end in tokens else len(tokens)
@@ -116,7 +116,7 @@ def _sequence(
     parts: Mapping[str, bytes],
     augmentation: Augmentation | None,
 ) -> TokenSequence:
-    """A clip of at most ``room`` tokens, ``<|im_start|>`` and what the decoder is to write."""
+    """Token sequence of a clip of at most ``room`` tokens, ``<|im_start|>``, and the tokens that the decoder writes."""
     if room < 1:
         raise SampleError("too_long")
     if medium.file not in parts:
@@ -124,16 +124,16 @@ def _sequence(
     most = most_seconds(room, model.audio) * (1 if augmentation is None else augmentation.fastest)
     waveform = read_audio(parts[medium.file], media, medium.start, medium.end, most=most)
     mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, model.audio.num_mel_bins)
-    heard = audio_tokens(len(mel_FM), model.audio)
-    if heard > room:
+    audio = audio_tokens(len(mel_FM), model.audio)
+    if audio > room:
         raise SampleError("too_long")
-    tokens = [tokenizer.token_id(AUDIO_PAD.token)] * heard + [tokenizer.im_start, *written]
+    tokens = [tokenizer.token_id(AUDIO_PAD.token)] * audio + [tokenizer.im_start, *written]
     labels = np.full(len(tokens), IGNORE, dtype=np.int32)
-    labels[heard : heard + len(written)] = written
+    labels[audio : audio + len(written)] = written
     return TokenSequence(
         np.array(tokens, dtype=np.int32),
         labels,
         modality=MODALITIES.index("audio"),
         mel=[augmentation.mel(mel_FM) if augmentation else mel_FM],
-        audio_slots=np.arange(heard),
+        audio_slots=np.arange(audio),
     )

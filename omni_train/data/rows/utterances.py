@@ -1,4 +1,4 @@
-"""Held-out utterances, whole: what a codec is asked to say again. Axis letter: N codebooks."""
+"""Held-out utterances, whole, which a codec resynthesizes. Axis letter: N codebooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
 
 @dataclass
 class Utterance:
-    """What somebody said."""
+    """Held-out utterance: its waveform, its transcript and its codes."""
 
     name: str  # of the source and the number of the sample in it
     waveform: np.ndarray  # (n,) float32, of the codec's sampling rate
@@ -45,7 +45,7 @@ def held_out_utterances(
     the same for any number of ranks; what cannot be read is left out.
 
     Args:
-        refused: counts what is left out, by its reason; over all ranks each sample once.
+        refused: counter of the samples that cannot be read, by reason; over all ranks each sample counts once.
 
     Raises:
         UserError: no source has speech there, or the split is missing.
@@ -92,15 +92,15 @@ def _utterance(
     return Utterance(
         name,
         waveform[: frames * per_frame],
-        _said(sample) if whole else None,
+        _transcript(sample) if whole else None,
         sample.meta,
         None if codes is None else codes[:, :frames],
     )
 
 
-def _said(sample: Sample) -> str | None:
-    """The transcript of a sample's speech."""
+def _transcript(sample: Sample) -> str | None:
+    """Transcript of a sample's speech, None where it has none."""
     if isinstance(sample, Document):
         return sample.text if sample.speech else None
-    told = sample.speech is not None or sample.meta.get("task") == "transcribe"
-    return sample.turns[-1].text if told and sample.turns[-1].role == "assistant" else None
+    is_known = sample.speech is not None or sample.meta.get("task") == "transcribe"
+    return sample.turns[-1].text if is_known and sample.turns[-1].role == "assistant" else None

@@ -17,12 +17,12 @@ MOST_COLOURED = 2.0  # noise of power 1/f^2, brown; 0 is white
 
 
 class Augmentation:
-    """What happens to one clip, drawn from a seed and a key of the sample.
+    """Augmentation of one clip, drawn from a seed and a key of the sample.
 
     Args:
-        config: of the recipe.
-        seed: of the run.
-        key: of the sample and the epoch; anything whose ``repr`` says which it is.
+        config: settings of the recipe.
+        seed: seed of the run.
+        key: key of the sample and the epoch; anything whose ``repr`` identifies it.
     """
 
     def __init__(self, config: AugmentationConfig, seed: int, key: object) -> None:
@@ -32,11 +32,11 @@ class Augmentation:
 
     @property
     def fastest(self) -> float:
-        """The highest speed at which clips are played."""
+        """Highest speed at which clips are played, 1 being their own."""
         return max([1.0, *self.config.speeds])
 
     def waveform(self, waveform: np.ndarray) -> np.ndarray:
-        """The waveform (n,) float32 of 16 kHz at a drawn speed, with noise where it is drawn to have some."""
+        """Waveform (n,) float32 at 16 kHz, at a drawn speed, with noise where it is drawn to have some."""
         config, draw = self.config, self.generator
         if config.speeds:
             waveform = _at_speed(waveform, float(draw.choice(config.speeds)))
@@ -45,7 +45,7 @@ class Augmentation:
         return waveform
 
     def mel(self, mel_FM: np.ndarray) -> np.ndarray:
-        """SpecAugment without time warping (Park et al. 2019, section 2): stripes of the clip's mean value.
+        """Log-mel frames with SpecAugment's masks (Park et al. 2019, section 2): stripes of the clip's mean value.
 
         A mask's width is drawn from 0 to its greatest, its place from those where it lies inside. In time the greatest
         is the smaller of ``time_mask_frames`` and a fraction of the clip: short clips keep most of what is said.
@@ -66,14 +66,14 @@ class Augmentation:
 
 
 def _at_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
-    """Played ``speed`` times as fast, pitch and all (Ko et al. 2015); left alone where no frame would remain of it."""
+    """Waveform played ``speed`` times as fast, pitch and all (Ko et al. 2015); unchanged if no frame would remain."""
     if speed == 1.0 or len(waveform) / speed < HOP + 1:
         return waveform
     return soxr.resample(waveform, SAMPLE_RATE * speed, SAMPLE_RATE)
 
 
 def _noisy(waveform: np.ndarray, snr_db: float, colour: float, generator: np.random.Generator) -> np.ndarray:
-    """With Gaussian noise of power 1/f^``colour``, ``snr_db`` below the clip's mean power."""
+    """Waveform with Gaussian noise of power 1/f^``colour``, ``snr_db`` below the clip's mean power."""
     spectrum = np.fft.rfft(generator.standard_normal(len(waveform)))
     spectrum *= np.arange(1, len(spectrum) + 1) ** (-colour / 2)
     noise = np.fft.irfft(spectrum, len(waveform))

@@ -1,4 +1,4 @@
-"""How a chat is written: what is around the texts of its turns, and which of it a model that serves is given.
+"""Chat templates: the text around the turns of a chat, and the part of a chat that a serving model is given.
 
 ``chatml`` writes every turn as it is. ``qwen3_5`` writes what the chat template of Qwen3.5 does, without tools: texts
 are trimmed, and between an answer's head and its text stands a block of thinking, which is empty where nothing was
@@ -26,13 +26,16 @@ _FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
 def generation_prompt(template: ChatTemplate) -> str:
-    """What stands behind the head of an answer that is to be written, without thinking."""
+    """Text behind the head of an answer that is to be generated without thinking."""
     return _THINK + _THOUGHT if template is ChatTemplate.qwen3_5 else ""
 
 
 def written(turns: Sequence[Turn], template: ChatTemplate) -> list[tuple[str, Turn, bool]]:
-    """Each turn as it is written: what stands between its head and its text, the text, and whether it is an answer that
-    a model would write with these turns before it.
+    """Turns as a template writes them.
+
+    Returns:
+        for each turn the text between its head and its own text, the turn, and whether it is an answer that a serving
+        model would generate from the turns before it.
 
     Raises SampleError: ``unwritten_reasoning`` (ChatML has no place for it), or what Qwen3.5's template refuses:
     ``system_not_first``, ``no_question``.
@@ -63,8 +66,11 @@ def written(turns: Sequence[Turn], template: ChatTemplate) -> list[tuple[str, Tu
 
 
 def rounds(turns: Sequence[Turn], template: ChatTemplate) -> Iterator[Sequence[Turn]]:
-    """The beginnings of a chat of which each ends in answers as they are served: all of it, or, where earlier answers
-    are written without the block they came with, one for each question that was answered."""
+    """Beginnings of a chat, each of which ends in answers as they are served.
+
+    That is the whole chat or, where earlier answers are written without their block of thinking, one beginning for each
+    question that was answered.
+    """
     if template is ChatTemplate.chatml:
         yield turns
         return
@@ -77,12 +83,12 @@ def rounds(turns: Sequence[Turn], template: ChatTemplate) -> Iterator[Sequence[T
 
 
 def answer_text(turn: Turn, template: ChatTemplate) -> str:
-    """An answer without what was thought before it."""
+    """Text of an answer without the thinking before it."""
     return turn.text if template is ChatTemplate.chatml else _reasoning(_trimmed(turn))[1]
 
 
 def _trimmed(turn: Turn) -> Turn:
-    """Without white space around the whole of the text and media."""
+    """Turn without white space around the whole of its text and media."""
     parts = list(turn.parts)
     while parts and isinstance(parts[0], str) and not (text := parts[0].lstrip()):
         del parts[0]
@@ -101,7 +107,7 @@ def _is_question(turn: Turn) -> bool:
 
 
 def _reasoning(turn: Turn) -> tuple[str, str]:
-    """What was thought and what was answered, in a trimmed turn; thinking may be written out in the text."""
+    """Thinking and answer of a trimmed turn; the thinking may be written out in the text."""
     text = turn.text
     if turn.reasoning is not None:
         return turn.reasoning.strip(), text
@@ -112,13 +118,13 @@ def _reasoning(turn: Turn) -> tuple[str, str]:
 
 
 def check_template(folder: str | Path, template: ChatTemplate) -> str | None:
-    """Compare what is trained with what the chat template in a tokenizer's folder writes, with which models are served.
+    """Compare the template of training with that in a tokenizer's folder, with which models are served.
 
     Returns:
-        What the folder's template does otherwise, where it is like none of ours; None where there is none, too.
+        the difference, where the folder's template is like none of ours; None where they agree or the folder has none.
 
     Raises:
-        UserError: it is like another one of ours.
+        UserError: the folder's template is like another one of ours.
     """
     own = _own_template(folder)
     if own is None:
@@ -146,7 +152,7 @@ def _as_trained(turns: Sequence[Turn], template: ChatTemplate) -> str:
 
 
 def _as_served(own: str, chats: Sequence[Sequence[Turn]]) -> list[str] | None:
-    """What a folder's template writes of chats; None where it takes too long or too much memory."""
+    """Chats as a folder's template writes them; None where that takes too long or too much memory."""
     asked = [
         {
             "messages": [{"role": turn.role, "content": turn.text} for turn in turns],

@@ -1,4 +1,4 @@
-"""Media of a sample: read, and laid out among the tokens."""
+"""Reading of a sample's media, and their layout among the tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS_PER_SECOND = 6.25  # the grid of time for a model that sees and does not 
 
 @dataclass
 class Clip:
-    """A medium that was read: its features, and what stands for it among the tokens."""
+    """Clip: the features of a medium, and the items that stand for it among the tokens."""
 
     modality: str  # one of batch.MODALITIES
     items: list[Item]
@@ -42,7 +42,7 @@ def read_clip(
     max_tokens: int | None = None,
     sound_tokens: int | None = None,
 ) -> Clip:
-    """Read one medium as its kind does: see ``MediumKind.read``.
+    """Clip of one medium, read as its kind does: see ``MediumKind.read``.
 
     Raises SampleError: ``no_vision_encoder``, ``no_audio_encoder``, ``media_missing`` (the sample names a file that it
     lacks), ``too_long`` for sound of more than ``sound_tokens``, and the reasons of ``omni_train.data.samples.media``.
@@ -60,7 +60,7 @@ def read_clip(
 def read_sound(
     medium: Medium, data: bytes, model: ModelConfig, media: MediaConfig, sound_tokens: int | None = None
 ) -> Clip:
-    """A sound, or the part of it that the sample names."""
+    """Clip of a sound, or of the part of it that the sample names."""
     waveform = read_audio(data, media, medium.start, medium.end, most=_most(sound_tokens, model))
     mel_FM, tokens = _features(waveform, model.audio)
     bounds = media.audio_timestamp_seconds if media.positions != Positions.qwen3_omni else ()
@@ -69,7 +69,7 @@ def read_sound(
 
 
 def read_picture(data: bytes, model: ModelConfig, media: MediaConfig) -> Clip:
-    """An image."""
+    """Clip of an image."""
     merge = model.vision.spatial_merge_size
     patches_PD, grid = read_image(data, media, model.vision)
     items = lay_out_image(grid[1] // merge, grid[2] // merge)
@@ -84,7 +84,7 @@ def read_film(
     max_tokens: int | None = None,
     sound_tokens: int | None = None,
 ) -> Clip:
-    """A video of at most ``max_tokens`` vision tokens, beside those of its sound and timestamps."""
+    """Clip of a video, of at most ``max_tokens`` vision tokens beside those of its sound and timestamps."""
     merge = model.vision.spatial_merge_size
     video = read_video(
         data,

@@ -1,4 +1,4 @@
-"""Files of others, opened so that none can hang a process or fill its memory."""
+"""Opening of files that others made, so that none can hang a process or fill its memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from omni_train.errors import UserError
 
 
 class TooLarge(OSError):
-    """A file of more bytes than may be read."""
+    """Error of a file of more bytes than may be read."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, opened for reading; what it is was asked of the open descriptor, so that nothing can be put in
-    its place in between.
+    """Regular file, opened for reading.
 
-    A FIFO would never open, and a device never end. Raises OSError, with EINVAL for what is no regular file, and
-    ValueError for a name with a zero byte.
+    A FIFO would never open, and a device never end. The open descriptor is checked, so that nothing can be put in the
+    file's place in between.
+
+    Raises:
+        OSError: the file cannot be opened, or with EINVAL it is no regular file.
+        ValueError: the name has a zero byte.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
@@ -33,10 +36,12 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_whole(file: BinaryIO, most: int) -> bytes:
-    """The bytes of an open file of at most ``most`` of them.
+    """Bytes of an open file, of which there are at most ``most``.
 
-    Raises TooLarge, before anything is read, or OSError for one whose size is not what it was when it was opened: it is
-    being written, or is no file on a disk (those of ``/proc`` have no size).
+    Raises:
+        TooLarge: the file has more; nothing is read of it.
+        OSError: the size is not what it was when the file was opened: it is being written, or is no file on a disk
+            (those of ``/proc`` have no size).
     """
     size = os.fstat(file.fileno()).st_size
     if size > most:
@@ -48,13 +53,17 @@ def read_whole(file: BinaryIO, most: int) -> bytes:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The bytes of a regular file of at most ``most`` of them. Raises as ``open_regular`` and ``read_whole``."""
+    """Bytes of a regular file, of which there are at most ``most``; raises as ``open_regular`` and ``read_whole``."""
     with open_regular(path) as file:
         return read_whole(file, most)
 
 
 def read_settings(path: Path, most: int) -> str:
-    """A small file of text that the user gave. Raises UserError where it cannot be read or has more bytes."""
+    """Text of a small file that the user gave.
+
+    Raises:
+        UserError: the file cannot be read, or has more than ``most`` bytes.
+    """
     try:
         return read_regular(path, most).decode("utf-8-sig")
     except (OSError, ValueError) as error:
@@ -62,7 +71,7 @@ def read_settings(path: Path, most: int) -> str:
 
 
 def real_path(file: BinaryIO) -> Path:
-    """Where an open file lies, whatever links led to it."""
+    """Real path of an open file, whatever links led to it."""
     try:
         return Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
     except OSError:  # no /proc here

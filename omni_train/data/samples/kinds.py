@@ -1,6 +1,6 @@
-"""The table of the kinds of media: everything that differs between sound, images and videos hangs on it.
+"""Table of the kinds of media: all that differs between sound, images and videos is in it.
 
-What reads files is imported when the first one is read: who trains on rows needs the names alone.
+The readers of files are imported when the first file is read: training on rows needs the names alone.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from omni_train.recipe.schema import MediaConfig, ModelConfig
 
 MODALITIES: list[str] = ["text"]
-"""What a sample counts as: the last of these that it has. The kinds of media add theirs."""
+"""Modalities: a sample counts as the last of these that it has. The kinds of media add theirs."""
 
 
 class MediumKind(ABC):
-    """A kind of file that stands in a chat.
+    """Kind of media: of a file that stands in a chat.
 
     Attributes:
         name: type of its parts in ``key.json``, and the key that names the file.
-        modalities: what a sample with it may count as.
+        modalities: modalities that a sample with it may count as.
         timed: whether a part may give ``start`` and ``end`` in seconds.
         sounds: whether a part may give ``sound``.
         shrinks: whether it takes fewer tokens where there is less room. It is read after all that do not.
@@ -42,8 +42,7 @@ class MediumKind(ABC):
 
     @abstractmethod
     def encoders(self, medium: Medium) -> tuple[str, ...]:
-        """The parts of the model that it needs: ``audio``, ``vision``. A sample is refused as ``no_…_encoder`` where
-        one is missing."""
+        """Encoders that a medium needs, ``audio``, ``vision``: without one a sample is refused as ``no_…_encoder``."""
 
     @abstractmethod
     def read(
@@ -56,20 +55,23 @@ class MediumKind(ABC):
         max_tokens: int | None = None,
         sound_tokens: int | None = None,
     ) -> Clip:
-        """The features of a file, and how they are laid out among the tokens.
+        """Clip of a medium: its features, and how they are laid out among the tokens.
 
         Args:
-            data: of the file.
-            max_tokens: of one that ``shrinks``, beside those of its sound and timestamps.
-            sound_tokens: sound that becomes more is decoded no further.
+            medium: the medium.
+            data: bytes of the file.
+            model: model of the recipe.
+            media: media settings of the recipe.
+            max_tokens: most tokens of a medium that ``shrinks``, beside those of its sound and timestamps.
+            sound_tokens: most audio tokens; longer sound is decoded no further.
 
         Raises:
-            SampleError: it cannot be read; or ``too_long`` for such sound.
+            SampleError: the file cannot be read; or ``too_long`` for longer sound.
         """
 
 
 class Sound(MediumKind):
-    """What is heard."""
+    """Sound: audio alone."""
 
     name, modalities, timed, wandb = "audio", ("audio",), True, "Audio"
 
@@ -83,7 +85,7 @@ class Sound(MediumKind):
 
 
 class Picture(MediumKind):
-    """What is seen at once."""
+    """Image."""
 
     name, modalities, wandb = "image", ("image",), "Image"
 
@@ -97,7 +99,7 @@ class Picture(MediumKind):
 
 
 class Film(MediumKind):
-    """What is seen over time, and heard where a part says ``sound``."""
+    """Video, with its sound where a part says ``sound``."""
 
     name, modalities = "video", ("video", "video_audio")
     timed = sounds = shrinks = True
@@ -116,10 +118,10 @@ _KINDS: dict[str, MediumKind] = {}
 
 
 def register_medium(kind: MediumKind) -> None:
-    """Add a kind of media. The module that does so has to be named in OMNI_TRAIN_PLUGINS, for other processes read too.
+    """Add a kind of media. The module that does so must be named in OMNI_TRAIN_PLUGINS, for other processes read too.
 
     Raises:
-        ValueError: there is one of that name, or one of its modalities.
+        ValueError: there is another of that name, or with one of its modalities.
     """
     if kind.name in _KINDS or set(kind.modalities) & set(MODALITIES):
         raise ValueError(f"{kind.name} with {', '.join(kind.modalities)}: a kind of media has these names already")
@@ -132,7 +134,7 @@ for _kind in (Sound(), Picture(), Film()):
 
 
 def medium_kinds() -> dict[str, MediumKind]:
-    """The kinds of media by name.
+    """Kinds of media by name.
 
     Raises:
         UserError: a module of OMNI_TRAIN_PLUGINS cannot be imported.

@@ -23,7 +23,7 @@ _NO_LANGUAGE = {None, "mul", "mis", "zxx"}  # undetermined, several, without a c
 
 @dataclass(frozen=True)
 class Language:
-    """What a sample says of its language."""
+    """Language that a sample names."""
 
     code: str  # ISO 639 of the language alone, of a macrolanguage rather than its standard variety; or UNKNOWN
     spaced: bool | None  # whether words are written with spaces between; None where the language is unknown
@@ -31,7 +31,7 @@ class Language:
 
 
 def language_of(meta: Mapping[str, Any]) -> Language:
-    """The language of ``meta["language"]``; UNKNOWN where there is none, or one that is not understood."""
+    """Language of ``meta["language"]``; UNKNOWN where there is none, or one that is not understood."""
     named = meta.get("language")
     if named is None or (isinstance(named, str) and named.strip().casefold() in ("", UNKNOWN)):
         return Language(UNKNOWN, None)

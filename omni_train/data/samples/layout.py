@@ -1,4 +1,4 @@
-"""How media stand among the tokens: control tokens around them, timestamps, and what of them is where in time."""
+"""Layout of media among the tokens: control tokens around them, timestamps, and their order in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 @dataclass(frozen=True)
 class Marks:
-    """Control tokens around a medium, or one that has begun before them."""
+    """Control tokens at the borders of a medium; ``continues``: the medium has begun before them."""
 
     names: tuple[str, ...]
     continues: bool = False
@@ -23,7 +23,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class Stamp:
-    """A timestamp: text like that beside it."""
+    """Timestamp, which is encoded with the text beside it."""
 
     text: str
     continues: bool = False
@@ -33,7 +33,7 @@ Item = Marks | Stamp | Stretch | Frame | Block
 
 
 def lay_out_audio(tokens: int, stamps: list[tuple[int, str]]) -> list[Item]:
-    """A sound of ``tokens``, with text before the tokens of the given indices."""
+    """Items of a sound of ``tokens`` audio tokens, with timestamps before the tokens of the given indices."""
     items: list[Item] = [Marks((AUDIO_START,))]
     begin = 0
     for index, text in stamps:
@@ -43,33 +43,33 @@ def lay_out_audio(tokens: int, stamps: list[tuple[int, str]]) -> list[Item]:
 
 
 def lay_out_image(height: int, width: int) -> list[Item]:
-    """An image of ``height`` x ``width`` tokens."""
+    """Items of an image of ``height`` x ``width`` tokens."""
     return [Marks((VISION_START,)), Frame(IMAGE_PAD, height, width), Marks((VISION_END,))]
 
 
 def lay_out_video(
     height: int, width: int, seconds: np.ndarray, sound: int, *, tokens_per_second: float, timestamps: bool
 ) -> list[Item]:
-    """A video of temporal patches of ``height`` x ``width`` tokens at ``seconds`` (t,), with ``sound`` audio tokens.
+    """Items of a video with temporal patches of ``height`` x ``width`` tokens at ``seconds`` (t,) and ``sound`` tokens.
 
     Everything stands in order of time on the grid of the audio tokens, a patch before the audio token of the same time,
     each patch and each stretch of sound between its own marks, and a timestamp before each patch.
     """
     items: list[Item] = []
-    heard = 0
+    placed = 0
 
-    def hear(until: int) -> None:
-        nonlocal heard
-        if until > heard:
+    def add_audio(until: int) -> None:
+        nonlocal placed
+        if until > placed:
             begun = bool(items)
             items.extend(
-                [Marks((AUDIO_START,), begun), Stretch(until - heard, heard, begun), Marks((AUDIO_END,), True)]
+                [Marks((AUDIO_START,), begun), Stretch(until - placed, placed, begun), Marks((AUDIO_END,), True)]
             )
-            heard = until
+            placed = until
 
     for second in seconds:
         step = int(second * tokens_per_second + 0.5)
-        hear(min(step, sound))
+        add_audio(min(step, sound))
         begun = bool(items)
         if timestamps:
             items.append(Stamp(timestamp(second), begun))
@@ -78,12 +78,12 @@ def lay_out_video(
             Frame(VIDEO_PAD, height, width, step, begun),
             Marks((VISION_END,), True),
         ]
-    hear(sound)
+    add_audio(sound)
     return items
 
 
 def lay_out_block(block: Block) -> list[Item]:
-    """A video of the released Qwen3-Omni: one span, its sound within."""
+    """Items of a video as in the released Qwen3-Omni: one span with its sound within."""
     if block.audio == 0:
         return [Marks((VISION_START,)), block, Marks((VISION_END,))]
     return [Marks((VISION_START, AUDIO_START)), block, Marks((AUDIO_END,)), Marks((VISION_END,))]

@@ -1,4 +1,4 @@
-"""How many tokens a medium becomes: the encoders' arithmetic, which data and models must agree on."""
+"""Lengths of media in tokens: the encoders' arithmetic, which data and models must agree on."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ def convolved(frames: int, convolutions: int) -> int:
 
 
 def audio_tokens(frames: int, audio: AudioEncoderConfig) -> int:
-    """Tokens of a clip of mel frames; each chunk is convolved by itself."""
+    """Audio tokens of a clip of mel frames, of which each chunk is convolved by itself."""
     whole, rest = divmod(frames, audio.chunk_frames)
     convolutions = audio.num_convolutions
     return whole * convolved(audio.chunk_frames, convolutions) + convolved(rest, convolutions)
 
 
 def window_tokens(window_frames: int, audio: AudioEncoderConfig) -> int:
-    """Audio tokens that attend to each other, at least one; 0 for the whole clip."""
+    """Attention window in audio tokens, at least one; 0 for the whole clip."""
     per_chunk = convolved(audio.chunk_frames, audio.num_convolutions)
     return max(1, round(window_frames * per_chunk / audio.chunk_frames)) if window_frames else 0
 
 
 def vision_tokens(grid: tuple[int, int, int], vision: VisionEncoderConfig) -> int:
-    """Tokens of an image or video of a grid of (t, h, w) patches."""
+    """Vision tokens of an image or video of a grid of (t, h, w) patches."""
     t, h, w = grid
     return t * (h // vision.spatial_merge_size) * (w // vision.spatial_merge_size)
 
 
 def audio_tokens_per_second(audio: AudioEncoderConfig) -> float:
-    """6.25 in Qwen3.5-Omni, 13 in Qwen3-Omni."""
+    """Rate of audio tokens in Hz: 6.25 in Qwen3.5-Omni, 13 in Qwen3-Omni."""
     return convolved(audio.chunk_frames, audio.num_convolutions) * FRAMES_PER_SECOND / audio.chunk_frames
 
 
 def most_seconds(tokens: int, audio: AudioEncoderConfig) -> float:
-    """Sound that is longer becomes more than so many tokens."""
+    """Length in seconds above which sound becomes more than ``tokens`` audio tokens."""
     chunks = max(tokens, 0) // convolved(audio.chunk_frames, audio.num_convolutions) + 1
     return chunks * audio.chunk_frames / FRAMES_PER_SECOND
 
 
 def audio_token_start(index: int, audio: AudioEncoderConfig) -> float:
-    """Seconds at which audio token ``index`` of a clip begins."""
+    """Time in seconds at which audio token ``index`` of a clip begins."""
     chunk, within = divmod(index, convolved(audio.chunk_frames, audio.num_convolutions))
     return (chunk * audio.chunk_frames + within * 2**audio.num_convolutions) / FRAMES_PER_SECOND
 
 
 def codec_sampling_rate(model: ModelConfig) -> int:
-    """Hz, of what the codec hears and Code2Wav says."""
+    """Sampling rate in Hz of the waveforms that the codec encodes and Code2Wav synthesizes."""
     return (model.codec or CodecConfig()).sampling_rate
 
 
 def codec_frame_samples(model: ModelConfig) -> int:
-    """Samples of one codec frame: 1,920 of 24 kHz at 12.5 frames a second. Code2Wav makes as many of each frame."""
+    """Samples of one codec frame, as many as Code2Wav synthesizes from it: 1,920 at 24 kHz and 12.5 frames a second."""
     return prod([*model.code2wav.upsampling_ratios, *model.code2wav.upsample_rates])
 
 
 def crop_frames(seconds: float, model: ModelConfig) -> int:
-    """Codec frames of a crop, one at least."""
+    """Codec frames of a crop of ``seconds``, at least one."""
     return max(1, round(seconds * codec_sampling_rate(model) / codec_frame_samples(model)))

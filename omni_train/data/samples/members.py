@@ -1,5 +1,4 @@
-"""The files in a shard, found by their headers: a shard may lie about each of them, and none is believed further than
-its bytes.
+"""Files in a shard, found by their headers: a shard may lie about each of them, and none is believed beyond its bytes.
 
 ``tarfile`` reads one header at a time here and nothing more. Its own way from member to member takes the size of what
 it reads from the shard: a long name, a table of holes, the holes themselves, of which a terabyte fits into one header.
@@ -31,7 +30,7 @@ RECORD = re.compile(rb"(\d{1,6}) ([^=\n]{1,100})=")  # of an extended header: it
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a shard; what is no file (a folder, a link, a device) has no ``key``."""
+    """Member of a shard; one that is no file (a folder, a link, a device) has no ``key``."""
 
     key: str | None  # of the sample
     name: str  # in the sample: what follows the key and a dot
@@ -42,7 +41,7 @@ class Member:
 
 
 def members(shard: BinaryIO, begin: int = 0, end: int | None = None) -> Iterator[Member]:
-    """What lies between two offsets of a shard, to the mark of its end at most.
+    """Members between two offsets of a shard, to its end mark at most.
 
     Raises SampleError: ``truncated_shard`` or ``broken_shard``.
     """
@@ -82,7 +81,7 @@ def members(shard: BinaryIO, begin: int = 0, end: int | None = None) -> Iterator
 
 
 def read_files(shard: BinaryIO, files: Iterable[Member], *, most: int, most_text: int) -> dict[str, bytes]:
-    """The bytes of a sample's files, by their names in it; none is read that is refused.
+    """Bytes of a sample's files, by their names in it; none is read that is refused.
 
     Raises SampleError: ``sparse_file``, ``duplicate_file``, ``too_many_files``, ``text_too_large`` for a ``key.json``
     of more than ``most_text`` bytes, ``sample_too_large`` for files of more than ``most`` bytes together,
@@ -106,8 +105,9 @@ def read_files(shard: BinaryIO, files: Iterable[Member], *, most: int, most_text
 
 
 def read_sample(shard: BinaryIO, begin: int, end: int, *, most: int, most_text: int) -> dict[str, bytes]:
-    """The files of the sample between two offsets. Raises SampleError as ``members`` and ``read_files``, and
-    ``broken_shard`` for files of two samples or none."""
+    """Bytes of the files of the sample between two offsets, by their names in it.
+
+    Raises SampleError as ``members`` and ``read_files``, and ``broken_shard`` for files of two samples or none."""
     return read_files(shard, _of_one_sample(shard, begin, end), most=most, most_text=most_text)
 
 
@@ -136,7 +136,7 @@ def _read(shard: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _records(body: bytes) -> dict[str, str | int]:
-    """What an extended header says of the member after it: ``path``, ``size``, and ``sparse`` if it has holes."""
+    """Records of an extended header about the member after it: ``path``, ``size``, and ``sparse`` if it has holes."""
     told: dict[str, str | int] = {}
     at = 0
     while record := RECORD.match(body, at):

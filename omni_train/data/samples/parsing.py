@@ -1,4 +1,4 @@
-"""A sample on disk: what ``key.json`` may hold, and one short word for whatever else it held.
+"""Parsing of a sample's ``key.json``, with one short reason for whatever it must not hold.
 
 A document is ``{"text": ..., "meta": {...}}``. A chat is ``{"messages": [{"role": ..., "content": ...}, ...], "meta":
 {...}}`` in the OpenAI style: ``content`` is a string or a list of parts, each of them one of
@@ -31,19 +31,19 @@ KEYS = {"messages", "text", "speech", "meta"}
 
 
 def sample_in(parts: Mapping[str, bytes]) -> Sample:
-    """The sample that the files of a key describe. Raises SampleError as ``parse_sample``, or ``no_json``."""
+    """Sample that the files of a key describe; raises SampleError as ``parse_sample``, or ``no_json``."""
     if "json" not in parts:
         raise SampleError("no_json")
     return parse_sample(parts["json"])
 
 
 def parse_sample(data: bytes) -> Sample:
-    """Read the bytes of one ``key.json``. Raises SampleError as ``read_json`` and ``sample_of``."""
+    """Sample of the bytes of one ``key.json``; raises SampleError as ``read_json`` and ``sample_of``."""
     return sample_of(read_json(data))
 
 
 def read_json(data: bytes) -> Any:
-    """JSON that every reader reads alike.
+    """Value of JSON that every reader reads alike.
 
     Raises SampleError with the reason ``broken_json`` (not UTF-8 JSON, or with NaN, numbers beyond all bounds, or half
     a surrogate pair, which no text can hold) or ``duplicate_key``.
@@ -60,7 +60,7 @@ def read_json(data: bytes) -> Any:
 
 
 def sample_of(fields: Any) -> Sample:
-    """The sample that these fields of a ``key.json``, or of a line of a manifest, describe.
+    """Sample that the fields of a ``key.json``, or of a line of a manifest, describe.
 
     Raises SampleError with the reason ``unknown_schema`` (fields of another type, or text beside messages),
     ``no_messages`` (neither text nor messages), ``unknown_role``, ``unknown_part``, ``unknown_key_...``,
@@ -89,7 +89,7 @@ def sample_of(fields: Any) -> Sample:
 
 
 def named_files(fields: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """What names a file in the fields of a sample, and under which key: parts of messages, and the sample's speech."""
+    """(object, key in it) of every file name in the fields of a sample: parts of messages, and the sample's speech."""
     contents = [message["content"] for message in fields.get("messages", ())]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     named = [(part, part["type"]) for part in parts if part["type"] in medium_kinds()]

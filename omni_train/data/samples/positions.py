@@ -18,7 +18,7 @@ QWEN3_OMNI_IDS_PER_SECOND = 13  # `position_id_per_seconds` of the released Qwen
 
 @dataclass(frozen=True)
 class Pad:
-    """The control token that stands where an encoder's outputs are put; ``encoder`` is ``audio`` or ``vision``."""
+    """Control token in the place of an encoder's outputs; ``encoder`` is ``audio`` or ``vision``."""
 
     token: str
     encoder: str
@@ -31,7 +31,7 @@ VIDEO_PAD = Pad("<|video_pad|>", "vision")
 
 @dataclass(frozen=True)
 class Text:
-    """Text or control tokens. ``continues``: they stand inside a medium that has begun."""
+    """Run of text or control tokens. ``continues``: they stand inside a medium that has begun."""
 
     length: int
     continues: bool = False
@@ -39,8 +39,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens of a medium that follow each other in time, as those of sound do. ``time`` of the first, in ids since its
-    medium began, counts in ``absolute`` alone."""
+    """Run of tokens of a medium that follow each other in time, as those of sound do.
+
+    ``time`` is that of the first token, in ids since its medium began; it counts in ``absolute`` alone.
+    """
 
     length: int
     time: int = 0
@@ -50,7 +52,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Frame:
-    """An image, or one temporal patch of a video: ``height`` x ``width`` tokens. ``time`` is that of Stretch."""
+    """Image, or one temporal patch of a video, of ``height`` x ``width`` tokens; ``time`` is as in Stretch."""
 
     pad: Pad
     height: int
@@ -65,7 +67,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Block:
-    """A whole video as the released Qwen3-Omni has it, its sound (``audio`` tokens, or 0) among the patches."""
+    """Whole video as in the released Qwen3-Omni, its sound (``audio`` tokens, or 0) among the patches."""
 
     frames: int
     height: int
@@ -82,11 +84,14 @@ Run = Text | Stretch | Frame | Block
 
 
 def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.ndarray, list[Pad]]:
-    """Ids (3, n), int64 or for ``qwen3_omni`` float32; what stands at each of the n places, uint8, 0 for text and k for
-    the k-th of the pads; and those pads.
+    """Rotary ids of a sequence.
 
-    The arithmetic of ``get_rope_index`` of Qwen3.5 (``contiguous``) and Qwen3-Omni in transformers, to the last bit of
-    the latter's float32. ``absolute`` keeps a video's patches from coming before their time.
+    The arithmetic is that of ``get_rope_index`` of Qwen3.5 (``contiguous``) and Qwen3-Omni in transformers, to the last
+    bit of the latter's float32. ``absolute`` keeps a video's patches from coming before their time.
+
+    Returns:
+        ids (3, n), int64 or for ``qwen3_omni`` float32; the kind of each of the n tokens, uint8, 0 for text and k for
+        the k-th of the pads; and those pads.
     """
     dtype, number = (np.float32, np.float32) if style == Positions.qwen3_omni else (np.int64, int)
     length = sum(run.length for run in runs)
@@ -132,13 +137,15 @@ def rotary_ids(runs: Sequence[Run], style: Positions) -> tuple[np.ndarray, np.nd
     return ids, kinds, pads
 
 
-def _block(run: Block, start: np.float32, seen: int, heard: int) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """Ids and kinds of a video whose patches and sound are merged by T, patches first on ties; and the id after it."""
+def _block(
+    run: Block, start: np.float32, vision_kind: int, audio_kind: int
+) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Ids and kinds of a video, its patches and sound merged by T, patches first on ties; and the id after it."""
     video = np.indices((run.frames, run.height, run.width), dtype=np.float32).reshape(3, -1)
     video[0] = video[0] * np.float32(run.seconds_per_frame) * np.float32(QWEN3_OMNI_IDS_PER_SECOND)
     audio = np.broadcast_to(np.arange(run.audio, dtype=np.float32), (3, run.audio))
     ids = np.concatenate([video, audio], axis=1) + start
-    kinds = np.repeat(np.array([seen, heard], np.uint8), [video.shape[1], run.audio])
+    kinds = np.repeat(np.array([vision_kind, audio_kind], np.uint8), [video.shape[1], run.audio])
     order = np.argsort(ids[0], kind="stable")
     ids, kinds = ids[:, order], kinds[order]
     # The released rule goes on from the last stretch of one kind, even where an earlier patch had larger H or W ids.

@@ -1,4 +1,4 @@
-"""Renders a chat template of somebody else: a program of its own, for a template may ask for any time and memory.
+"""Program that renders chat templates of others: a process of its own, as a template may take any time and memory.
 
 Reads ``{"template": …, "asked": [variables, …]}`` as JSON and writes the list of what was rendered.
 """
@@ -15,7 +15,7 @@ MEMORY = 1 << 30  # bytes
 
 
 def render(template: str, variables: dict) -> str:
-    """What a template writes, or why it does not."""
+    """Text that a template writes, or the error in its place."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Texts, control tokens and media in the order of a chat, on their way to tokens and rotary ids."""
+"""Rendering of a chat's texts, control tokens and media to tokens and rotary ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omni_train.data.samples.tokenizer import Tokenizer
 
 
 class Rendering:
-    """A sequence on its way to tokens: ids of text, and the runs of which text is one kind."""
+    """Sequence that is being rendered: parts of text that are not yet encoded, and runs for the rotary ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens: list[int] = []  # of text and control tokens; media have pads
@@ -49,14 +49,14 @@ class Rendering:
                 self.runs.append(item)
 
     def close(self) -> None:
-        """End the run of text that is growing, if any."""
+        """End the current run of text, if any."""
         self._encode()
         if self._begin is not None:
             self.runs.append(Text(len(self.tokens) - self._begin, self._continues))
             self._begin = None
 
     def _open(self, continues: bool = False) -> None:
-        """Begin a run of text, unless one is growing."""
+        """Begin a run of text, unless there is a current one."""
         if self._begin is None:
             self._begin, self._continues = len(self.tokens), continues
 
@@ -70,7 +70,7 @@ class Rendering:
 
 
 def rendered_length(clip: Clip, tokenizer: Tokenizer) -> int:
-    """Tokens that a medium takes, with its marks and timestamps."""
+    """Number of tokens of a clip, with its control tokens and timestamps."""
     rendering = Rendering(tokenizer)
     rendering.clip(clip)
     rendering.close()

@@ -1,4 +1,4 @@
-"""What a sample is: a document, or a chat with media; and what refuses one."""
+"""Samples: documents, and chats with media; and the error that refuses one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHERS = {
     "audio_url": ("openai_audio_url", "a part of vLLM: write type audio and the name of a file instead"),
     "video_url": ("openai_video_url", "a part of vLLM: write type video and the name of a file instead"),
 }
-"""Formats of others, by their keys and types of parts: reasons of refusal, and what is to be done."""
+"""Other formats of samples, by their keys and types of parts: reason of the refusal, and advice."""
 _ADVICE = dict(OTHERS.values()) | {
     "media_outside": "media that lie outside the manifest's folder: name theirs with roots=FOLDER,FOLDER",
     "unwritten_reasoning": "ChatML has no place for reasoning_content: set chat_template=qwen3_5",
@@ -29,7 +29,7 @@ _logged: set[str] = set()  # kinds of unexpected errors, in this process
 
 
 class SampleError(Exception):
-    """A sample that training goes on without. ``reason`` is a short stable name, counted in ``PackedBatch.skipped``."""
+    """Error of a sample that training goes on without; ``reason`` is a short stable name, counted in the row."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -38,7 +38,7 @@ class SampleError(Exception):
 
 @contextlib.contextmanager
 def one_sample() -> Iterator[None]:
-    """Within, whatever one sample makes fail refuses that sample.
+    """Context in which any error that a sample causes refuses that sample.
 
     Raises SampleError: with its own reason, or as ``unexpected_...`` with the kind of error, which is then logged once,
     for it may be a mistake of ours. A failed assertion surely is, and goes through, and so does what is no sample's.
@@ -56,7 +56,7 @@ def one_sample() -> Iterator[None]:
 
 
 def describe(refused: Mapping[str, int]) -> str:
-    """Reasons and counts in words, the commonest first, with what is to be done about samples of a known format."""
+    """Reasons and counts in words, the commonest first, with advice on samples of a known format."""
     told = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(
         f"{reason} {count:,}{f' ({_ADVICE[reason]})' if reason in _ADVICE else ''}" for reason, count in told
@@ -65,7 +65,7 @@ def describe(refused: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Medium:
-    """A file of the sample that stands in a turn; ``kind`` is one of ``medium_kinds``."""
+    """File of the sample that stands in a turn; ``kind`` is one of ``medium_kinds``."""
 
     kind: str
     file: str
@@ -76,7 +76,7 @@ class Medium:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a chat: texts and media in order; ``role`` is system, user or assistant."""
+    """Message of a chat: texts and media in order; ``role`` is system, user or assistant."""
 
     role: str
     parts: tuple[str | Medium, ...]
@@ -93,7 +93,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """A text that is learned whole."""
+    """Document: a text with a loss on all of it."""
 
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, of which the recipe says what is learned."""
+    """Chat: turns, of which ``data.loss_on`` says which have a loss."""
 
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +117,7 @@ Sample = Document | Chat
 
 
 def speech_of(sample: Sample) -> Medium | None:
-    """The sound that a sample teaches to speak: its speech target, else the first sound of a chat."""
+    """Speech of a sample, for speech models: its speech target, else the first sound of a chat."""
     if sample.speech is not None:
         return Medium("audio", sample.speech)
     return next((medium for medium in getattr(sample, "media", ()) if medium.kind == "audio"), None)

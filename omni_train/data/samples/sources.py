@@ -35,7 +35,7 @@ SLICE_SAMPLES = 100  # samples read in order before the reader jumps elsewhere i
 
 
 class StreamConfig(WorkerConfig):
-    """energon's notion of who reads: stream ``rank`` of ``world_size``, in whatever process it lives."""
+    """Stream ``rank`` of ``world_size`` in the place of energon's worker, in whatever process it is read."""
 
     def rank_worker_id(self) -> int:
         return 0
@@ -45,7 +45,7 @@ class StreamConfig(WorkerConfig):
 
 
 class LateReader:
-    """A shard reader whose samples hold, instead of their files, the function ``open`` that reads them.
+    """Shard reader whose samples hold, instead of their files, a function ``open`` that reads them.
 
     What cannot be read is then a refused sample, where energon's own reading stops the run.
 
@@ -71,7 +71,7 @@ class LateReader:
         return FilteredSample(__key__=str(index), __shard__="", __restore_key__=key, __sources__=(), open=read)
 
     def _read(self, index: int, pointer: ITarSamplePointer | None) -> dict[str, bytes]:
-        """The files of a sample by their names in it.
+        """Bytes of a sample's files by their names in it.
 
         Raises SampleError with the reason ``unreadable_index``, ``unreadable_shard`` (it has gone, is no file, or its
         disk fails), or one of ``omni_train.data.samples.members``.
@@ -91,7 +91,7 @@ class LateReader:
             raise SampleError("unreadable_shard") from None
 
     def _shard(self, number: int) -> BinaryIO:
-        """An open shard, one of the last few."""
+        """Open shard, kept among the last few."""
         if number not in self._opened:
             path = self.reader.tar_filepaths[number]
             self._opened[number] = open_regular(path) if isinstance(path, Path) else path.open("rb")
@@ -101,7 +101,7 @@ class LateReader:
 
 
 class ShardFolder(CrudeWebdataset):
-    """One source: a folder of indexed shards, whatever sample type its own configuration names."""
+    """Source: a folder of indexed shards, whatever sample type its own configuration names."""
 
     most, most_text = DataConfig.max_sample_bytes, DataConfig.max_text_bytes
 
@@ -113,7 +113,7 @@ class ShardFolder(CrudeWebdataset):
 
 
 def open_sources(data: DataConfig, split: str, *, training: bool, look: bool = True) -> list[ShardFolder]:
-    """The sources of a recipe, whose samples are bounded as it says. Raises UserError as ``open_source``."""
+    """Sources of a recipe, whose samples are bounded as it says; raises UserError as ``open_source``."""
     folders = [open_source(source, split, training=training, look=look) for source in data.sources]
     for folder in folders:
         folder.most, folder.most_text = data.max_sample_bytes, data.max_text_bytes
@@ -121,10 +121,13 @@ def open_sources(data: DataConfig, split: str, *, training: bool, look: bool = T
 
 
 def open_source(source: SourceConfig, split: str, *, training: bool, look: bool = True) -> ShardFolder:
-    """Read a source's index.
+    """Source of a recipe, with its index read.
 
     Args:
-        look: whether the shards are there; not again in every process that opens what another has looked at.
+        source: the source in the recipe.
+        split: split to read.
+        training: whether it is read for training: shuffled and endless.
+        look: whether to check that the shards are there, which one process need not do after another.
 
     Raises:
         UserError: the folder, its index, the split or a shard is missing.
@@ -167,10 +170,12 @@ def open_source(source: SourceConfig, split: str, *, training: bool, look: bool 
 def first_samples(
     folder: ShardFolder, samples: int, refused: Counter[str]
 ) -> Iterator[tuple[int, Sample, Callable[[], dict[str, bytes]]]]:
-    """(number, sample, what reads its files) of the first ``samples`` in shard order.
+    """(number, sample, function that reads its files) of the first ``samples`` samples in shard order.
 
     Args:
-        refused: counts those that cannot be read, by reason.
+        folder: the source.
+        samples: number of samples.
+        refused: counter of the samples that cannot be read, by reason.
     """
     (reader,) = folder.build().dataset.join_readers
     for index in range(min(samples, len(folder))):
@@ -187,7 +192,7 @@ def first_samples(
 
 
 def energon_path(path: str) -> EPath:
-    """energon knows local paths and msc://; for other URLs (s3://, gs://) its storage client has an msc:// name."""
+    """energon's path of a local path or URL: other URLs than msc:// (s3://, gs://) have an msc:// name there."""
     if "://" in path and not path.startswith(("msc://", "file://")):
         client, inner = multistorageclient.resolve_storage_client(path)
         path = f"msc://{client.profile}/{inner}"
@@ -202,5 +207,5 @@ def _check_index(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The regular files of a folder; a FIFO among its shards would never open."""
+    """Regular files of a folder; a FIFO among its shards would never open."""
     return [folder / file.name for file in os.scandir(folder) if file.is_file()] if folder.is_dir() else []

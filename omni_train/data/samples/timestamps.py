@@ -1,4 +1,4 @@
-"""Time written as text: before every temporal patch of a video, and at random intervals inside a sound.
+"""Timestamps as text: before every temporal patch of a video, and at random intervals inside a sound.
 
 Qwen3.5-Omni's report states both and publishes no format. The words are those of the released Qwen3-VL; the
 distribution of the intervals is ours: uniform between two bounds.
@@ -17,17 +17,17 @@ from omni_train.recipe.schema import AudioEncoderConfig
 
 
 def timestamp(seconds: float) -> str:
-    """``<1.2 seconds>``, as the processor of Qwen3-VL and Qwen3.5 writes it."""
+    """Text of a time, as ``<1.2 seconds>``: that of the processor of Qwen3-VL and Qwen3.5."""
     return f"<{seconds:.1f} seconds>"
 
 
 def inside_sound(
     tokens: int, audio: AudioEncoderConfig, bounds: Sequence[float], medium: Medium, data: bytes
 ) -> list[tuple[int, str]]:
-    """Where timestamps stand in a sound of ``tokens``: (index of the token that follows, text), by index.
+    """Timestamps inside a sound of ``tokens`` audio tokens: (index of the token that follows, text), by index.
 
-    ``bounds`` are the shortest and longest interval in seconds; none given, none written. The draw depends on the file
-    and its cut alone, so that every epoch, rank and worker writes the same.
+    ``bounds`` are the shortest and longest interval in seconds; without them there are no timestamps. The draw depends
+    on the file and its cut alone, so that every epoch, rank and worker writes the same.
     """
     if not bounds or max(1, round(bounds[0] * audio_tokens_per_second(audio))) >= tokens:
         return []

@@ -1,4 +1,4 @@
-"""Text to token ids, from a Hugging Face tokenizer folder, light enough for a loader worker."""
+"""Tokenizer of a Hugging Face folder, light enough for a loader worker."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What a tokenizer's folder holds of the tokenizer; beside it there may be a whole model."""
+"""Files of a tokenizer in its folder, which may hold a whole model beside them."""
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:
-    """Copy the files of a tokenizer, and nothing else."""
+    """Copy the files of a tokenizer, and nothing else, from one folder to another."""
     to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).is_file():
@@ -71,10 +71,14 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 class Tokenizer:
-    """A byte-level tokenizer whose control tokens only code can write: the same characters in a sample stay text."""
+    """Byte-level tokenizer whose control tokens only code can write: the same characters in a sample stay text."""
 
     def __init__(self, folder: str | Path):
-        """Load ``folder/tokenizer.json``. Raises UserError when it is missing, damaged, or lacks ChatML's tokens."""
+        """Load ``folder/tokenizer.json``.
+
+        Raises:
+            UserError: the file is missing, damaged, or lacks ChatML's tokens.
+        """
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
@@ -94,16 +98,20 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the largest id: the rows that an embedding must have."""
+        """Number of rows that an embedding must have: one more than the largest id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
     def longest(self) -> int:
-        """Characters that a token stands for at most; one that is not ASCII is several of them here."""
+        """Most characters that a token stands for; one that is not ASCII counts as several."""
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def token_id(self, name: str) -> int:
-        """The id of a control token. Raises UserError when the tokenizer has none of that name."""
+        """Id of a control token.
+
+        Raises:
+            UserError: the tokenizer has none of that name.
+        """
         token = self._tokenizer.token_to_id(name)
         if token is None:
             raise UserError(
@@ -112,11 +120,11 @@ class Tokenizer:
         return token
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, nothing added."""
+        """Ids of a text, with nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_parts(self, texts: Sequence[str]) -> tuple[Sequence[int], Sequence[int]]:
-        """Ids of the joined ``texts``, and for each id the index of the text in which it ends.
+        """Ids of joined texts, and for each id the index of the text in which it ends.
 
         Tokens may straddle a border (two line ends are one token), so encoding the texts apart is not the same.
         """
@@ -132,5 +140,5 @@ class Tokenizer:
         return ids, tuple(bisect.bisect_left(borders, end) for _, end in encoding.offsets)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of ids, control tokens included."""
+        """Text of ids, control tokens included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

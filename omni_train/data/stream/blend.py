@@ -1,4 +1,4 @@
-"""The blend: which source gives the next sequence, so that the recipe's weights are shares of the tokens."""
+"""Blend of sources: which one gives the next sequence, so that the recipe's weights are shares of the tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOPELESS_SAMPLES = 1000  # of one source, refused one after the other
 
 @dataclass
 class Tokenized:
-    """A sequence on its way to packing, or the reason why a sample has none."""
+    """Sequence to be packed, or the reason why a sample has none."""
 
     __restore_key__: tuple
     sequence: Piece | None = None
@@ -28,7 +28,7 @@ class Tokenized:
 
 
 class TokenBlend(BaseWrapperDataset):
-    """The sequences of all sources, of which each gives tokens in proportion to its weight, however long they are.
+    """Stream of the sequences of all sources, each giving tokens in proportion to its weight, however long they are.
 
     The source that lags most gives the next sequence: every source has a clock that a sequence advances by its tokens
     divided by the weight, and the earliest clock is next. This is weighted fair queueing (Demers, Keshav and Shenker,

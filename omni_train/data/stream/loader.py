@@ -1,4 +1,4 @@
-"""The loader: a data rank's rows, from worker processes, restored exactly on any number of ranks and workers."""
+"""Loader of a data rank's rows, from worker processes, restored exactly on any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_DEATHS = 3  # of workers without a row in between: what is chance is over b
 
 
 class Loader:
-    """The endless rows of one data rank. Iterate over it; ``state_dict`` is where the rows taken so far have led."""
+    """Endless iterator over the rows of one data rank; ``state_dict`` is its state after the rows taken so far."""
 
     def __init__(self, rows: Rows, data_rank: int, data_world_size: int):
         self.config = rows.config
@@ -46,10 +46,10 @@ class Loader:
         return self
 
     def __next__(self) -> Row:
-        """The next row.
+        """Next row.
 
-        Raises UserError when more than ``data.max_skip_fraction`` of the samples were refused, or when workers die
-        again and again.
+        Raises:
+            UserError: more than ``data.max_skip_fraction`` of the samples were refused, or workers die again and again.
         """
         stream, row, snapshot = self._from_a_worker() if self.config.workers else self._made_here()
         if isinstance(row, UserError):
@@ -68,7 +68,7 @@ class Loader:
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers, numbers and bytes; after any row, mid-pack included."""
+        """State after the last row, mid-pack included, in plain containers, numbers and bytes."""
         return {
             "world_size": self.world_size,
             "rows": self._rows,
@@ -77,11 +77,14 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the rows of ``state``, with any number of workers; of another number of ranks,
-        ``redistribute`` makes it.
+        """Continue after the rows of ``state``, with any number of workers.
 
-        Raises UserError when the state is of other data, another number of streams, or another layout of data ranks, or
-        is no such state at all. What it holds of each stream is read with that stream's next row.
+        A state of another number of data ranks must go through ``redistribute`` first. Its snapshot of a stream is read
+        with that stream's next row.
+
+        Raises:
+            UserError: the state is of other data, another number of streams or another layout of data ranks, or is no
+                such state at all.
         """
         check_state(state)
         if state["source_samples"] != self.source_samples:
@@ -125,7 +128,7 @@ class Loader:
             return made
 
     def _start(self, number: int) -> Worker:
-        """Worker ``number``, on its way to its rows from those taken so far on."""
+        """Start worker ``number``, which makes its rows after those taken so far."""
         workers = self.config.workers
         streams = list(self._states)[number::workers]
         first = max(0, -(-(self._rows - number) // workers))
@@ -135,7 +138,11 @@ class Loader:
         return worker
 
     def _start_anew(self, number: int) -> None:
-        """Replace a worker that has died. Raises UserError when that happens too often."""
+        """Replace a worker that has died.
+
+        Raises:
+            UserError: workers have died too often.
+        """
         worker = self._workers.pop(number)
         (code,) = end([worker])
         self._deaths += 1
@@ -178,7 +185,7 @@ def build_loader(
     data_rank: int = 0,
     data_world_size: int = 1,
 ) -> Loader:
-    """The loader of one data rank: shuffled, endless, the sources blended by tokens.
+    """Loader of one data rank: shuffled, endless, the sources blended by tokens.
 
     Rank r gets rows r, r + R, r + 2R, ... of one sequence that depends on ``config`` and ``seed`` alone, not on the
     number of ranks R or of ``config.workers``. Raises UserError when a source or the tokenizer is not usable, or when
@@ -210,8 +217,9 @@ def evaluation_rows(
     data_rank: int = 0,
     data_world_size: int = 1,
 ) -> list[Row]:
-    """This rank's share of the first ``rows`` rows of a split, each source in shard order and in its share of the
-    tokens: the same at every call and in every layout.
+    """This rank's share of the first ``rows`` rows of a split, the same at every call and in every layout.
+
+    Each source is read in shard order and gives its share of the tokens.
 
     Every rank gets equally many; when the split has fewer than ``rows``, or ranks do not divide them, the rest is left
     out. Raises UserError when that leaves none.

@@ -1,4 +1,4 @@
-"""Rows out of streams: in the process that takes them, or in a worker that makes them ahead."""
+"""Making of rows from streams, in the process that takes them or in a worker that makes them ahead."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from omni_train.recipe.schema import DataConfig, ModelConfig
 OPEN_FILES = 65536  # a stream keeps 16 shards of each source open with their indices
 
 Made = tuple[int, Row | UserError, bytes | None]
-"""A stream, its next row or why there is none, and the stream's state after it where that was recorded."""
+"""(stream, its next row or the error in its place, state of the stream after it where that was recorded)."""
 
 
 @dataclasses.dataclass
 class Rows:
-    """The rows of a recipe's endless streams. It travels to a worker as what the recipe says, and opens files there."""
+    """Maker of the rows of a recipe's endless streams. It is pickled to a worker as settings, and opens files there."""
 
     config: DataConfig
     model: ModelConfig
@@ -37,7 +37,11 @@ class Rows:
     samples: list[int] | None = None  # of each source, since its files were looked for
 
     def open(self) -> None:
-        """Open what all streams need. Raises UserError when the tokenizer or a source is not usable."""
+        """Open the tokenizer and the sources of all streams.
+
+        Raises:
+            UserError: the tokenizer or a source is not usable.
+        """
         _ = self.tokenizer, self.sources
 
     @cached_property
@@ -61,7 +65,7 @@ class Rows:
         return {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
 
     def made(self, states: dict[int, StreamState], first: int) -> Iterator[Made]:
-        """From row ``first`` on, where row n is the next one of the n-th of ``states``, over and over."""
+        """Rows from row ``first`` on, where row n is the next one of the n-th of ``states``, over and over."""
         streams = list(states)
         readers: dict[int, StreamReader] = {}
         for number in itertools.count(first):
@@ -83,7 +87,7 @@ class Rows:
 
 
 def work(end: socket.socket, rows: Rows, states: dict[int, StreamState], first: int) -> None:
-    """In a worker: make the rows of ``Rows.made``, one for every byte that comes, until the other end closes."""
+    """Run a worker: make the rows of ``Rows.made``, one for every byte that comes, until the other end closes."""
     torch.set_num_threads(1)
     allow_open_files()
     made = rows.made(states, first)

@@ -1,4 +1,4 @@
-"""Snapshots of streams: what energon saves of one, as JSON, and back. Reading one runs nothing that is in it.
+"""Snapshots of streams: energon's state of one as JSON, and back. Reading one runs nothing that is in it.
 
 The state of a stream is nested as its datasets are. A snapshot is read beside the state of a stream newly opened, and
 has to be of the same shape: the same classes and fields, each holding what that field holds.
@@ -18,22 +18,23 @@ from omni_train.errors import UserError
 
 
 class _Unlike(Exception):
-    """Something in a snapshot is not what it should be."""
+    """Error of a snapshot in which something is not as it should be."""
 
 
 def write_snapshot(state: FlexState) -> bytes:
-    """The bytes of a stream's state."""
+    """Snapshot of a stream's state, as bytes."""
     return json.dumps(state, default=_plain, separators=(",", ":")).encode()
 
 
 def read_snapshot(data: bytes, fresh: FlexState) -> FlexState:
-    """The state that ``write_snapshot`` wrote of a stream.
+    """State of a stream that ``write_snapshot`` wrote.
 
     Args:
-        fresh: the state of a stream of the same recipe, whatever it has read.
+        data: bytes of the snapshot.
+        fresh: state of a stream of the same recipe, whatever it has read.
 
     Raises:
-        UserError: the bytes are something else.
+        UserError: the bytes are no such snapshot.
     """
     try:
         return _state(json.loads(data.decode()), fresh)

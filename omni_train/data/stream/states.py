@@ -9,10 +9,10 @@ from omni_train.errors import UserError
 
 
 def check_state(state: Any) -> None:
-    """Refuse what is no state of a loader.
+    """Check that something is the state of a loader.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no such state.
     """
 
     def count(value: Any) -> bool:
@@ -45,9 +45,10 @@ def check_state(state: Any) -> None:
 
 
 def redistribute(states: list[dict[str, Any]], data_world_size: int) -> list[dict[str, Any]]:
-    """The states of all data ranks, in rank order, made over to another number of ranks: no row is lost or repeated.
+    """States of all data ranks, in rank order, made over to another number of ranks: no row is lost or repeated.
 
-    Raises UserError when the streams or the rows taken so far cannot be shared evenly among that many ranks.
+    Raises:
+        UserError: the streams or the rows taken so far cannot be shared evenly among that many ranks.
     """
     for state in states:
         check_state(state)

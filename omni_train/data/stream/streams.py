@@ -41,7 +41,7 @@ BUFFER_BYTES = 2**30
 
 
 class Packer(BaseWrapperDataset):
-    """Best-fit packing from a buffer of sequences. Unlike energon's, it carries over what did not fit in a row.
+    """Best-fit packing from a buffer of sequences. Unlike energon's, it carries over sequences that did not fit.
 
     A row is chosen when the buffer holds the tokens of a row at least, and then ``data.packing_buffer`` sequences,
     ``BUFFER_ROWS`` rows or ``BUFFER_BYTES`` of decoded media, whichever comes first. Short sequences fill a row from
@@ -157,7 +157,7 @@ def open_stream(
 def sequence_reader(
     tokenizer: Tokenizer, config: DataConfig, model: ModelConfig, *, seed: int | None = None
 ) -> Callable[[dict], Iterator[Tokenized]]:
-    """The function that makes a sample's sequences of what a source gives.
+    """Function that makes the sequences of a sample from a source.
 
     With a ``seed`` samples are augmented as the recipe says. It decides together with the sample's restore key what is
     drawn: every epoch reads something else, and a restored stream the same again.
@@ -185,7 +185,7 @@ def sequence_reader(
 
 @dataclass
 class StreamState:
-    """Where a stream stands: its last snapshot, the rows taken since, and what became of its samples."""
+    """State of a stream: its last snapshot, the rows taken since, and counts of its samples."""
 
     snapshot: bytes | None = None  # None: from the beginning
     replay: int = 0
@@ -194,7 +194,7 @@ class StreamState:
 
 
 class StreamReader:
-    """Iterates over (row, snapshot or None) of one stream, from where ``state`` says.
+    """Iterator over (row, snapshot or None) of one stream, from ``state`` on.
 
     Raises:
         UserError: the snapshot in ``state`` cannot be read.

@@ -1,1 +1,1 @@
-"""What the encoders are given: log-mel frames of sound, patches of images and video."""
+"""Features that the encoders take: log-mel frames of sound, patches of images and video."""

@@ -1,4 +1,4 @@
-"""Log-mel frames as Whisper has them. Axis letters: F frames, M mel bins."""
+"""Log-mel frames as in Whisper (Radford et al. 2022). Axis letters: F frames, M mel bins."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def log_mel(waveform: np.ndarray, bins: int = 128) -> np.ndarray:
 
 
 def _mirrored(waveform: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Samples at indices before and after the waveform's own; ``numpy.pad`` takes as long as a second's spectrum."""
+    """Samples of the mirrored waveform at any indices; ``numpy.pad`` would take as long as a second's spectrum."""
     period = max(2 * (len(waveform) - 1), 1)
     indices = indices % period
     return waveform[np.minimum(indices, period - indices)]

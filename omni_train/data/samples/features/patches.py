@@ -17,10 +17,12 @@ EXTREME_RATIO = 200  # of one side to the other
 
 
 def image_size(height: int, width: int, *, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """The size (height, width) that an image is resized to: multiples of ``factor``, shape kept, pixels within bounds.
+    """Size (height, width) that an image is resized to: multiples of ``factor``, shape kept, pixels within bounds.
 
-    The rule of ``transformers``' ``Qwen2VLImageProcessor``. Raises ValueError where one side is more than 200 times the
-    other.
+    The rule is that of ``transformers``' ``Qwen2VLImageProcessor``.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
     """
     return _within_bounds(1, 1, height, width, factor, min_pixels, max_pixels)
 
@@ -28,10 +30,12 @@ def image_size(height: int, width: int, *, factor: int, min_pixels: float, max_p
 def video_size(
     frames: int, height: int, width: int, *, temporal: int, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
-    """The size (height, width) that a video's frames are resized to; the bounds are of all ``frames`` together.
+    """Size (height, width) that a video's frames are resized to; the bounds are of all ``frames`` together.
 
-    ``temporal`` is the number of frames in a patch. The rule of ``transformers``' ``Qwen3VLVideoProcessor``. Raises
-    ValueError where one side is more than 200 times the other.
+    ``temporal`` is the number of frames in a patch. The rule is that of ``transformers``' ``Qwen3VLVideoProcessor``.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
     """
     if min(height, width) < factor:
         scale = factor / min(height, width)
@@ -54,7 +58,7 @@ def _within_bounds(frames, whole_frames, height, width, factor, min_pixels, max_
 
 
 def resize(frame_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A frame (H, W, C) uint8 resized, bicubic with antialiasing, to the very bytes that ``torchvision`` gives."""
+    """Resized frame (H, W, C) uint8, bicubic with antialiasing, to the very bytes that ``torchvision`` gives."""
     if frame_HWC.shape[:2] == (height, width):
         return frame_HWC
     frame_1CHW = torch.from_numpy(frame_HWC).permute(2, 0, 1)[None]

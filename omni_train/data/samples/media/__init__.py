@@ -1,4 +1,4 @@
-"""Reading media: bytes of a file become a waveform or patches, or a SampleError with one short stable reason.
+"""Reading of media: bytes of a file become a waveform or patches, or a SampleError with one short stable reason.
 
 A file is taken for what its bytes say, never for what it is called. Nothing else than SampleError comes out of the
 readers whatever the bytes are, and nothing stays open. Reasons, with the medium's name before each:

@@ -1,4 +1,4 @@
-"""Sound of any common file as a mono waveform: of 16 kHz for what listens, of the codec's rate for what speaks."""
+"""Sound of any common file as a mono waveform: at 16 kHz for encoders, at the codec's rate for speech models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SAY_THEIR_LENGTH = {"mov", "matroska", "flac", "asf", "avi", "aiff", "au", "caf"
 
 
 class _Bytes(io.BytesIO):
-    """Bytes in which a seek to before the beginning, as damaged lengths lead to, stays where it is.
+    """Bytes in which a seek to before the beginning, as damaged lengths cause, does not move.
 
     soundfile would print an error raised here instead of passing it on.
     """
@@ -63,7 +63,7 @@ def read_audio(
     sampling_rate: int = SAMPLE_RATE,
     most: float | None = None,
 ) -> np.ndarray:
-    """The waveform (n,) float32 of ``sampling_rate`` of the part from ``start`` to ``end`` seconds.
+    """Waveform (n,) float32 at ``sampling_rate`` of the part of a sound from ``start`` to ``end`` seconds.
 
     Channels become one as ``soundtrack.mixing`` says. Time counts from where the file begins to play, and silence
     stands where it has no sound. Only the part is decoded, in blocks. What is longer than ``most`` seconds, for which
@@ -75,14 +75,14 @@ def read_audio(
 
 
 def decoded_seconds(data: bytes, media: MediaConfig) -> float:
-    """How long a sound is that is decoded to its end and kept nowhere. Raises as ``read_audio``."""
+    """Length of a sound in seconds, by decoding it to its end without keeping it; raises as ``read_audio``."""
     with _blocks_of(data, _Bound(media), 0.0, None) as blocks:
         return sum(len(block) / rate for rate, block in _checked(blocks, _Bound(media)))
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """How long a sound may be, in seconds: by the recipe, and by where it is to go."""
+    """Bound on the length of a sound in seconds, by the recipe and by the room of its row."""
 
     media: MediaConfig
     most: float | None = None
@@ -97,7 +97,7 @@ class _Bound:
 
 @contextlib.contextmanager
 def _blocks_of(data: bytes, bound: _Bound, start: float, end: float | None) -> Iterator[Iterator[Block]]:
-    """The blocks of a part of a sound, while its file is open."""
+    """Context with the blocks of a part of a sound, in which its file is open."""
     _refuse_broken(data)
     with refused_as("audio_unreadable"):
         file = _sound_file(data)
@@ -117,7 +117,7 @@ def _blocks_of(data: bytes, bound: _Bound, start: float, end: float | None) -> I
 
 
 def audio_seconds(data: bytes) -> float:
-    """How long a sound is; of what it cannot tell without, the last packets are decoded. Raises as ``read_audio``."""
+    """Length of a sound in seconds, by its header or else its last packets; raises as ``read_audio``."""
     _refuse_broken(data)
     with refused_as("audio_unreadable"):
         file = _sound_file(data)
@@ -135,7 +135,7 @@ def audio_seconds(data: bytes) -> float:
 def waveform_of(
     blocks: Iterator[Block], media: MediaConfig, sampling_rate: int = SAMPLE_RATE, most: float | None = None
 ) -> np.ndarray:
-    """Check and resample blocks of mono sound to (n,) float32 of ``sampling_rate``. Raises SampleError."""
+    """Waveform (n,) float32 at ``sampling_rate`` of blocks of mono sound, which are checked. Raises SampleError."""
     samples = bytearray()  # grows in place, where joining pieces would need the room of all of them twice
     checked = _checked(blocks, _Bound(media, most))
     for rate, group in itertools.groupby(checked, key=lambda block: block[0]):  # joined recordings may differ
@@ -151,7 +151,7 @@ def waveform_of(
 
 
 def _checked(blocks: Iterator[Block], bound: _Bound) -> Iterator[Block]:
-    """The blocks, each of them looked at. Raises SampleError."""
+    """Blocks, each of which is checked. Raises SampleError."""
     seconds = 0.0
     for rate, block in blocks:
         if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
@@ -171,7 +171,7 @@ def _refuse_broken(data: bytes) -> None:
 
 
 def _sound_file(data: bytes) -> soundfile.SoundFile | None:
-    """The file as libsndfile opens it; None where it does not, or finds no samples: FFmpeg has the last word."""
+    """File as libsndfile opens it; None where it does not, or finds no samples: then FFmpeg is tried."""
     if data[:4] not in LIBSNDFILE:
         return None
     try:
@@ -205,7 +205,7 @@ def _file_blocks(
 
 
 def _layout(data: bytes) -> str:
-    """Where the channels belong, which libsndfile does not tell."""
+    """Layout of the channels of a file, which libsndfile does not tell."""
     with open_container(data) as container:
         return _sound_stream(container).layout.name
 
@@ -223,7 +223,7 @@ def _origin(container: av.container.InputContainer) -> float:
 
 
 def _complete(blocks: Iterator[Block], promised: float | None, start: float, end: float | None) -> Iterator[Block]:
-    """The blocks, and SampleError ``audio_damaged`` after them if they are clearly less than the file promises."""
+    """Blocks, and SampleError ``audio_damaged`` after them if they are clearly less than the file promises."""
     seconds = 0.0
     for rate, block in blocks:
         seconds += len(block) / rate
@@ -237,7 +237,7 @@ def _complete(blocks: Iterator[Block], promised: float | None, start: float, end
 def _promised_seconds(
     container: av.container.InputContainer, stream: av.audio.stream.AudioStream, origin: float, data: bytes
 ) -> float | None:
-    """Where the sound ends as the file's header says; None where it does not."""
+    """End of the sound in seconds as the file's header says; None where it does not."""
     kinds = set(container.format.name.split(","))
     if "mp3" in kinds:
         samples = mp3_samples(data)

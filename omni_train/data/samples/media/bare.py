@@ -1,4 +1,4 @@
-"""Pictures without what stands beside their pixels: texts, profiles, thumbnails, a missing end."""
+"""Images without the contents beside their pixels: texts, profiles, thumbnails, a missing end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MORE_PIXELS = b"\x5a" * 64  # bits that any scan takes for coefficients
 
 
 def bare_versions(data: bytes) -> list[bytes]:
-    """The file without what does not bear on its pixels, in versions that show the same if no pixel is missing.
+    """Versions of an image file without contents that its pixels do not need, equal in pixels if none is missing.
 
     A JPEG file that was cut off would be filled up with grey; where that begins, the two versions differ. None for
     formats whose readers pass over what they do not need.
@@ -37,7 +37,7 @@ def _bare_png(data: bytes) -> bytes:
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """Without those segments before the scans that the pixels do not need."""
+    """JPEG file without those segments before its scans that the pixels do not need."""
     kept, at = [data[:2]], 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
         length = 2 + int.from_bytes(data[at + 2 : at + 4])

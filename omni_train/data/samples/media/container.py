@@ -1,4 +1,4 @@
-"""FFmpeg containers, opened so that no file can reach outside its own bytes, and what any failure becomes."""
+"""FFmpeg containers, opened so that no file can reach outside its own bytes, and the SampleError of any failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_PACKETS = 4_000_000  # of a file: ten hours of 10 ms of sound are 3.6 milli
 
 @contextmanager
 def refused_as(reason: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a SampleError; damaged bytes make the libraries raise nearly any error."""
+    """Context that turns any error of a decoder into a SampleError; damaged bytes make libraries raise nearly any."""
     try:
         yield
     except SampleError:
@@ -32,7 +32,7 @@ def refused_as(reason: str) -> Iterator[None]:
 
 @contextmanager
 def open_container(data: bytes) -> Iterator[av.container.InputContainer]:
-    """An FFmpeg container over the bytes, closed in the end.
+    """Context with an FFmpeg container over the bytes, closed at its end.
 
     To open a file is to decode its first frames, where its header does not say all: they are bounded, too.
     """
@@ -43,7 +43,7 @@ def open_container(data: bytes) -> Iterator[av.container.InputContainer]:
 
 
 def bounded(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
-    """The packets of a file: a table in its header may promise thousands of millions, each of the same few bytes.
+    """Packets of a file, up to a bound: a table in its header may promise billions, each of the same few bytes.
 
     Raises SampleError ``too_many_packets``.
     """
@@ -54,6 +54,6 @@ def bounded(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
 
 
 def one_thread(stream: av.stream.Stream) -> None:
-    """Decode in the calling thread: loader workers are the parallelism already."""
+    """Let a stream be decoded in the calling thread: loader workers are the parallelism already."""
     stream.codec_context.thread_type = "NONE"
     stream.codec_context.thread_count = 1

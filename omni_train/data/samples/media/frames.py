@@ -1,4 +1,4 @@
-"""The frames of a stream of pictures: when a player shows each, and the frames themselves.
+"""Frames of a video stream: the times at which a player shows them, and the frames themselves.
 
 Two lists tell when frames are shown. The stamps of the packets cost nothing, but a packet need not become a frame: it
 may hold what other frames build on, or be broken, or its stamp may be made up by a container that has none (AVI). What
@@ -27,11 +27,11 @@ MOST_LOST = 0.2  # of the frames, to damage and to what builds on it; a file tha
 
 
 class Misplaced(Exception):
-    """Decoding did not give the frame whose time was asked for."""
+    """Error of decoding that did not give the frame whose time was asked for."""
 
 
 class Packets:
-    """The packets of a stream in the order of decoding, none of them empty."""
+    """Packets of a stream in the order of decoding, none of them empty."""
 
     def __init__(self, stream: av.video.stream.VideoStream, packets: list[av.Packet]):
         self.stream, self.packets = stream, packets
@@ -39,12 +39,12 @@ class Packets:
 
     @property
     def last_seconds(self) -> float:
-        """How long the last is shown; 0 if it does not say."""
+        """Time in seconds for which the last frame is shown; 0 if it does not say."""
         return (self.packets[-1].duration or 0) * float(self.stream.time_base)
 
     @cached_property
     def keyframes(self) -> list[tuple[int, int]]:
-        """Stamps of those at which decoding can begin, with their places; also of those that are never shown."""
+        """(stamp, index) of the packets at which decoding can begin, also of those that are never shown."""
         return sorted((p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None)
 
     def decode(self, begin: int) -> Iterator[tuple[int, av.VideoFrame | None]]:
@@ -81,18 +81,18 @@ class Packets:
 
 @dataclass(frozen=True)
 class Stamped:
-    """Frames where the packets say that they are."""
+    """Frames at the times that their packets say."""
 
     packets: Packets
     ticks: np.ndarray  # (n,) int64, ascending, of the stream's clock
 
     @property
     def seconds(self) -> np.ndarray:
-        """Times (n,) float64 of the container's clock."""
+        """Times (n,) float64 of the frames in seconds, by the container's clock."""
         return self.ticks * float(self.packets.stream.time_base)
 
     def take(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
-        """The frames of ascending ``indices``, passing over stretches on which none of them builds.
+        """Frames of ascending ``indices``, passing over stretches on which none of them builds.
 
         Raises Misplaced as soon as one is not where its packet says.
         """
@@ -115,14 +115,14 @@ class Stamped:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Frames where decoding all of them puts them."""
+    """Frames at the times that decoding all of them gives."""
 
     packets: Packets
     places: np.ndarray  # (n,) int64, ascending, among all frames that decoding gives
     seconds: np.ndarray  # (n,) float64 of the container's clock, ascending
 
     def take(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
-        """The frames of ascending ``indices``."""
+        """Frames of ascending ``indices``."""
         whole = (frame for _, frame in self.packets.decode(0) if frame is not None)
         reached = -1
         for place in self.places[indices].tolist():
@@ -131,7 +131,7 @@ class Decoded:
 
 
 def stamped(packets: Packets) -> Stamped:
-    """The frames that packets announce. Raises Misplaced where they lack stamps, or have such as cannot be right."""
+    """Frames that packets announce; raises Misplaced where stamps are missing or cannot be right."""
     shown = [packet.pts for packet in packets.packets if not packet.is_discard]
     order = [packet.dts for packet in packets.packets if packet.dts is not None]
     if None in shown or len(set(shown)) < len(shown) or any(a > b for a, b in itertools.pairwise(order)):
@@ -143,7 +143,7 @@ def stamped(packets: Packets) -> Stamped:
 
 
 def decoded(packets: Packets) -> Decoded:
-    """The frames that decoding gives. Raises SampleError ``video_damaged`` where too many are lost."""
+    """Frames that decoding gives; raises SampleError ``video_damaged`` where too many are lost."""
     stamps, lost = [], 0
     for _, frame in packets.decode(0):
         if frame is None:

@@ -1,4 +1,4 @@
-"""Images as patches."""
+"""Reading of images as patches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_image(data: bytes, media: MediaConfig, vision: VisionEncoderConfig) -> 
 
 
 def _pixels_alone(data: bytes, media: MediaConfig, vision: VisionEncoderConfig) -> np.ndarray | None:
-    """Pixels (H, W, 3) uint8 of a picture whose other contents may be broken; None if its pixels are."""
+    """Pixels (H, W, 3) uint8 of an image whose other contents may be broken; None if its pixels are."""
     try:
         versions = [_pixels(bare, media, vision) for bare in bare_versions(data)]
     except SampleError:
@@ -63,7 +63,7 @@ def _pixels_alone(data: bytes, media: MediaConfig, vision: VisionEncoderConfig) 
 
 
 def _pixels(data: bytes, media: MediaConfig, vision: VisionEncoderConfig) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 as they are meant to be seen. Raises SampleError."""
+    """Pixels (H, W, 3) uint8 of an image as it is meant to be seen. Raises SampleError."""
     with warnings.catch_warnings(), refused_as("image_unreadable"):
         warnings.simplefilter("ignore")  # Pillow's own opinion of sizes and of odd metadata
         try:
@@ -102,7 +102,7 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture as the camera was held, where its EXIF can be read."""
+    """Image turned as the camera was held, where its EXIF can be read."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # whatever broken metadata lead to; the pixels are whole

@@ -1,6 +1,6 @@
-"""The sound of an FFmpeg stream on the clock of its file: every sample stands where its timestamp says.
+"""Sound of an FFmpeg stream on the clock of its file: every sample stands where its timestamp says.
 
-Silence stands where no packet has sound, and where one cannot be decoded; what overlaps is heard once. The same holds
+Silence stands where no packet has sound, and where one cannot be decoded; what overlaps is taken once. The same holds
 for the whole and for a part, which is read from a packet shortly before it.
 """
 
@@ -32,7 +32,7 @@ SHORTEST_PACKET = 0.02  # seconds, where a container does not say
 UNDECODABLE_SECONDS, UNDECODABLE_SHARE = 0.1, 0.01  # of sound, and of what was decoded, that may become silence
 
 Block = tuple[int, np.ndarray]
-"""Sample rate in Hz, and mono samples (n,) float32."""
+"""Block of sound: sampling rate in Hz, and mono samples (n,) float32."""
 
 
 def stream_blocks(
@@ -42,7 +42,7 @@ def stream_blocks(
     start: float,
     end: float | None,
 ) -> Iterator[Block]:
-    """The sound of decoded ``frames`` from ``start`` to ``end``, in seconds after ``origin`` of the stream's clock.
+    """Blocks of the sound of ``frames`` from ``start`` to ``end``, in seconds after ``origin`` of the stream's clock.
 
     Raises SampleError ``audio_damaged``.
     """
@@ -53,7 +53,7 @@ def stream_blocks(
 def packet_frames(
     packets: Iterable[av.Packet], stream: av.audio.stream.AudioStream, begin: float
 ) -> Iterator[av.AudioFrame]:
-    """Decode all packets of a stream from what a sound at ``begin`` seconds of its clock builds on.
+    """Frames of a stream from those that a sound at ``begin`` seconds of its clock builds on.
 
     One packet may be such that it cannot be decoded, or a tenth of a second and a hundredth of the sound. Raises
     SampleError ``audio_damaged`` where it is more, or the last: the file ends within it.
@@ -64,7 +64,7 @@ def packet_frames(
 def frames_after(
     container: av.container.InputContainer, stream: av.audio.stream.AudioStream, begin: float, data: bytes
 ) -> Iterator[av.AudioFrame]:
-    """As ``packet_frames``, from a container over ``data`` of which no more than needed is read."""
+    """Frames as of ``packet_frames``, from a container over ``data`` of which no more than needed is read."""
     first = stream.start_time or 0
     target = int((begin - PREROLL_SECONDS) / stream.time_base)
     if target <= first:
@@ -81,7 +81,7 @@ def frames_after(
 
 
 def last_seconds(container: av.container.InputContainer, stream: av.audio.stream.AudioStream, data: bytes) -> float:
-    """The timestamp of the last packet, by the clock of ``packet_frames``: headers may not say it, or guess it."""
+    """Timestamp in seconds of the last packet, by the clock of ``packet_frames``: headers may lack or guess it."""
     stamps: list[int] = []
     if not _clock_jumps(container, data):
         with contextlib.suppress(av.FFmpegError):
@@ -97,7 +97,7 @@ def last_seconds(container: av.container.InputContainer, stream: av.audio.stream
 
 
 def end_of(frames: Iterator[av.AudioFrame], stream: av.audio.stream.AudioStream, origin: float) -> float:
-    """When the last of the frames ends, in seconds after ``origin``. Raises SampleError ``audio_damaged``."""
+    """End of the last of the frames, in seconds after ``origin``. Raises SampleError ``audio_damaged``."""
     end = 0.0
     with refused_as("audio_damaged"):
         for clock, frame in _timed(frames, float(stream.time_base), origin):
@@ -107,7 +107,7 @@ def end_of(frames: Iterator[av.AudioFrame], stream: av.audio.stream.AudioStream,
 
 @functools.cache
 def mixing(layout: str, channels: int) -> np.ndarray:
-    """The weights (channels,) float32 by which channels become one.
+    """Weights (channels,) float32 by which channels are mixed to one.
 
     Two are averaged. More are mixed as libswresample does it by the coefficients of ITU-R BS.775: the centre as it is,
     left and right at -3 dB, those around at -6 dB, and the effects left out. What has no place is averaged.
@@ -133,7 +133,7 @@ def _clock_jumps(container: av.container.InputContainer, data: bytes) -> bool:
 
 
 def _on_one_clock(packets: Iterable[av.Packet], stream: av.audio.stream.AudioStream) -> Iterator[av.Packet]:
-    """The packets, those of a recording that was joined to another timed from where that ended."""
+    """Packets, those of a recording that was joined to another timed from where that ended."""
     second = 1 / float(stream.time_base)  # in ticks
     begin, due, shift = None, None, 0
     for packet in packets:
@@ -184,7 +184,7 @@ def _decoded(packets: Iterable[av.Packet], stream: av.audio.stream.AudioStream) 
 
 
 def _timed(frames: Iterator[av.AudioFrame], tick: float, origin: float) -> Iterator[tuple[float, av.AudioFrame]]:
-    """Each frame and when it begins: where the one before ended, or else where its timestamp says."""
+    """(begin in seconds, frame) of each frame: where the one before ended, or else where its timestamp says."""
     due = None
     for frame in frames:
         clock = (frame.pts or 0) * tick - origin
@@ -215,7 +215,7 @@ def _placed(frames: Iterator[av.AudioFrame], tick: float, origin: float, start: 
 
 
 def _mono(frame: av.AudioFrame, converters: dict[tuple, av.AudioResampler]) -> np.ndarray:
-    """The samples (n,) float32 of a frame; what converts a kind of frame is kept for the next."""
+    """Samples (n,) float32 of a frame mixed to mono; the converter of a kind of frame is kept for the next."""
     channels = frame.layout.nb_channels
     kind = frame.format.name, frame.layout.name, frame.sample_rate
     if kind not in converters:
@@ -232,7 +232,7 @@ def _mono(frame: av.AudioFrame, converters: dict[tuple, av.AudioResampler]) -> n
 
 
 def _gathered(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The same samples in blocks of about BLOCK_SAMPLES: those of a codec are so short that each is mostly overhead."""
+    """Same samples in blocks of about BLOCK_SAMPLES: those of a codec are so short that each is mostly overhead."""
     for rate, group in itertools.groupby(blocks, key=lambda block: block[0]):
         pieces, samples = [], 0
         for _, piece in group:

@@ -1,4 +1,4 @@
-"""Files that were cut off, seen from the lengths that they themselves give; decoders often take the cut for the end."""
+"""Detection of files that were cut off, by the lengths that they give; decoders often take the cut for the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def breaks_off(data: bytes) -> bool:
 
 
 def _caf_breaks_off(data: bytes) -> bool:
-    """Chunks follow each other to the end of the file."""
+    """Whether a CAF file breaks off: its chunks must follow each other to the end of the file."""
     at = 8
     while at + 12 <= len(data):
         size = int.from_bytes(data[at + 4 : at + 12])
@@ -62,7 +62,7 @@ def is_joined(data: bytes) -> bool:
 
 
 def without_inner_tags(data: bytes) -> bytes:
-    """An MP3 or ADTS file without the ID3 tags in its middle, with which those begin that were joined to the first."""
+    """MP3 or ADTS file without the ID3 tags in its middle, with which files begin that were joined to the first."""
     if data[:3] != b"ID3" and not (data[:1] == b"\xff" and data[1] & 0xE0 == 0xE0):
         return data
     kept, end, at = [], 0, 10 + _synchsafe(data[6:10]) if data[:3] == b"ID3" else 1
@@ -73,12 +73,12 @@ def without_inner_tags(data: bytes) -> bytes:
 
 
 def _synchsafe(size: bytes) -> int:
-    """Four times seven bits."""
+    """Synchsafe size of an ID3 tag: four bytes of seven bits each."""
     return sum((byte & 127) << shift for byte, shift in zip(size, (21, 14, 7, 0), strict=False))
 
 
 def mp3_samples(data: bytes) -> int | None:
-    """The samples that the first frame of an MP3 file promises (Xing, Info or VBRI); None where it does not."""
+    """Number of samples that the first frame of an MP3 file promises (Xing, Info or VBRI); None where it does not."""
     at = 10 + _synchsafe(data[6:10]) if data[:3] == b"ID3" else 0
     frame = data[at : at + 192]
     if len(frame) < 192 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2:  # layer III
@@ -96,13 +96,13 @@ def mp3_samples(data: bytes) -> int | None:
 
 
 def ogg_checksum(page: bytes) -> int:
-    """The CRC of an Ogg page whose own is set to 0: that of zlib with all bits the other way round, and from 0."""
+    """CRC of an Ogg page whose own is set to 0: that of zlib with all bits reversed, and from 0."""
     reflected = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(reflected.to_bytes(4, "little").translate(REVERSED))
 
 
 def _ogg_breaks_off(data: bytes) -> bool:
-    """Pages must follow each other, each of them whole; only the flag of the last may be missing."""
+    """Whether an Ogg file breaks off: whole pages must follow each other; only the flag of the last may be missing."""
     at = 0
     while data[at : at + 4] == b"OggS":
         number = data[at + 26] if at + 27 <= len(data) else 0  # of segments, which may be none
@@ -117,7 +117,7 @@ def _ogg_breaks_off(data: bytes) -> bool:
 
 
 def _matroska_breaks_off(data: bytes) -> bool:
-    """All data lie in one segment after the header, and its elements and those of its clusters follow each other."""
+    """Whether a Matroska file breaks off: after the header, elements must fill its one segment, and its clusters."""
     size, begin = _matroska_size(data, 4)
     segment = begin + size
     if data[segment : segment + 4] != SEGMENT:
@@ -139,7 +139,7 @@ def _matroska_breaks_off(data: bytes) -> bool:
 
 
 def _matroska_size(data: bytes, at: int) -> tuple[int, int]:
-    """The size at an offset, written in one to eight bytes, and where what it measures begins; 0 if unknown."""
+    """Size that is written in one to eight bytes at an offset, 0 if unknown, and the offset behind it."""
     length = 9 - data[at].bit_length() if at < len(data) else 1
     ones = (1 << 7 * length) - 1
     size = int.from_bytes(data[at : at + length]) & ones
@@ -147,7 +147,7 @@ def _matroska_size(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _mp4_breaks_off(data: bytes) -> bool:
-    """Top-level boxes follow each other to the end of the file."""
+    """Whether an MP4 file breaks off: top-level boxes must follow each other to the end of the file."""
     at = 0
     while data[at + 4 : at + 8] in MP4_BOXES:
         size = int.from_bytes(data[at : at + 4])
@@ -160,8 +160,10 @@ def _mp4_breaks_off(data: bytes) -> bool:
 
 
 def _mp4_lies(data: bytes) -> bool:
-    """Whether the tables of samples promise more of them than there can be: FFmpeg makes room for all of them, where a
-    table says once how large each is."""
+    """Whether the sample tables of an MP4 file promise more samples than there can be.
+
+    FFmpeg allocates room for all of them, where a table says once how large each is.
+    """
     at, samples = 0, 0
     while at + 8 <= len(data):
         size, kind, body = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], at + 8

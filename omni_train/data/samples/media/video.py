@@ -1,4 +1,4 @@
-"""Videos as patches of sampled frames, with or without their sound."""
+"""Reading of videos as patches of sampled frames, with or without their sound."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOCK = 0.001  # seconds: times of whole milliseconds, as Matroska has them, may
 
 @dataclass(frozen=True)
 class Video:
-    """A video as the encoders take it; times count from the beginning of the part that was asked for."""
+    """Video as the encoders take it; times count from the beginning of the part that was asked for."""
 
     patches: np.ndarray  # (P, D) uint8
     grid: tuple[int, int, int]  # (t, h, w) patches
@@ -48,7 +48,7 @@ def read_video(
     max_tokens: int | None = None,
     most_sound: float | None = None,
 ) -> Video:
-    """Sample frames of the part from ``start`` to ``end`` seconds, and read its sound where asked for and there.
+    """Sampled frames of the part from ``start`` to ``end`` seconds, with its sound where asked for and there.
 
     Frames are taken evenly from the first to the last that are shown in the part, ``media.video_fps`` a second within
     the bounds of the recipe, as ``transformers``' ``Qwen3VLVideoProcessor`` does (``numpy.linspace`` over their
@@ -67,9 +67,9 @@ def read_video(
         stream = _picture_stream(container, media)
         stream.codec_context.options = {"max_pixels": str(media.max_source_pixels)}
         speaker = container.streams.audio[0] if sound and container.streams.audio else None
-        packets, heard = _demux(container, stream, speaker, media)
+        packets, sounds = _demux(container, stream, speaker, media)
         shape = stream.height, _shown_width(stream)
-        origin = (container.start_time or 0) / av.time_base  # where the earliest stream begins, heard or not
+        origin = (container.start_time or 0) / av.time_base  # where the earliest stream begins, read or not
 
         def sample(frames: Stamped | Decoded) -> tuple[np.ndarray, list[np.ndarray]]:
             """The times of the sampled frames in the part, and their pixels."""
@@ -86,7 +86,7 @@ def read_video(
                 shown, pixels = sample(stamped(packets))
             except Misplaced:
                 shown, pixels = sample(decoded(packets))
-        waveform = _sound(heard, speaker, origin, start, end, media, most_sound) if speaker else None
+        waveform = _sound(sounds, speaker, origin, start, end, media, most_sound) if speaker else None
     patches, grid = patchify(np.stack(pixels), vision)
     number, temporal = len(shown), vision.temporal_patch_size
     shown = np.concatenate([shown, shown[-1:].repeat(-number % temporal)]).reshape(-1, temporal)
@@ -95,7 +95,7 @@ def read_video(
 
 
 def _picture_stream(container: av.container.InputContainer, media: MediaConfig) -> av.video.stream.VideoStream:
-    """The moving pictures that a player chooses: a cover is none, and what is switched off comes last."""
+    """Video stream that a player chooses: a cover is none, and one that is switched off comes last."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     streams.sort(key=lambda s: not s.disposition & av.stream.Disposition.default)
     if not streams or not streams[0].width * streams[0].height:
@@ -106,7 +106,7 @@ def _picture_stream(container: av.container.InputContainer, media: MediaConfig) 
 
 
 def _shown_width(stream: av.video.stream.VideoStream) -> int:
-    """The width in square pixels: those of discs and of broadcasts are often wider than high."""
+    """Width in square pixels: pixels of discs and of broadcasts are often wider than high."""
     return max(1, round(stream.width * float(stream.sample_aspect_ratio or 1)))
 
 
@@ -116,24 +116,24 @@ def _demux(
     speaker: av.audio.stream.AudioStream | None,
     media: MediaConfig,
 ) -> tuple[Packets, list[av.Packet]]:
-    """The packets of the pictures and of the sound; none is decoded yet."""
-    seen, heard = [], []
+    """Packets of the video stream and of the sound; none is decoded yet."""
+    pictures, sounds = [], []
     most = media.max_source_frames * min(1.0, FRAME_PIXELS / (stream.width * stream.height))
     with refused_as("video_damaged"):
         for packet in bounded(container.demux([stream, speaker] if speaker else stream)):
             if packet.stream is speaker:
-                heard.append(packet)
+                sounds.append(packet)
             elif packet.size:
-                seen.append(packet)
-                if len(seen) > most:
+                pictures.append(packet)
+                if len(pictures) > most:
                     raise SampleError("video_too_long")
-    if all(packet.is_discard for packet in seen):
+    if all(packet.is_discard for packet in pictures):
         raise SampleError("video_empty")
-    return Packets(stream, seen), heard
+    return Packets(stream, pictures), sounds
 
 
 def _part(times: np.ndarray, last: float, start: float, end: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the frames that are shown from ``start`` to ``end``, and from when on in the part.
+    """Indices of the frames that are shown from ``start`` to ``end``, and their times in the part.
 
     ``times`` (n,) are those of all, of which the last is shown for ``last`` seconds. A frame is shown until the next
     begins, so that the first of a part is mostly one that begins before it.
@@ -149,7 +149,7 @@ def _part(times: np.ndarray, last: float, start: float, end: float | None) -> tu
 def _fit(
     times: np.ndarray, height: int, width: int, media: MediaConfig, vision: VisionEncoderConfig, max_tokens: int | None
 ) -> tuple[int, tuple[int, int]]:
-    """How many frames to sample of those at ``times``, and the size (height, width) they get."""
+    """Number of frames to sample of those at ``times``, and the size (height, width) they get."""
     temporal, factor = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
 
     def size_of(frames: int, budget: float | None = None) -> tuple[int, int]:
@@ -180,7 +180,7 @@ def _fit(
 
 
 def _pixels(frame: av.VideoFrame, size: tuple[int, int], convert: VideoReformatter) -> np.ndarray:
-    """A frame (height, width, 3) uint8, turned and mirrored as its display matrix says; ``size`` is before that."""
+    """Pixels (height, width, 3) uint8 of a frame, turned and mirrored by its display matrix; ``size`` is before it."""
     pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     # It takes a pixel of column p and row q to (a p + c q, b p + d q).
@@ -200,7 +200,7 @@ def _sound(
     media: MediaConfig,
     most: float | None,
 ) -> np.ndarray | None:
-    """The waveform from ``start`` on, in seconds of the pictures' clock after ``origin``; None where there is none."""
+    """Waveform from ``start`` on, in seconds of the frames' clock after ``origin``; None where there is none."""
     try:
         frames = packet_frames(packets, stream, origin + start)
         return waveform_of(stream_blocks(frames, stream, origin, start, end), media, most=most)
