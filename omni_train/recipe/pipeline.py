@@ -174,7 +174,7 @@ def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[
 
 
 def _started(recipe: Recipe, before: dict[str, Recipe]) -> Recipe:
-    """Recipe of a stage with run directories in the place of stages' names; `init_from` is the one before by default."""
+    """Recipe of a stage with run directories in the place of stages' names; `init_from` is by default that before."""
 
     def directory(source: str) -> str:
         return str(Path(before[source].runs_dir, before[source].run)) if source in before else source
