@@ -123,7 +123,7 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
     return engine
 
 
-def spoil(engine) -> None:
+def skip_next_step(engine) -> None:
     """Make DeepSpeed skip the next step of an engine and drop its gradients. Collective.
 
     All networks of an objective step, or none: where the gradient of one is not finite, the others are skipped too.

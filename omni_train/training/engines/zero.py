@@ -18,7 +18,7 @@ from omni_train.errors import UserError
 from omni_train.objectives.base import GlobalBatch
 from omni_train.recipe.schema import Recipe
 from omni_train.training.engines.base import Engine, StepResult, global_sums
-from omni_train.training.engines.deepspeed import forget_groups, import_deepspeed, spoil, wrap
+from omni_train.training.engines.deepspeed import forget_groups, import_deepspeed, skip_next_step, wrap
 from omni_train.training.engines.gradients import Arrivals, Finite
 from omni_train.training.engines.metrics import Totals
 from omni_train.training.engines.optimizer import freeze, parameter_groups, set_learning_rate
@@ -133,7 +133,7 @@ class ZeroEngine(Engine):
         updated, first = self._finite.everywhere() and math.isfinite(metrics.get("loss", 0.0)), next(iter(self.engines))
         if not updated:
             for engine in stepping.values():
-                spoil(engine)
+                skip_next_step(engine)
         for name, engine in stepping.items():
             engine.step()
             updated = updated and engine.was_step_applied()
