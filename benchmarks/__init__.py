@@ -1,1 +1,1 @@
-"""What `make bench` measures. Each module's ``run()`` returns rows of name, value and unit."""
+"""Benchmarks of `make bench`. Each module's ``run()`` returns rows of name, value and unit."""

@@ -20,7 +20,7 @@ HEADING = "## Results\n"
 
 
 def machine() -> str:
-    """The machine and the versions that results belong to."""
+    """Description of the machine and the versions that results belong to."""
     cores = len(os.sched_getaffinity(0))
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
@@ -39,7 +39,7 @@ def _processor() -> str:
 
 
 def formatted(value: float) -> str:
-    """Three significant digits, and whole numbers from 100 on."""
+    """Value with three significant digits, and as a whole number from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

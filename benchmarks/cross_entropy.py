@@ -46,7 +46,7 @@ def peak_bytes(tokens: int, words: int, hidden_size: int, chunk_tokens: int) -> 
 
 
 def _seconds(*losses, repeats: int = 5) -> list[float]:
-    """Best of several forward and backward passes of each; they take turns, so that a busy machine slows all alike."""
+    """Best seconds of forward and backward passes of each loss; they take turns, so a busy machine slows all alike."""
     times = [[] for _ in losses]
     for _ in range(repeats + 1):
         for loss, own in zip(losses, times, strict=True):

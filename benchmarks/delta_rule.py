@@ -46,7 +46,7 @@ def _compare(heads: int, dim: int) -> list[dict]:
 
 
 def _best(*functions: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> list[float]:
-    """Best seconds of forward and backward of each; they take turns, so that a busy machine slows all alike."""
+    """Best seconds of forward and backward of each function; they take turns, so a busy machine slows all alike."""
     seconds = [[] for _ in functions]
     for _ in range(ROUNDS + 1):
         for function, own in zip(functions, seconds, strict=True):

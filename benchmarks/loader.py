@@ -1,4 +1,4 @@
-"""The loader against a bare loop, on the rehearsal's shards and on media of the sizes of real sets, one process each.
+"""Speed of the loader against a bare loop, on the rehearsal's shards and media as large as real ones, a process each.
 
 The bare loop is what a person would write first: ``webdataset`` over the same shards, each file decoded whole by
 soundfile, Pillow or PyAV (one thread), and nothing made of it. Ours also shuffles, samples frames, computes log-mel
@@ -69,7 +69,7 @@ def _video(data: bytes, sound: bool) -> None:
 
 
 def recipe(root: Path) -> Recipe:
-    """The rehearsal's mix in long rows, loaded in the calling process."""
+    """Recipe of the rehearsal's mix in long rows, loaded in the calling process."""
     found = load_recipe(["stage=s2_general", "model=tiny", "data=rehearsal_omni", f"data.path={root}"])
     changes = {"row_tokens": ROW_TOKENS, "alignment": ALIGNMENT, "streams": 1, "workers": 0}
     found.data = replace(found.data, **changes)
@@ -77,7 +77,7 @@ def recipe(root: Path) -> Recipe:
 
 
 def ours(whole: Recipe, folder: Path, samples: int) -> float:
-    """Seconds a sample of a loader of this folder alone, over as many samples as it has."""
+    """Seconds per sample of a loader of one folder alone, over ``samples`` samples."""
     # A row is made of little more than its own sequences, so that those of the rows are all that were decoded.
     data = replace(whole.data, sources=[SourceConfig(str(folder))], packing_buffer=1)
     rows = iter(build_loader(data, whole.model, seed=1))
@@ -91,7 +91,7 @@ def ours(whole: Recipe, folder: Path, samples: int) -> float:
 
 
 def compare(whole: Recipe, folder: Path, *, sound: bool) -> tuple[int, tuple[float, float]]:
-    """The samples of a folder, and the seconds that each takes the bare loop and the loader."""
+    """Number of samples of a folder, and seconds per sample of the bare loop and the loader."""
     start = time.perf_counter()
     samples = bare(folder, sound=sound)
     theirs = (time.perf_counter() - start) / samples

@@ -1,4 +1,4 @@
-"""A step of S3 on long rows: the tiny Thinker on two context-parallel processes, everything trained, all recomputed.
+"""Speed and memory of a step of S3 on long rows: the tiny Thinker on two context ranks, all trained and recomputed.
 
 A row is 9 % sound in one clip (an hour of it in 262,144 tokens), some pictures, and texts of at most 16,384 tokens.
 Each length has processes of its own, so that the peak of memory is its own.
@@ -32,13 +32,13 @@ PICTURES = [(1, 24, 32)] * 3
 
 
 def recipe(tokens: int) -> Recipe:
-    """S3 as its recipe says, on rows of another length and two processes."""
+    """Recipe of S3, on rows of another length and two processes."""
     overrides = ["stage=s3_long_context", "model=tiny", "precision=fp32", "data=rehearsal", "parallel=single"]
     return load_recipe([*overrides, f"parallel.context={RANKS}", f"data.row_tokens={tokens}"])
 
 
 def row(settings: Recipe) -> PackedBatch:
-    """Random tokens, sound and pictures."""
+    """Row of random tokens, sound and pictures."""
     draw, model, total = np.random.default_rng(7), settings.model, settings.data.row_tokens
     frames = int(total * SOUND_FRAMES)
     heard = np.arange(audio_tokens(frames, model.audio))
@@ -73,13 +73,13 @@ def _ids(draw: np.random.Generator, count: int, vocabulary: int) -> np.ndarray:
 
 
 def peak_gigabytes() -> float:
-    """The most memory that this process has had, in GiB."""
+    """Peak memory of this process, in GiB."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
 
 
 def step(rank: int, tokens: int, port: int, results: multiprocessing.Queue) -> None:
-    """A process: take one step and report seconds, peak memory and loss."""
+    """Run a process that takes one step and reports seconds and peak memory."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def run(lengths: tuple[int, ...] = LENGTHS) -> list[dict]:
             process.join()
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"the step on {tokens} tokens failed")
-        seconds, memory = (max(figure) for figure in zip(*(results.get() for _ in processes), strict=True))
+        seconds, memory = (max(values) for values in zip(*(results.get() for _ in processes), strict=True))
         name = f"S3 step, {tokens:,} tokens"
         rows += [
             {"name": f"{name}, {tokens * SOUND_FRAMES / 6000:.0f} min of sound", "value": seconds, "unit": "s"},

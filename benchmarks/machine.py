@@ -1,4 +1,4 @@
-"""What the settings of omni_train/machine.py are worth, by hand: ``python -m benchmarks.machine [TOKENS [ROUNDS]]``.
+"""Effect of the settings of omni_train/machine.py, run by hand: ``python -m benchmarks.machine [TOKENS [ROUNDS]]``.
 
 Four steps of the tiny Thinker on rows of TOKENS, each time in a process that has the settings: none, memory kept, and
 MKL at full width beside it. They take turns, so that a busy machine slows all. Printed are medians of whole
@@ -22,7 +22,7 @@ STEPS = 4
 
 
 def environments() -> dict[str, dict[str, str]]:
-    """The environments that are compared, by name."""
+    """Environments that are compared, by name."""
     os.environ.pop(machine.FULL_WIDTH, None)
     kept = machine.environment(1)
     os.environ[machine.FULL_WIDTH] = "1"
@@ -32,7 +32,7 @@ def environments() -> dict[str, dict[str, str]]:
 
 
 def run(environment: dict[str, str], tokens: int) -> dict:
-    """One run: processor seconds, page faults, seconds in the kernel, peak in MiB, losses."""
+    """Measurements of one run: processor seconds, page faults, seconds in the kernel, peak in MiB, losses."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"data.row_tokens={tokens}", "schedule.global_batch=1", "data.streams=1", "data.workers=1"]
         words += [f"schedule.steps={STEPS}", "schedule.eval_every=0", f"runs_dir={folder}", "run=run"]
@@ -52,7 +52,7 @@ def run(environment: dict[str, str], tokens: int) -> dict:
 
 
 def main(tokens: int = 8192, rounds: int = 5) -> None:
-    """Print a table."""
+    """Print a table of all measurements."""
     compared = environments()
     runs: dict[str, list[dict]] = {name: [] for name in compared}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Media of the sizes that real sets have, made on the spot: the rehearsal's own are small.
+"""Media of the sizes that real data sets have, generated: the rehearsal's own are small.
 
 Speech is cut from the rehearsal's long recordings. Pictures are coloured noise whose power falls with the square of
 the frequency, as that of photographs does (Field, 1987), so that codecs work as hard on them.
@@ -52,7 +52,7 @@ def build(rehearsal: Path, out: Path) -> list[Path]:
 
 
 def _speech(rehearsal: Path) -> Iterator[np.ndarray]:
-    """Stretches (n,) float32 of the long recordings, with the pauses between their sentences."""
+    """Spans (n,) float32 of the long recordings, with the pauses between their sentences."""
     shards = sorted(map(str, (rehearsal / "long_audio").glob("train-*.tar")))
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
         wave, _ = soundfile.read(io.BytesIO(sample["0.flac"]), dtype="float32")
@@ -61,7 +61,7 @@ def _speech(rehearsal: Path) -> Iterator[np.ndarray]:
 
 
 def _noise(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8."""
+    """Image of coloured noise, (height, width, 3) uint8."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     spectrum = np.fft.rfft2(random.standard_normal((3, height, width))) / np.maximum(frequency, 1 / max(height, width))
     pixels = np.fft.irfft2(spectrum, (height, width))
@@ -75,7 +75,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 
 def _mp4(random: np.random.Generator, wave: np.ndarray) -> bytes:
-    """A view that pans by two pixels a frame over a larger picture: H.264 as x264 makes it by default, and AAC."""
+    """MP4 file of a view that pans by two pixels a frame over a larger picture: H.264 with x264's defaults, and AAC."""
     height, width = FRAME
     scene = _noise(random, height, width + 2 * VIDEO_SECONDS * FPS)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The codec against ``transformers``' MimiModel and Code2Wav at the released sizes, and hours of audio that AuT hears.
+"""Speed of the codec against ``transformers``' MimiModel and Code2Wav at the released sizes, and of AuT training.
 
 Both sides are in this process, in fp32 with random weights, which cost what trained ones do. They take turns, so that a
 busy machine slows both. AuT trains at the size of the rehearsal, on the rehearsal's speech, on one process.
@@ -63,7 +63,7 @@ def _codec() -> list[dict]:
 
 
 def _take_turns(sides: tuple[Callable, ...]) -> list[float]:
-    """Median seconds of each side."""
+    """Median seconds of each side, which take turns."""
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(1 + REPEATS):  # the first warms up
         for measured, side in zip(seconds, sides, strict=True):
@@ -101,5 +101,5 @@ def _recognizer() -> list[dict]:
             engine.close()
             platform.parallel.destroy()
             platform.leave_distributed()
-    heard = sum(hours[2:]) / (sum(seconds[2:]) / 3600)
-    return [{"name": "AuT training, 1.3 M parameters, audio heard", "value": heard, "unit": "hours an hour"}]
+    rate = sum(hours[2:]) / (sum(seconds[2:]) / 3600)
+    return [{"name": "AuT training, 1.3 M parameters, audio heard", "value": rate, "unit": "hours an hour"}]

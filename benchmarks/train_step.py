@@ -1,4 +1,4 @@
-"""A training step against ``transformers``: forward, backward and AdamW of one model, on one row and on mixed lengths.
+"""Speed of a training step against ``transformers``: forward, backward and AdamW, on one row and on mixed lengths.
 
 Both sides start from the same random ``Qwen3_5MoeForCausalLM`` in fp32. Each has a process of its own, because
 Megatron's CPU emulation slows every torch call of its process, and they take turns, so that a busy machine slows both.
@@ -57,7 +57,7 @@ SIZES = dict(
 
 
 def reference_model() -> torch.nn.Module:
-    """The random model, as ``transformers`` has it: 8 layers, of which every fourth is attention."""
+    """Random model of ``transformers``: 8 layers, of which every fourth is attention."""
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
     from transformers.utils import logging
 
@@ -71,7 +71,7 @@ def reference_model() -> torch.nn.Module:
 
 
 def recipe() -> Recipe:
-    """The same model as a recipe."""
+    """Recipe of the same model."""
     return Recipe(
         stage="bench",
         run="bench",
@@ -101,7 +101,7 @@ def samples(kind: str) -> list[torch.Tensor]:
 
 
 def packed(tokens: list[torch.Tensor], alignment: int) -> list[PackedBatch]:
-    """The samples in as few rows as best-fit packing needs."""
+    """Samples in as few rows as best-fit packing needs."""
     waiting = [TokenSequence(ids.numpy(), torch.cat([ids[1:], torch.tensor([IGNORE])]).numpy()) for ids in tokens]
     rows = []
     while waiting:
@@ -112,7 +112,7 @@ def packed(tokens: list[torch.Tensor], alignment: int) -> list[PackedBatch]:
 
 
 def padded(tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The samples in batches of ``PADDED_BATCH``, each padded to its longest, as arguments of the reference."""
+    """Samples in batches of ``PADDED_BATCH``, each padded to its longest, as arguments of the reference."""
     batches = []
     for start in range(0, len(tokens), PADDED_BATCH):
         group = tokens[start : start + PADDED_BATCH]
@@ -125,7 +125,7 @@ def padded(tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def serve(side: Callable[[Path], Callable[[str], float]], folder: Path, threads: int, connection: Connection) -> None:
-    """A side's process: for every kind of samples asked for, take a step and answer with its loss and seconds."""
+    """Run the process of one side: for every kind of samples asked for, take a step and send its loss and seconds."""
     torch.set_num_threads(threads)
     step = side(folder)
     connection.send("ready")
@@ -140,7 +140,7 @@ def serve(side: Callable[[Path], Callable[[str], float]], folder: Path, threads:
 
 
 def theirs(folder: Path) -> Callable[[str], float]:
-    """The step of ``transformers``: kind of samples -> mean loss per token before the update."""
+    """Step of ``transformers``: kind of samples -> mean loss per token before the update."""
     from transformers import Qwen3_5MoeForCausalLM
     from transformers.utils import logging
 
@@ -165,7 +165,7 @@ def theirs(folder: Path) -> Callable[[str], float]:
 
 
 def ours(folder: Path) -> Callable[[str], float]:
-    """The step of our engine: kind of samples -> mean loss per token before the update."""
+    """Step of our engine: kind of samples -> mean loss per token before the update."""
     platform.init_distributed()
     from omni_train.checkpoint.sharded import load_model
     from omni_train.checkpoint.store import resolve

@@ -1,1 +1,1 @@
-"""What a run survives, tried: real commands in real processes, killed, stopped, damaged and starved, and counted."""
+"""Fault injection into runs: real commands in real processes, killed, stopped, damaged and starved, and counted."""

@@ -33,11 +33,11 @@ SCENARIOS: dict[str, tuple[Callable, int]] = {
     "damages": (damages, 36),
     "losses": (losses, 8),
 }
-"""What makes a scenario's trials, and the number of faults."""
+"""Scenario -> function that makes its trials, and the number of its faults."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 where anything went wrong; its trials' folders are kept."""
+    """Run the scenarios; returns 1 where anything went wrong, and keeps the folders of those trials."""
     options = _parser().parse_args(arguments)
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="omni_train_faults_", dir=options.folder))
@@ -104,7 +104,7 @@ def _try(trial: Trial, job: Callable[[Trial], None], reference: Reference, seed:
 
 
 def report(trials: list[Trial], how: str) -> str:
-    """The table of all scenarios, and under it what their faults were."""
+    """Table of all scenarios, and under it the faults of each."""
     columns = ["faults", "starts", "steps compared", *Wrong]
     here, _, _ = machine().rpartition(", ")  # without its threads: the runs have one each
     lines = [f"{here}; commit {_commit()}, {how}.", ""]
@@ -125,7 +125,7 @@ def report(trials: list[Trial], how: str) -> str:
 
 
 def write(page: Path, result: str) -> None:
-    """Put a result in the place of the page's last one."""
+    """Replace the last result in a page by a new one."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n{result}\n{END}{after}")

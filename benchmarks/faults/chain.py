@@ -20,7 +20,7 @@ STOPPED, INTERRUPTED = 75, 130
 
 @dataclass
 class Fault:
-    """Something done to a start at a moment; its exit code is then one of `codes`."""
+    """Fault: an action on a start at a moment, after which its exit code is one of `codes`."""
 
     moment: Callable[[Trial, Start], bool]  # waits for it; False where the command ended before
     inject: Callable[[Trial, Start], set[int]]  # returns the exit codes that are right
@@ -51,19 +51,19 @@ def chain(trial: Trial, faults: list[Fault]) -> None:
 
 
 def starting(part: float) -> Callable[[Trial, Start], bool]:
-    """A part of the time that a start takes until its first step."""
+    """Moment after a part of the time that a start takes until its first step."""
     return lambda trial, start: later(start, part * trial.reference.startup)
 
 
 def stepping(steps: int, delay: float) -> Callable[[Trial, Start], bool]:
-    """So many logged steps after it resumed, and some seconds."""
+    """Moment of some logged steps after a start has resumed, and some seconds."""
     return lambda trial, start: (
         start.until(lambda: trial.steps(start) >= start.before.step + steps) and later(start, delay)
     )
 
 
 def evaluating(delay: float) -> Callable[[Trial, Start], bool]:
-    """About an evaluation: a part of a step after the one before it was logged."""
+    """Moment about an evaluation: some seconds after the step before it was logged."""
 
     def comes_next(trial: Trial, start: Start) -> bool:
         steps = trial.steps(start)
@@ -73,27 +73,27 @@ def evaluating(delay: float) -> Callable[[Trial, Start], bool]:
 
 
 def saving(trial: Trial, start: Start) -> bool:
-    """A checkpoint is being written."""
+    """Wait until a checkpoint is being written."""
     return start.until(lambda: bool(trial.partial() - start.before.partial))
 
 
 def importing(trial: Trial, start: Start) -> bool:
-    """PyTorch is being imported."""
+    """Wait until PyTorch is being imported."""
     return start.until(lambda: start.loaded("libtorch_cpu"))
 
 
 def building(trial: Trial, start: Start) -> bool:
-    """The ranks have found each other; the model comes next."""
+    """Wait until the ranks have found each other; the model comes next."""
     return start.until(lambda: start.opened("socket:")) and later(start, 0.1)
 
 
 def reading(trial: Trial, start: Start) -> bool:
-    """A checkpoint is being read."""
+    """Wait until a checkpoint is being read."""
     return start.until(lambda: start.opened("checkpoints/step_"))
 
 
 def between_stages(number: int, delay: float) -> Callable[[Trial, Start], bool]:
-    """A stage of a pipeline is complete; the next has no step yet."""
+    """Moment at which a stage of a pipeline is complete and the next has no step yet."""
     return lambda trial, start: (
         start.until(lambda: trial.newest(PIPELINE.stages[number]) == PIPELINE.steps) and later(start, delay)
     )
@@ -109,7 +109,7 @@ def later(start: Start, seconds: float) -> bool:
 
 
 def kill(whom: str) -> Callable[[Trial, Start], set[int]]:
-    """kill -9 of ``everything``, the ``process`` that was started, the process ``group``, or one ``rank``."""
+    """Action of kill -9: ``everything``, the ``process`` that was started, the process ``group``, or one ``rank``."""
 
     def inject(trial: Trial, start: Start) -> set[int]:
         with contextlib.suppress(ProcessLookupError, psutil.Error):
@@ -127,7 +127,7 @@ def kill(whom: str) -> Callable[[Trial, Start], set[int]]:
 
 
 def send(number: int, whom: str) -> Callable[[Trial, Start], set[int]]:
-    """A signal that asks to stop, to the ``process`` that was started or to its ``group``."""
+    """Action of sending a signal that asks to stop, to the ``process`` that was started or to its ``group``."""
 
     def inject(trial: Trial, start: Start) -> set[int]:
         os.kill(start.process.pid if whom == "process" else -start.process.pid, number)
@@ -137,7 +137,7 @@ def send(number: int, whom: str) -> Callable[[Trial, Start], set[int]]:
 
 
 def send_at_once(number: int) -> Callable[[Trial, Start], set[int]]:
-    """As above, when Python may not have begun to run our code: then nothing is there that could be lost."""
+    """Action of :func:`send` when Python may not have begun to run our code: then there is nothing to be lost."""
 
     def inject(trial: Trial, start: Start) -> set[int]:
         os.kill(start.process.pid, number)

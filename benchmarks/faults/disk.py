@@ -1,4 +1,4 @@
-"""Faults of what is written: damaged checkpoints, a full disk, files that cannot be written; and a lost loader."""
+"""Faults of files: damaged checkpoints, a full disk, files that cannot be written; and a lost loader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Job = tuple[Layout, Callable[[Trial], None]]
 
 
 def damages(count: int, random) -> list[Job]:
-    """Finished runs of which the newest three checkpoints are damaged, and that are started again."""
+    """Jobs that damage the newest three checkpoints of finished runs, and start them again."""
     turns: Counter[str] = Counter()
     jobs: list[Job] = []
     for number, size in enumerate(min(3, count - at) for at in range(0, count, 3)):
@@ -60,7 +60,7 @@ def _damaged(trial: Trial, first: int, size: int) -> None:
 
 
 def _ways(checkpoint: Path) -> list[tuple[str, str]]:
-    """Kinds of files and what is done to one: every kind is missing once; the large ones are also cut and changed."""
+    """(kind of file, damage) of each: every kind is missing once; the large ones are also cut and changed."""
     sizes: dict[str, int] = {}
     for path in _files(checkpoint):
         sizes[_kind(checkpoint, path)] = path.stat().st_size
@@ -72,7 +72,7 @@ def _ways(checkpoint: Path) -> list[tuple[str, str]]:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """Those that hold state; DeepSpeed leaves scripts beside them."""
+    """Files of a checkpoint that hold state; DeepSpeed leaves scripts beside them."""
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.suffix != ".py")
 
 
@@ -113,7 +113,7 @@ def _what_is_beside(trial: Trial, turn: int) -> None:
 
 
 def _copy(trial: Trial) -> Path:
-    """The reference's run as the trial's own; its checkpoints."""
+    """Copy the reference's run as the trial's own; returns the folder of its checkpoints."""
     shutil.copytree(trial.reference.folder, trial.runs_dir, symlinks=True)
     return trial.run() / "checkpoints"
 
@@ -122,7 +122,7 @@ def _copy(trial: Trial) -> Path:
 
 
 def losses(count: int, random) -> list[Job]:
-    """Each of what a run can lose while it goes on: room on the disk, the right to write, a loader."""
+    """Jobs that take something from a run while it goes on: room on the disk, the right to write, a loader."""
     kinds: list[Job] = [
         (LONE, _failing_writes),
         (LONE, _full_disk),
@@ -137,7 +137,7 @@ def losses(count: int, random) -> list[Job]:
 
 
 def _go_on(trial: Trial, fault: contextlib.AbstractContextManager, start: Start) -> None:
-    """Have a fault from a step on until the run warns of it."""
+    """Keep up a fault from a step on until the run warns of it."""
     if start.until(lambda: trial.steps(start) >= 1):
         with fault:
             trial.faults[trial.moment] += 1
@@ -148,7 +148,7 @@ def _go_on(trial: Trial, fault: contextlib.AbstractContextManager, start: Start)
 
 
 def _failing_writes(trial: Trial) -> None:
-    """The kernel refuses the ranks to write large files, which checkpoints are."""
+    """Let the kernel refuse the ranks' writing of large files, which checkpoints are."""
     trial.moment = "writes fail while it saves"
     start = trial.start()
     _go_on(trial, _limited(start), start)
@@ -172,7 +172,7 @@ def _limit(start: Start, size: int) -> None:
 
 
 def _no_last_save(trial: Trial) -> None:
-    """Writes fail to the end: a run whose last checkpoint is not there has not finished."""
+    """Let writes fail to the end: a run without its last checkpoint must not have finished."""
     trial.moment = "writes fail to the end"
     start = trial.start()
     start.until(lambda: trial.newest() >= STEPS - 2 * SAVE_EVERY)
@@ -220,7 +220,7 @@ def _read_only_folder(trial: Trial) -> None:
 
 @contextlib.contextmanager
 def _read_only(folder: Path) -> Iterator[bool]:
-    """Nobody can write into a folder, whom permissions bind or not; False where that could not be done."""
+    """Context in which nobody can write into a folder, not even root; False where that could not be done."""
     folder.chmod(0o555)
     works = os.geteuid() != 0 or _may("chattr", "+i", folder)
     try:
@@ -249,7 +249,7 @@ def _loader_killed(trial: Trial) -> None:
 
 
 def _loaders(start: Start) -> list[psutil.Process]:
-    """The processes that load: forked by a server, whose command line they keep."""
+    """Loader workers of a start: forked by a server, whose command line they keep."""
     found = {}
     for process in start.processes():
         with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""One start of a command: its processes wherever they went, and how it ended."""
+"""Start of a command: its processes, wherever they went, and its end."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ GONE = 10.0  # seconds after the end of a command by which its processes must ha
 
 
 class Hangs(Exception):
-    """Something took longer than anything may."""
+    """Error of something that took longer than anything may."""
 
 
 class Start:
-    """A command that has been started, in a session of its own; what it says goes into the file ``log``.
+    """Command that has been started in a session of its own; its output goes into the file ``log``.
 
     Args:
-        before: what its trial remembers of the moment before.
-        terminal: on a pseudo-terminal of its own, as a person has it.
+        before: state of the trial before the start.
+        terminal: whether it has a pseudo-terminal of its own, as for a person.
     """
 
     def __init__(self, command: list[str], log: Path, *, before: Any = None, terminal: bool = False) -> None:
@@ -68,11 +68,11 @@ class Start:
         return self._log.read_text(errors="replace")
 
     def warned(self, part: str = "") -> bool:
-        """Whether a warning has been said that has a part in it."""
+        """Whether a warning was printed that contains a text."""
         return any("WARNING" in line and part in line for line in self.said.splitlines())
 
     def until(self, reached: Callable[[], bool]) -> bool:
-        """Wait for something; False where the command ended before.
+        """Wait until a condition holds; False where the command ended before.
 
         Raises:
             Hangs: neither happens.
@@ -87,7 +87,7 @@ class Start:
         return True
 
     def exit_code(self) -> int:
-        """Wait for the end; as a shell has it, 128 + n where signal n killed it.
+        """Exit code after the end of the command, as a shell has it: 128 + n where signal n killed it.
 
         Raises:
             Hangs: it does not end.
@@ -99,7 +99,7 @@ class Start:
         return code if code >= 0 else 128 - code
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train: the one started, or the launcher's children."""
+        """Processes that train: the one started, or the launcher's children."""
         with contextlib.suppress(psutil.Error):
             started = psutil.Process(self.process.pid)
             if LAUNCHER in started.cmdline():
@@ -108,7 +108,7 @@ class Start:
         return []
 
     def processes(self) -> list[psutil.Process]:
-        """All that are left of the command, whatever became of their parents."""
+        """All living processes of the command, whatever became of their parents."""
         mark = f"{MARK}={self._mark}".encode()
         found = []
         for process in psutil.process_iter():
@@ -118,7 +118,7 @@ class Start:
         return found
 
     def left(self) -> list[str]:
-        """The command lines of processes that live on after the end, which are then killed."""
+        """Command lines of processes that live on after the end, which are then killed."""
         deadline = time.monotonic() + GONE
         while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -130,7 +130,7 @@ class Start:
         return names
 
     def kill(self) -> None:
-        """kill -9 every process there is, as a node that goes down."""
+        """Send kill -9 to every process of the command, as if its node went down."""
         while alive := self.processes():
             for process in alive:
                 with contextlib.suppress(psutil.Error):
@@ -139,7 +139,7 @@ class Start:
             time.sleep(0.01)
 
     def opened(self, part: str) -> bool:
-        """Whether a rank has a file or a socket open whose name has a part."""
+        """Whether a rank has a file or a socket open whose name contains a text."""
         for rank in self.ranks():
             for descriptor in _listed(f"/proc/{rank.pid}/fd"):
                 with contextlib.suppress(OSError):

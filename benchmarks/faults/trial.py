@@ -1,4 +1,4 @@
-"""A run that things happen to: started again and again, and compared with one that nothing happened to."""
+"""Trial: a run that faults are put into, started again and again, and compared with a run without faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPARED = ("loss", "grad_norm", "tokens", "eval_loss")
 
 
 class Wrong(StrEnum):
-    """What must not happen, as the table counts it."""
+    """Kinds of wrong behaviour, as the table counts them."""
 
     end = "wrong ends"
     lost = "runs lost"
@@ -35,7 +35,7 @@ class Wrong(StrEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """A command on some ranks."""
+    """Command on some ranks."""
 
     name: str
     ranks: int
@@ -44,7 +44,7 @@ class Layout:
 
     @property
     def steps(self) -> int:
-        """Of each stage."""
+        """Steps of each stage."""
         return STEPS if self.stages == ("",) else STAGE_STEPS
 
     def command(self, world: Path, runs_dir: Path) -> list[str]:
@@ -75,7 +75,7 @@ def write_stages(world: Path) -> None:
 
 @dataclass
 class Reference:
-    """The run that nothing happens to."""
+    """Reference: the run without faults."""
 
     folder: Path  # its runs_dir
     history: dict[str, dict[int, tuple]]  # of each stage, by step
@@ -84,7 +84,7 @@ class Reference:
 
 @dataclass
 class Before:
-    """What a start found."""
+    """State of the run before a start."""
 
     newest: dict[str, int]  # the step of each stage's newest complete checkpoint
     metrics: dict[str, str]
@@ -92,13 +92,13 @@ class Before:
 
     @property
     def step(self) -> int:
-        """Steps that are saved, over all stages."""
+        """Number of saved steps, over all stages."""
         return sum(self.newest.values())
 
 
 @dataclass
 class Trial:
-    """One run that faults are put into, in a folder of its own, and what was found wrong."""
+    """Trial: a run that faults are put into, in a folder of its own, and what was found wrong with it."""
 
     scenario: str
     name: str
@@ -130,11 +130,11 @@ class Trial:
         return self.runs_dir / "run" / stage
 
     def lines(self, stage: str = "") -> dict[int, tuple]:
-        """The compared metrics of every step in a stage's metrics; a line that a kill cut short is none."""
+        """Compared metrics of every step that a stage has logged; a line that a kill cut short does not count."""
         return history(self.run(stage) / "metrics.jsonl")
 
     def newest(self, stage: str = "") -> int:
-        """The step of a stage's newest complete checkpoint."""
+        """Step of a stage's newest complete checkpoint."""
         complete = [path.parent.name[5:] for path in (self.run(stage) / "checkpoints").glob("step_*/metadata.json")]
         return max((int(step) for step in complete if step.isdecimal()), default=0)
 
@@ -160,7 +160,7 @@ class Trial:
     # Starts and ends
 
     def start(self, *, terminal: bool = False) -> Start:
-        """The same command again."""
+        """Start the command of the run, again."""
         stages = self.layout.stages
         self.counts["starts"] += 1
         log = self.folder / f"start_{self.counts['starts']:02d}.log"
@@ -171,15 +171,16 @@ class Trial:
         return self._starts[-1]
 
     def end(self) -> None:
-        """Leave nothing running, whatever went wrong."""
+        """End all that still runs, whatever went wrong."""
         for start in self._starts:
             start.kill()
 
     def ended(self, start: Start, codes: set[int], *, missing: frozenset[int] = frozenset()) -> int:
-        """Wait for the end of a start, and look at all that must hold then; its exit code.
+        """Wait for the end of a start, and check all that must hold then; returns its exit code.
 
         Args:
-            codes: the exit codes that are right.
+            start: the start.
+            codes: exit codes that are right.
             missing: steps that the metrics may lack.
         """
         code = start.exit_code()
@@ -194,7 +195,7 @@ class Trial:
         return code
 
     def _check_restart(self, start: Start) -> None:
-        """A start that trained went on from the newest checkpoint, or named it in a warning."""
+        """Check that a start that trained has resumed from the newest checkpoint, or named it in a warning."""
         for stage, newest in start.before.newest.items():
             if newest in (0, self.layout.steps) or raw(self.run(stage)) == start.before.metrics[stage]:
                 continue
@@ -216,12 +217,12 @@ class Trial:
                 self.wrong(Wrong.unequal, f"{stage} step {step} has {mine[step]}, not {whole.get(step)}", len(other))
 
     def finish(self, *, missing: frozenset[int] = frozenset()) -> None:
-        """Start again, and to the end."""
+        """Start the run again, and let it end."""
         self.moment += ", then the same command again"
         self.finished(self.start(), missing=missing)
 
     def finished(self, start: Start, *, missing: frozenset[int] = frozenset()) -> None:
-        """Wait for a start that ends the run."""
+        """Wait for a start that must end the run."""
         code = self.ended(start, {0}, missing=missing)
         for stage in self.layout.stages:
             logged, saved = max(self.lines(stage), default=0), self.newest(stage)
@@ -229,7 +230,7 @@ class Trial:
                 self.wrong(Wrong.lost, f"exit code {code}, {stage} logged to step {logged}, saved to step {saved}")
 
     def anew(self) -> None:
-        """Forget the run, for another one."""
+        """Remove the run, to begin another one."""
         shutil.rmtree(self.runs_dir)
 
 
@@ -242,7 +243,7 @@ def raw(run: Path) -> str:
 
 
 def history(metrics: Path) -> dict[int, tuple]:
-    """The compared metrics of every step in a file of metrics."""
+    """Compared metrics of every step in a ``metrics.jsonl``."""
     found = {}
     try:
         lines = metrics.read_text(errors="replace").splitlines()
@@ -262,10 +263,10 @@ def last_line(start: Start) -> str:
 
 
 def make_reference(layout: Layout, world: Path, folder: Path) -> Reference:
-    """Run a layout to its end.
+    """Reference of a layout, run to its end without faults.
 
     Raises:
-        RuntimeError: it does not get there.
+        RuntimeError: the run does not reach its end.
     """
     trial = Trial("reference", layout.name, layout, world, folder, random.Random(0))
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The same command started twice: one trains, and the others say so and end."""
+"""Two starts of the same command: one trains, and the others say so and end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.faults.trial import LONE, TENSOR, Layout, Trial, Wrong
 
 
 def twice(count: int, random) -> list[tuple[Layout, Callable[[Trial], None]]]:
-    """Runs of which a second start is made at once, and another while the first stands still somewhere."""
+    """Jobs of runs with a second start made at once, and another one while the first stands still somewhere."""
     jobs = []
     for number, size in enumerate(min(2, count - at) for at in range(0, count, 2)):
         moment = saving if number % 3 == 1 else stepping(random.randint(1, 8), random.uniform(0, 0.2))
@@ -45,7 +45,7 @@ def _again(trial: Trial, moments: list) -> None:
 
 
 def _refused(trial: Trial, start: Start) -> None:
-    """It ended by itself, with one line of why."""
+    """Check that a start ended by itself, with the reason in one line."""
     code, said = start.exit_code(), [line for line in start.said.splitlines() if line.strip()]
     if code != 2 or len(said) != 1 or "error: " not in said[0]:
         trial.wrong(Wrong.end, f"the second start: exit code {code}, {len(said)} lines, not 2 and one: {said[-1:]}")
@@ -55,7 +55,7 @@ def _refused(trial: Trial, start: Start) -> None:
 
 @contextlib.contextmanager
 def _frozen(start: Start) -> Iterator[None]:
-    """All processes of a start stand still."""
+    """Context in which all processes of a start stand still."""
     found = start.processes()
     _send(found, signal.SIGSTOP)
     try:

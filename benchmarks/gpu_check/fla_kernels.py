@@ -17,7 +17,7 @@ from omni_train import platform
 
 @dataclass
 class FlaKernels:
-    """The functions that Megatron's Gated DeltaNet takes from flash-linear-attention."""
+    """Functions that Megatron's Gated DeltaNet takes from flash-linear-attention."""
 
     rule: Callable
     convolution: Callable
@@ -25,7 +25,7 @@ class FlaKernels:
 
 
 def fla_kernels() -> FlaKernels | None:
-    """The kernels, None where the package is not installed."""
+    """Kernels of flash-linear-attention; None where the package is not installed."""
     if importlib.util.find_spec("fla") is None:
         return None
     from omni_train.nn.backend import backend
@@ -41,7 +41,7 @@ def fla_kernels() -> FlaKernels | None:
 
 
 def _prepare_interpreter() -> None:
-    """The interpreter gives plain numbers to a loop that asks its counter for `.to`."""
+    """Repair Triton's interpreter, which gives plain numbers to a loop that asks its counter for `.to`."""
     import triton.language as tl
     from fla.ops.common import chunk_delta_h
 
@@ -52,7 +52,7 @@ def _prepare_interpreter() -> None:
 
 @contextlib.contextmanager
 def first_configuration() -> Iterator[None]:
-    """Kernels run in the first of their configurations: trying all takes minutes, and an interpreter cannot."""
+    """Context in which kernels run in their first configuration: trying all takes minutes, interpreted even longer."""
     from triton.runtime.autotuner import Autotuner
 
     with patch.object(Autotuner, "_bench", lambda self, *_, **__: [0.0]):
@@ -61,7 +61,7 @@ def first_configuration() -> Iterator[None]:
 
 @contextlib.contextmanager
 def few_configurations(most: int = 3) -> Iterator[None]:
-    """Kernels are tuned over a few of their configurations, which takes a third of the time of all."""
+    """Context in which kernels are tuned over a few of their configurations, in a third of the time of all."""
     from triton.runtime.autotuner import Autotuner
 
     prune = Autotuner.prune_configs
@@ -76,7 +76,7 @@ def few_configurations(most: int = 3) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
-    """With :mod:`omni_train.nn.hopper_repair` in place, whether this machine needs it or not."""
+    """Context with :mod:`omni_train.nn.hopper_repair` in place, whether this machine needs it or not."""
     from fla.ops.gated_delta_rule import chunk
 
     from omni_train.nn.hopper_repair import chunk_bwd_dqkwg

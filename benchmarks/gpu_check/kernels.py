@@ -1,4 +1,4 @@
-"""The blocks by themselves: what the device's path makes of random inputs, against the CPU's path in fp64 or fp32.
+"""Checks of single blocks: the device's path on random inputs, against the CPU's path in fp64 or fp32.
 
 Axis letters: T tokens, H heads, K key/value heads, D head dimension, E experts, R routed rows, N sequences.
 """
@@ -29,7 +29,7 @@ EXACT = {torch.float32: 1e-4, torch.bfloat16: 1.2e-2}  # where fp32 is fp32
 
 
 def dtypes() -> list[torch.dtype]:
-    """Both on a GPU. The interpreter has no bf16 worth the name."""
+    """Data types to check: fp32 and bf16 on a GPU, fp32 alone under the interpreter, whose bf16 is not accurate."""
     return [torch.float32, torch.bfloat16] if platform.has_cuda() else [torch.float32]
 
 
@@ -38,7 +38,7 @@ def boundaries(lengths: list[int]) -> Tensor:
 
 
 def _compare(report: Report, name: str, dtype, path, reference, inputs: dict[str, Tensor], limits=LIMITS, **fixed):
-    """`path` on the device in `dtype` against `reference` on the CPU, on the same numbers.
+    """Check `path` on the device in `dtype` against `reference` on the CPU, on the same numbers.
 
     `inputs` are of floating point, and stay fp32 where their name begins with `wide_`; `fixed` are arguments without
     gradients.
@@ -54,7 +54,7 @@ def _compare(report: Report, name: str, dtype, path, reference, inputs: dict[str
 
 
 def gated_delta_net(report: Report) -> None:
-    """flash-linear-attention's kernels, forward and backward, against our own in plain torch."""
+    """Check flash-linear-attention's kernels, forward and backward, against our own in plain torch."""
     fla = fla_kernels()
     if fla is None:
         report.left_out("delta rule, convolution, l2norm", "flash-linear-attention is not installed")
@@ -108,7 +108,7 @@ def gated_delta_net(report: Report) -> None:
 
 
 def attention(report: Report) -> None:
-    """Packed attention at Qwen3.5's widths, both directions, also where a sequence has fewer queries than keys."""
+    """Check packed attention at Qwen3.5's widths, both directions, also with fewer queries than keys."""
     lengths_q, lengths_k = [200, 17, 1, 300], [200, 90, 5, 651]
     draw = torch.Generator().manual_seed(18)
 
@@ -142,7 +142,7 @@ def _as_on_a_gpu(query, key, value, boundaries_q, boundaries_k):
 
 
 def _each_by_itself(query, key, value, boundaries):
-    """The whole matrix of scores, sequence by sequence."""
+    """Attention by the whole matrix of scores, sequence by sequence."""
     parts = []
     for start, end in pairwise(boundaries.tolist()):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
@@ -151,7 +151,7 @@ def _each_by_itself(query, key, value, boundaries):
 
 
 def experts(report: Report) -> None:
-    """Grouped products with experts that get no token, SwiGLU with the router's weight, rows gathered and summed."""
+    """Check grouped products with experts without tokens, SwiGLU with the router's weight, and sums of rows."""
     from omni_train.nn.experts import weighted_swiglu
     from omni_train.nn.moe import _Gather, _Spread
 
@@ -204,7 +204,7 @@ def experts(report: Report) -> None:
 
 
 def norms_and_loss(report: Report) -> None:
-    """RMSNorm of both kinds, rotary at the ids of a row of 262,144 tokens, and the chunked loss."""
+    """Check both kinds of RMSNorm, rotary at the ids of a row of 262,144 tokens, and the chunked loss."""
     from omni_train.nn.norm import _Normalize
     from omni_train.nn.rotary import TMRotaryEmbedding, apply_rotary
 

@@ -1,4 +1,4 @@
-"""The machine: versions, and the two rates that every other figure is read against."""
+"""Description of the machine: versions, and the two rates that all other results are compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "fla-core", "transformer-engine"
 
 
 def description() -> dict:
-    """Versions and devices."""
+    """Versions of packages, and devices."""
     found = {}
     for package in PACKAGES:
         try:
@@ -50,7 +50,7 @@ def seconds_of(function, repeats: int = 9) -> float:
 
 
 def machine(report: Report) -> None:
-    """Matrix products and copies at their best."""
+    """Measure the best rates of matrix products and copies."""
     if not platform.has_cuda():
         report.left_out("peak of products and of copies", "needs a GPU")
         return

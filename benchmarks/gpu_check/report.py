@@ -1,4 +1,4 @@
-"""What was found: checks with a limit, measurements, and what was left out; JSON after every entry."""
+"""Report of results: checks with a limit, measurements, and what was left out; written as JSON after every entry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class Entry:
-    """One line of the table. A check has a limit; a measurement has a unit; what is left out has a reason."""
+    """Line of the table. A check has a limit; a measurement has a unit; what is left out has a reason."""
 
     part: str
     name: str
@@ -31,8 +31,8 @@ class Report:
     """Entries, in the order in which they were found.
 
     Args:
-        path: of the JSON file, written anew with every entry.
-        machine: what the entries belong to.
+        path: path of the JSON file, written anew with every entry.
+        machine: description of the machine.
     """
 
     path: Path
@@ -41,11 +41,11 @@ class Report:
     entries: list[Entry] = field(default_factory=list)
 
     def check(self, name: str, error: float, limit: float, note: str = "") -> None:
-        """An error that must not be above its limit; one that is not a number fails."""
+        """Add an error that must not be above its limit; one that is not a number fails."""
         self._add(Entry(self.part, name, error, limit, note=note, ok=error <= limit))
 
     def same(self, name: str, got: Iterable[Tensor], want: Iterable[Tensor], limit: float) -> None:
-        """Tensors that must agree: the largest ‖got − want‖ / ‖want‖ among them."""
+        """Add a check of tensors that must agree: the largest ‖got − want‖ / ‖want‖ among them."""
         errors = [relative_error(one, other) for one, other in zip(got, want, strict=True)]
         worst = max(range(len(errors)), key=lambda i: float("inf") if errors[i] != errors[i] else errors[i])
         self.check(
@@ -53,15 +53,15 @@ class Report:
         )
 
     def measure(self, name: str, value: float, unit: str, note: str = "") -> None:
-        """A figure that is only told."""
+        """Add a measurement, which has no limit."""
         self._add(Entry(self.part, name, value, unit=unit, note=note))
 
     def left_out(self, name: str, reason: str) -> None:
-        """Something that this machine cannot show."""
+        """Add a check that this machine cannot make."""
         self._add(Entry(self.part, name, note=f"left out: {reason}"))
 
     def failed(self, name: str, reason: str) -> None:
-        """Something that broke."""
+        """Add a part that broke."""
         self._add(Entry(self.part, name, note=reason, ok=False))
 
     @property
@@ -76,7 +76,7 @@ class Report:
         print(line(entry), flush=True)
 
     def show(self) -> None:
-        """The whole table, failures last."""
+        """Print the whole table, failures last."""
         table = Table("", "part", "what", "value", "limit", "")
         for entry in sorted(self.entries, key=lambda entry: not entry.ok):
             value, limit = formatted(entry.value), formatted(entry.limit)
@@ -85,7 +85,7 @@ class Report:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in fp64; the absolute norm where nothing is wanted but zeros."""
+    """Relative error ‖got − want‖ / ‖want‖ in fp64; the absolute norm where only zeros are wanted."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     if got.shape != want.shape:
         return float("nan")
@@ -93,28 +93,28 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def formatted(value: float | None) -> str:
-    """Four significant digits."""
+    """Value with four significant digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def mark(entry: Entry) -> str:
-    """The first column: passed, failed, measured, left out."""
+    """First column of an entry: passed, failed, measured or left out."""
     if not entry.ok:
         return "FAIL"
     return "pass" if entry.limit is not None else "-" if entry.value is None else ""
 
 
 def line(entry: Entry) -> str:
-    """One entry as it is told while the parts run."""
+    """Line of an entry that is printed while the parts run."""
     limit = f" (limit {formatted(entry.limit)})" if entry.limit is not None else ""
     note = f"  [{entry.note}]" if entry.note else ""
     return f"{mark(entry):4} {entry.part}: {entry.name}: {formatted(entry.value)} {entry.unit}{limit}{note}".rstrip()
 
 
 def outputs_and_gradients(function, inputs: dict[str, Tensor], **fixed) -> list[Tensor]:
-    """What a function makes of its inputs, and the gradient of each input, all on the CPU.
+    """Outputs of a function and the gradient of each input, all on the CPU.
 
     Args:
         function: takes the inputs by name; returns a tensor or several.

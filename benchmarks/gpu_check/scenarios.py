@@ -1,4 +1,4 @@
-"""Small runs that the CPU and the GPU both make, from one checkpoint and on the same rows.
+"""Small runs for the CPU and the GPU, from one checkpoint and on the same rows.
 
 Run as ``python -m benchmarks.gpu_check.scenarios FOLDER [NAME …]`` it makes the CPU's: the checkpoints that all start
 from, and the metrics of every step in ``reference.json``.
@@ -32,7 +32,7 @@ LEARNING_RATE = 3e-4
 
 
 def thinker_recipe(**changes) -> Recipe:
-    """Every kind of layer, both encoders and multi-token prediction, in widths that the GPU's kernels take."""
+    """Recipe of a Thinker with every kind of layer, both encoders and multi-token prediction, fit for GPU kernels."""
     sizes = dict(
         hidden_size=64,
         head_dim=32,
@@ -94,7 +94,7 @@ def thinker(recipe: Recipe, start: Path | None, steps: int = STEPS, save: tuple[
 
 
 def zero_recipes() -> dict[str, Recipe]:
-    """The networks that the ZeRO engine trains."""
+    """Recipes of the networks that the ZeRO engine trains, by name."""
     common = dict(engine=EngineName.deepspeed, zero=ZeroConfig(stage=1))
     codec = small_recipe(network="codec", codec=CODEC, code2wav=CODE2WAV, codec_training=TRAINING, **common)
     return {"recognizer": recognizer_recipe(ctc=True, **common), "codec": codec}
@@ -126,7 +126,7 @@ def zero(recipe: Recipe, start: Path | None, save: Path | None = None, steps: in
 
 
 def thinker_scenarios() -> dict[str, Recipe]:
-    """The Thinker's, by name."""
+    """Recipes of the Thinker's scenarios, by name."""
     muon = OptimizerConfig(name=OptimizerName.muon, lr=LEARNING_RATE, clip_grad=0.7, eps=1e-5)
     found = {"AdamW": thinker_recipe(), "AdamW, bf16": thinker_recipe(precision=Precision.bf16)}
     if importlib.util.find_spec("emerging_optimizers"):
@@ -135,12 +135,12 @@ def thinker_scenarios() -> dict[str, Recipe]:
 
 
 def initial(folder: Path, name: str) -> Path:
-    """The checkpoint that a scenario starts from."""
+    """Checkpoint that a scenario starts from."""
     return folder / name / "step_00000000"
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Write what all start from, and the CPU's metrics of the scenarios named, by default of all."""
+    """Write the checkpoints that all start from, and the CPU's metrics of the scenarios named, by default of all."""
     platform.init_distributed()
     thinker(thinker_recipe(), None, 0, save=(folder / "thinker", 0))
     reference = {}

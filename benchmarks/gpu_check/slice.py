@@ -2,7 +2,7 @@
 
 One block of four layers with 32 of the 256 experts (a rank of EP8 has as many, and gets as many tokens for them), the
 whole embedding and head. A second block is measured too: the difference is what a block costs, and ten blocks are the
-model. Communication is not in these figures.
+model. Communication is not measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL_BLOCKS = 10
 
 
 def slice_recipe(blocks: int, row_tokens: int, recompute: str) -> Recipe:
-    """The released recipe, cut down."""
+    """Recipe of the released model, cut down to a slice."""
     sizes = (f"thinker.repeats={blocks}", "thinker.num_experts=32", "thinker.mtp_num_hidden_layers=0")
     changes = ("audio=null", "vision=null", *sizes)
     return load_recipe(
@@ -45,7 +45,7 @@ def slice_recipe(blocks: int, row_tokens: int, recompute: str) -> Recipe:
 
 
 def filled_row(recipe: Recipe, seed: int) -> PackedBatch:
-    """Random text in sequences of 256 to 8,192 tokens, which fill the row."""
+    """Row filled with random text in sequences of 256 to 8,192 tokens."""
     draw = torch.Generator().manual_seed(seed)
     T, alignment = recipe.data.row_tokens, recipe.data.alignment
     bounds = [0]
@@ -66,7 +66,7 @@ def filled_row(recipe: Recipe, seed: int) -> PackedBatch:
 
 
 class Slice:
-    """An engine on the slice, and what a micro-batch of it costs."""
+    """Engine on the slice, which measures the cost of a micro-batch."""
 
     def __init__(self, blocks: int, row_tokens: int, recompute: str) -> None:
         from omni_train.training.engines.megatron import MegatronEngine
@@ -95,7 +95,7 @@ class Slice:
         return each, one - each
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self.engine
         platform.parallel.destroy()
         gc.collect()
@@ -103,7 +103,7 @@ class Slice:
 
 
 def flash_slice(report: Report) -> None:
-    """Rows of 16k and 32k, with nothing and with everything recomputed."""
+    """Measure rows of 16k and 32k tokens, with nothing and with everything recomputed."""
     if not platform.has_cuda():
         report.left_out("MFU, tokens/s and memory of a slice of 35B-A3B", "needs a GPU")
         return
@@ -152,7 +152,7 @@ def _measure(report: Report, name: str, row_tokens: int, recompute: str) -> None
 
 
 def _moe_layer(report: Report, part: Slice) -> None:
-    """A layer at full width against its own experts one after the other, in fp32: counts that come late would show."""
+    """Check a layer at full width against its own experts one after the other, in fp32: late counts would show."""
     from megatron.core.utils import get_attr_wrapped_model
 
     layers = get_attr_wrapped_model(part.engine.chunks[0], "decoder").layers
@@ -177,7 +177,7 @@ def _moe_layer(report: Report, part: Slice) -> None:
 
 
 def _synchronisations(report: Report, part: Slice) -> None:
-    """How often a step makes the host wait for the GPU, and where."""
+    """Count how often a step makes the host wait for the GPU, and where."""
     part.step(1)
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -192,7 +192,7 @@ def _synchronisations(report: Report, part: Slice) -> None:
 
 
 def _top_kernels(report: Report, part: Slice) -> None:
-    """What a step spends its time on."""
+    """Measure the kernels that take most of a step's time."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         part.step(1)
