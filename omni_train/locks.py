@@ -38,7 +38,7 @@ _NAME = ".lock"
 class Holder:
     """Process that holds a lock, as it is written into the lock."""
 
-    token: str  # of this one lock
+    token: str  # unique to this lock
     host: str
     kernel: str  # boot and process namespace within which `pid` means something, "" where that is not known
     pid: int
@@ -113,13 +113,13 @@ class DirectoryLock:
             self.directory.mkdir(parents=True, exist_ok=True)
             while not self._create(me):
                 if (content := self._read()) is None:
-                    continue  # given back a moment ago
+                    continue  # released a moment ago
                 holder = _parsed(content)
                 alive = holder.alive(me) if holder else None
                 if alive is None:
                     alive = not self._is_silent(content, holder, waiting)
                     if alive and _token(self._read()) != _token(content):
-                        continue  # it is another's by now
+                        continue  # another process has it by now
                 if alive:
                     raise UserError(
                         f"{self.directory}: {holder} is at work here; wait for it, stop it, or {self.remedy}"
@@ -132,7 +132,7 @@ class DirectoryLock:
                     waiting()
                     time.sleep(POLL_SECONDS / 10)
                     blocked += 1
-                    if blocked > 10 * SILENT_POLLS:  # which was killed over it
+                    if blocked > 10 * SILENT_POLLS:  # that command was killed meanwhile
                         self._claim(_token(content)).unlink(missing_ok=True)
                         blocked = 0
         except OSError as error:
@@ -159,7 +159,7 @@ class DirectoryLock:
         with contextlib.suppress(OSError):
             self._remove(self._me.token)
             if self._made:
-                self.directory.rmdir()  # where nothing came into it
+                self.directory.rmdir()  # which fails where it is not empty
         self._me = None
 
     def _create(self, me: Holder) -> bool:

@@ -45,7 +45,7 @@ def environment(processes: int, cores: int | None = None) -> dict[str, str]:
         ours["OMP_NUM_THREADS"] = str(max(1, (cores or len(os.sched_getaffinity(0))) // processes))
     result = ours | os.environ
     if _is_full_width_asked():
-        del result[FULL_WIDTH]  # from here on it is done, or said
+        del result[FULL_WIDTH]  # handled here: ranks must not warn again
         try:
             library = _preloaded()
         except _CannotBe as why:

@@ -24,11 +24,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMANDS = ("train", "pipeline")
 """Commands that stop where all is saved. The others end at the first signal, as any program does."""
 
-_LINE_SECONDS = 1.0  # for the line of a signal to be written, where standard error takes one
+_LINE_SECONDS = 1.0  # longest wait for the line of a signal to be written
 _GO_ON = "the same command goes on from here"
 
 _changing = threading.Lock()
-_last_word = threading.Lock()  # with whoever ends the process, for good: no line of a signal before comes after
+_last_word = threading.Lock()  # kept by the thread that ends the process: no other line may follow its own
 _asked: signal.Signals | None = None
 _told = False
 _doing: str | None = None  # what is finished before the run stops; None: nothing, it ends at once

@@ -25,7 +25,7 @@ def adapt(optimizer) -> None:
         _keep_settings(part)
         if isinstance(part.optimizer, torch.optim.AdamW):
             _adapt_torch_adamw(part)
-        # Mended in Megatron-LM by pull request 5077 (commit 32a03b77c5), which no release up to this one has.
+        # Fixed in Megatron-LM by pull request 5077 (commit 32a03b77c5), which no release up to this one has.
         if (MAJOR, MINOR, PATCH) <= (0, 19, 2):
             _correct_offsets(part)
 
@@ -44,7 +44,8 @@ def restore(optimizer, state: dict, checkpoint: Path) -> None:
     parts = list(_distributed_parts(optimizer))
     weights = [shard for part in parts for shard in chain(*part.shard_float16_groups)]
     masters = [shard for part in parts for shard in chain(*part.shard_fp32_from_float16_groups)]
-    in_place = [shard for part in parts for shard in chain(*part.shard_fp32_groups)]  # weight and master at once
+    # Weights in fp32 are their own masters.
+    in_place = [shard for part in parts for shard in chain(*part.shard_fp32_groups)]
     weights += [shard.detach().clone() for shard in in_place]
     optimizer.load_state_dict(state)
     # Equal but for the rounding to bf16, also where weights of one precision are read in the other.
@@ -130,7 +131,7 @@ def _keep_settings(part: DistributedOptimizer) -> None:
     load = part.load_state_dict
 
     def load_without_settings(state_dict):
-        own = next(iter(part.optimizer.param_groups), {})  # equal in all groups, but for factors that find them
+        own = next(iter(part.optimizer.param_groups), {})  # equal in all groups, but for the factors that name them
         settings = {key: own[key] for key in _SETTINGS if key in own}
         saved = state_dict.get("optimizer", {})
         if "param_groups" in saved:
@@ -160,7 +161,7 @@ def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
     for group in inner.param_groups:
         for parameter in group["params"]:
             inner.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # where the fused pass reads it
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # as the fused update needs it
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

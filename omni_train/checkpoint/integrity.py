@@ -22,8 +22,8 @@ from omni_train.platform.logs import warn
 from omni_train.recipe.schema import Verify
 
 DIGESTS = "digests.json"
-_TENSORS = ("*.distcp", "*.safetensors", "zero/*")  # what is not small
-_FOREIGN = (".nfs*", "._*", ".DS_Store")  # which file systems put beside our files
+_TENSORS = ("*.distcp", "*.safetensors", "zero/*")  # large files
+_FOREIGN = (".nfs*", "._*", ".DS_Store")  # files that file systems put beside ours
 _CHUNK = 1 << 24
 
 Digests = dict[str, tuple[int, str]]
@@ -74,7 +74,7 @@ class HashedFile:
             try:
                 self._file.write(part)
             except OSError as error:
-                self._error = error  # torch makes another of it
+                self._error = error  # torch raises another error in its place
                 raise
             self._sha256.update(part)
         self._size += len(view)
@@ -172,7 +172,7 @@ def find_damage(checkpoint: Path, how: Verify, only: Iterable[str] | None = None
     damage, files = on_first_rank(survey) if together else survey()
     if damage or not together:
         return damage or _compare(checkpoint, files)
-    names = sorted(files, key=lambda name: files[name])  # by size, so that shares are about alike
+    names = sorted(files, key=lambda name: files[name])  # by size, so that the ranks' shares are about equal
     mine = names[platform.rank() :: platform.world_size()]
     return agree(_compare(checkpoint, {name: files[name] for name in mine}))
 

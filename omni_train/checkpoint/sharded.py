@@ -29,7 +29,7 @@ from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 if TYPE_CHECKING:
     from omni_train.checkpoint.sharded_write import Plan, Write
 
-# What a damaged file makes the libraries that read it raise.
+# Errors that libraries raise on damaged files.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
 
 
@@ -154,7 +154,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     kind = model_type()
     found = {}
     for key, entry in keys_of(kind).items():
-        if key in written:  # no dotted one is
+        if key in written:  # dotted keys are in the groups
             part = entry.group and written[key]
             found[key] = entry.group(**part) if part else written[key]
     return kind(**found)
@@ -172,7 +172,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
     written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
     if modules is None:
         compared = ("vocab_size", "layers", "thinker", "audio", "vision")
-    else:  # of the other modules, the shapes of their tensors say enough
+    else:  # for other modules the shapes of their tensors are checked
         compared = ("vocab_size", "layers", "thinker") if "decoder" in modules else ()
         compared += tuple(name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name])
     keys = {key for key in written | wanted if key.partition(".")[0] in compared}
@@ -210,7 +210,7 @@ class CheckpointStore(Store):
 
     def __init__(self, directory: Path, config: CheckpointConfig, model: ModelConfig) -> None:
         self.model = model
-        self.carried: Path | None = None  # a folder that travels with every checkpoint, as its `hf`
+        self.carried: Path | None = None  # a folder that every checkpoint has a copy of, as its `hf`
         self._carried_digests: Digests = {}
         self._writing: tuple[Path, Path, Digests, Plan, Write] | None = None
         super().__init__(directory, config)
@@ -260,7 +260,7 @@ class CheckpointStore(Store):
             write_state(partial / names[-1], described(self.model))
             if self.carried is not None:
                 shutil.copytree(self.carried, partial / "hf", copy_function=_link)
-                carried = self._carried_digests  # of what it once was, not of what may have become of it
+                carried = self._carried_digests  # of the files as they were, so that later damage shows
         return digests_of(partial, names) | carried
 
     def finish(self, blocking: bool = False) -> None:
@@ -288,7 +288,7 @@ class CheckpointStore(Store):
             self._writing = None
 
     def _completed(self, final: Path) -> None:
-        self.carry_from(final)  # the one it came from may be pruned
+        self.carry_from(final)  # the checkpoint that it came from may be pruned
         super()._completed(final)
 
     def carry_from(self, checkpoint: Path) -> None:

@@ -54,7 +54,7 @@ def as_data(checkpoint: Path) -> Iterator[None]:
         )
     reader = Reader(checkpoint)
     with reading(checkpoint / ".metadata"):
-        reader.read_metadata()  # by itself, for whoever reads it next tells of the error in pages
+        reader.read_metadata()  # first, because Megatron would wrap its error in pages of others
     theirs = strategy._get_filesystem_reader
     try:
         for module in (serialization, strategy):

@@ -66,7 +66,7 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
         if missing := [name for name in taken if places[name][1] not in found]:
             known = {places[name][0] for name in taken if places[name][1] in found}
             parts = [name for name in missing if places[name][0] in known and not alone]
-            rest = [name for name in missing if name not in parts]  # of networks that it does not have at all
+            rest = [name for name in missing if name not in parts]  # of networks that the checkpoint lacks entirely
             raise _missing(checkpoint, missing[0], [*_modules(rest, 1), *_modules(parts, 2)])
         for name, state in states.items():
             keys = [key for whose, key in map(places.get, taken) if whose == name]

@@ -40,7 +40,7 @@ def read_state(path: str | Path) -> Any:
         UserError: the file holds something that is not plain; nothing of that is run.
     """
     with reading(Path(path)):
-        state = load_plain(path, path, bytes)  # which is how no bytes at all are written
+        state = load_plain(path, path, bytes)  # torch.save names `bytes` for an empty bytes object
     if (other := _first_other(state)) is not None:
         raise refusal(path, f"a {type(other).__name__}")
     return state

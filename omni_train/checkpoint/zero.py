@@ -132,7 +132,7 @@ def _shares(engines: Engines, folder: Path) -> dict[Path, dict]:
     shares: dict[Path, dict] = {}
     for name, one in engines.items():
         writer, one.checkpoint_engine = one.checkpoint_engine, _Collector(shares)
-        one._copy_recovery_script = lambda folder: None  # a program, for checkpoints that have no whole networks
+        one._copy_recovery_script = lambda folder: None  # our checkpoints hold whole networks already
         one.save_checkpoint(str(folder), tag=name, save_latest=False)
         one.checkpoint_engine = writer
     return shares

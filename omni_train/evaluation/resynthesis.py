@@ -192,7 +192,7 @@ def stoi(original: np.ndarray, resynthesis: np.ndarray, sampling_rate: int) -> f
     from pystoi import stoi as measure
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # it returns 1e-5 with one
+        warnings.simplefilter("error", RuntimeWarning)  # pystoi warns where it can only return 1e-5
         try:
             value = float(measure(original, resynthesis, sampling_rate))
         except (RuntimeWarning, ValueError):

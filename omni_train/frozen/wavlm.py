@@ -50,7 +50,7 @@ class WavLM:
         self.model.requires_grad_(False)
         preprocessor = Path(folder) / "preprocessor_config.json"
         self.normalize = preprocessor.exists() and json.loads(preprocessor.read_text()).get("do_normalize", True)
-        self.masked = self.model.config.feat_extract_norm == "layer"  # the others were trained on zeros as they are
+        self.masked = self.model.config.feat_extract_norm == "layer"  # others were trained on zeros without a mask
         self.rate = TEACHER_SAMPLING_RATE / prod(self.model.config.conv_stride)
         self.size = self.model.config.hidden_size
 

@@ -137,7 +137,7 @@ class CodecTraining(WaveTraining):
         self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout)
 
     def synthesize(self, generator, row, real_BS, lengths_B, training):
-        # Of the row's own numbers: the same in every layout.
+        # Seeded by the row's own numbers, so that the draw is the same in every layout.
         drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
         dtype = self.networks["generator"].bridge.weight.dtype
         output = generator(real_BS.to(dtype), drawn, self.harder if training else None)

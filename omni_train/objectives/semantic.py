@@ -53,7 +53,7 @@ def to_frames(features_BTD: torch.Tensor, rate: float, frames: int, frame_rate: 
         begin, end = edges[:-1, None], edges[1:, None]
         step = torch.arange(steps)
         weights_KT = (torch.minimum(end, step + 1) - torch.maximum(begin, step)).clamp_min(0)
-        beyond = weights_KT.sum(1) == 0  # convolutions without padding end some frames early
+        beyond = weights_KT.sum(1) == 0  # a teacher's convolutions without padding end some frames early
         weights_KT[beyond, -1] = 1
     else:
         middles = ((torch.arange(frames) + 0.5) * rate / frame_rate - 0.5).clamp(0, steps - 1)

@@ -54,7 +54,7 @@ def mel_magnitudes(waveform_BS: torch.Tensor, window: int, bins: int, sampling_r
     shape = torch.hann_window(window, device=waveform_BS.device)
     spectrum = torch.stft(waveform_BS, window, hop_length=window // 4, window=shape / shape.sum(), return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()
-    magnitude_BFK = power.clamp_min(1e-20).sqrt().transpose(1, 2)  # the root has no slope at zero
+    magnitude_BFK = power.clamp_min(1e-20).sqrt().transpose(1, 2)  # the gradient of the root is infinite at zero
     filters_KM = mel_filters(bins, window, sampling_rate).to(waveform_BS.device)
     return magnitude_BFK @ (filters_KM / filters_KM.sum(0).clamp_min(1e-12))
 

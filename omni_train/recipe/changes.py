@@ -33,12 +33,12 @@ def differences(now: Recipe, before: Recipe) -> Iterator[Difference]:
     unused = unused_groups(now.network)
     for key in sorted(ours.keys() | theirs.keys()):
         mine, its = ours.get(key), theirs.get(key)
-        if mine == its or key in _OWN_PLACE or (key.startswith("init_") and not mine):  # which a resumed run needs not
+        if mine == its or key in _OWN_PLACE or (key.startswith("init_") and not mine):  # unused by a resumed run
             continue
         if any(f"{key}.".startswith(f"{group}.") for group in unused):
             continue
         kind = described(recipe_type())[key].change
-        if key == "precision" and now.engine is EngineName.deepspeed:  # whose optimizers differ
+        if key == "precision" and now.engine is EngineName.deepspeed:  # DeepSpeed's optimizers differ by precision
             kind = Change.kept
         yield Difference(key, its, mine, kind)
 

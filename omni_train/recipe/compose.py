@@ -113,7 +113,7 @@ class Tree:
         except UserError:
             raise
         except Exception as error:
-            if type(error) in (AssertionError, AttributeError):  # what OmegaConf comes to within a group that is null
+            if type(error) in (AssertionError, AttributeError):  # OmegaConf raises them within a group that is null
                 self._refuse_null_groups(overrides)
             raise one_line(error) from error
         with open_dict(config):

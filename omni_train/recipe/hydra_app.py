@@ -62,7 +62,7 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
         if options.hydra_help or not options.multirun:
             composed = tree.compose(words)
             recipes = [to_recipe(composed)]
-            if options.hydra_help:  # its own way there sets up logging anew, and closes what others log to
+            if options.hydra_help:  # Hydra's own help resets logging, and closes the handlers of others
                 print(tree.hydra.format_args_help(get_args_parser()))
                 return Exit.finished
             if options.cfg:

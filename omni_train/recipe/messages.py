@@ -85,7 +85,7 @@ def _full_key(cause: OmegaConfBaseException, error: BaseException) -> str:
     """Key of an error, from the root of the recipe: OmegaConf names it from the entry of a list, Hydra the list."""
     key = re.sub(r"\[\d+\]", "", cause.full_key or str(cause.key or ""))
     override = re.search(r"override '?[~+]*([\w./]+)", str(error))
-    if override and override[1].startswith(f"{key}."):  # which knows only where the path ends
+    if override and override[1].startswith(f"{key}."):  # OmegaConf stops where the path leaves the schema
         return override[1]
     if override and not key.startswith(override[1]):
         return f"{override[1]}.{key}".rstrip(".")

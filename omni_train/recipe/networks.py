@@ -73,7 +73,7 @@ def network_of(name: str) -> NetworkKeys:
 
 def registered() -> Mapping[str, NetworkKeys]:
     """Registered networks by name: the package's own, and those that plug-ins add."""
-    importlib.import_module("omni_train.networks")  # of a room above, which looks back here
+    importlib.import_module("omni_train.networks")  # by name, as that package imports this one
     plugins.load()
     return _TABLE
 

@@ -34,7 +34,7 @@ class MetricsFile(Callback):
             fresh = path.with_suffix(".new")
             fresh.write_bytes(b"".join(kept))
             os.replace(fresh, path)
-            self._file = path.open("ab", buffering=0)  # what is written of a line that fails is known
+            self._file = path.open("ab", buffering=0)  # unbuffered: how much of a line was written is known
         except OSError as error:
             raise cannot_write(path, error) from error
 

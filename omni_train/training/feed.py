@@ -40,8 +40,8 @@ class Feed:
         self.group = platform.parallel.model_group()
         self.source = _reading_rank()
         self.reads = platform.rank() == self.source
-        self.media_group = platform.parallel.first_stage_group()  # whose first rank reads
-        self.wait_seconds = 0.0  # that the last call of `rows` took
+        self.media_group = platform.parallel.first_stage_group()  # its first rank reads
+        self.wait_seconds = 0.0  # time that the last call of `rows` waited
         self.loader = None
         self._share(self._open)
 

@@ -93,7 +93,7 @@ def _go_back(error: DamagedCheckpoint, pipeline: Pipeline, number: int) -> int:
             if platform.rank() == 0:
                 set_aside(error.checkpoint)
             while error.checkpoint.exists():
-                time.sleep(0.1)  # the other ranks, which have parted, must not take it for the newest
+                time.sleep(0.1)  # the other ranks are not synchronized here, and must not take it for the newest
             return before
     raise error
 
@@ -115,9 +115,9 @@ def is_complete(recipe: Recipe) -> bool:
         try:
             tokens = read_progress(checkpoint)["tokens"]
         except DamagedCheckpoint:
-            return False  # the run itself finds what it can go on from
+            return False  # the run itself finds a checkpoint that it can resume from
         if not Schedule(recipe.schedule, recipe.optimizer).done(step, tokens):
-            return False  # what may change then, its own start says
+            return False  # its own start refuses changes that are not allowed
     for change in changes(recipe, directory):
         if change.kind is not Change.free:
             refuse_change(directory, change)

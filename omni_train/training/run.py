@@ -73,11 +73,11 @@ def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
         if failure is not error:
             raise failure from error
         if isinstance(error, RuntimeError) and trainer is not None and not trainer.stepped:
-            # If a signal came: another rank was on the brink of the first step, and took its connections along.
+            # After a signal: another rank was about to take its first step, and its connections ended with it.
             stopping.at_once(f"before step {trainer.step + 1}, nothing new to save")
         raise
     finally:
-        del trainer  # its memory is given back below
+        del trainer  # so that its memory can be freed below
         platform.parallel.destroy()
         platform.leave_distributed()
         watchdog.stop()

@@ -28,7 +28,7 @@ class Schedule:
         config, peak, low = self.schedule, self.optimizer.lr, self.optimizer.min_lr
         progress = self.progress(step, tokens)
         if progress < config.warmup_fraction:
-            # The step itself is counted, so that the first one already moves.
+            # The step itself counts, so that the first one already has a learning rate above 0.
             after = self.progress(step + 1, tokens + (tokens // step if step else 0))
             return peak * min(1.0, max(after, 1 / config.steps) / config.warmup_fraction)
         rest = (progress - config.warmup_fraction) / max(1.0 - config.warmup_fraction, 1e-12)

@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.stepped = False  # whether there is anything that the checkpoint before does not have
+        self.stepped = False  # whether this start has done a step, which the checkpoint that it resumed from lacks
         self.stopped_by: str | None = None
         self.directory = Path(recipe.runs_dir) / recipe.run
         if recipe.schedule.steps > 0:
@@ -314,7 +314,7 @@ class Trainer:
     def _mark_saved(self) -> None:
         """Leave a file in the run's directory that says that the run has a checkpoint."""
         if platform.rank() == 0:
-            with contextlib.suppress(OSError):  # a full disk: the next time, then
+            with contextlib.suppress(OSError):  # a full disk: the next save tries again
                 self._saved.touch()
 
     def _save(self) -> None:

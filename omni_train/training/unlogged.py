@@ -38,7 +38,7 @@ class UnloggedStep:
         try:
             metrics = json.loads(self.path.read_text())
         except ValueError:
-            return None  # a crash cut it short
+            return None  # a crash cut the file short
         return metrics if metrics["step"] == step else None
 
     def forget(self) -> None:

@@ -27,7 +27,7 @@ class StepResult:
 
     metrics: dict[str, float] = field(default_factory=dict)  # loss, grad_norm, and what objective and router add
     tokens: float = 0.0  # of the global batch, padding excluded
-    samples: int = 0  # that begin in the global batch
+    samples: int = 0  # that begin in the global batch, not in an earlier one
     skipped: int = 0  # refused by the loaders while they made it
     updated: bool = True  # False where a non-finite loss or gradient made the step be skipped
     tokens_by_modality: dict[str, float] = field(default_factory=dict)

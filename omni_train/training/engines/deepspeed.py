@@ -18,12 +18,12 @@ ELEMENTS_AT_ONCE = 200_000_000
 def import_deepspeed():
     """The module ``deepspeed``, set to the platform's device and joined to the process groups that exist."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if platform.has_cuda() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(platform.local_rank()))  # it insists, also on a lone process
+    os.environ.setdefault("LOCAL_RANK", str(platform.local_rank()))  # DeepSpeed needs it, also in a lone process
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does, and needs no compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo is used instead, and needs no compiler
     forget_groups()
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
@@ -92,14 +92,14 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
     else:
         adamw = torch.optim.AdamW(groups, fused=True, **options)
     elements = min(ELEMENTS_AT_ONCE, sum(parameter.numel() for parameter in module.parameters()))
-    elements = -(-elements // 16) * 16  # it wants them aligned
+    elements = -(-elements // 16) * 16  # DeepSpeed needs aligned sizes
     zero = {
         "stage": config.stage,
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
         "stage3_prefetch_bucket_size": elements,
         "stage3_param_persistence_threshold": config.whole_below,
-        "overlap_comm": platform.has_cuda() and config.stage >= 2,  # DeepSpeed has none below, with our boundaries
+        "overlap_comm": platform.has_cuda() and config.stage >= 2,  # below stage 2 it does not overlap
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": platform.has_cuda()}

@@ -103,7 +103,7 @@ class Exchange:
 
     def _view(self, shards: dict[int, Tensor], piece: _Piece) -> Tensor:
         tile = self._tiles[piece.tile]
-        first = max(0, self._data_rank * tile.share - tile.start)  # of the tile's numbers, the first that is here
+        first = max(0, self._data_rank * tile.share - tile.start)  # first of the tile's numbers on this rank
         return shards[piece.tile].narrow(0, piece.start - first, piece.numel)
 
     def _all_to_all(self, tensors: list[Tensor], sent: list[int], received: list[int], like: Tensor | None) -> Tensor:
@@ -206,7 +206,7 @@ def _choose_owners(matrices: list[_Matrix], size: int) -> None:
 
 def _in_batches(matrices: list[_Matrix]) -> list[list[_Matrix]]:
     """Matrices in batches, of each owner as many as fit: all owners work in every batch, as long as they have work."""
-    batches, filled = [], defaultdict(lambda: (0, 0))  # of each owner its batch, and how full that is
+    batches, filled = [], defaultdict(lambda: (0, 0))  # owner -> its current batch, and how full that is
     for matrix in matrices:
         batch, full = filled[matrix.owner]
         if full and full + matrix.numel > _BATCH_NUMEL:

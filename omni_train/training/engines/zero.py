@@ -123,7 +123,7 @@ class ZeroEngine(Engine):
         for row in rows:
             outcome = self.objective.run(self.engines, to_device(row), batch)
             for name, loss in outcome.losses.items():
-                self.engines[name].backward(loss * world, scale_wrt_gas=False)  # it averages over the ranks
+                self.engines[name].backward(loss * world, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
             outcomes.append(outcome)
         stepping = {name: self.engines[name] for name in outcomes[0].losses}  # the others rest
         for name in stepping:
@@ -196,7 +196,7 @@ class ZeroEngine(Engine):
 
         result = {}
         for name, network in self.networks.items():
-            kept = network.state_dict().keys()  # not every buffer is
+            kept = network.state_dict().keys()  # non-persistent buffers are not in it
             state = {key: buffer.detach().clone() for key, buffer in network.named_buffers() if key in kept}
             for key, parameter in network.named_parameters():
                 if averaged and parameter in self._averages:
