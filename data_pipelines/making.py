@@ -1,4 +1,4 @@
-"""Shards made side by side by several processes; a command that was stopped goes on where it was."""
+"""Making of shards by several processes; a command that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omni_train.locks import DirectoryLock
 
 @dataclass(frozen=True)
 class Making:
-    """The notes of a folder of shards in the making, which are in its folder ``.DONE``.
+    """Notes of a folder of shards that are being made, in its folder ``.DONE``.
 
     ``settings.json`` says how the shards are made, and each finished one has a record; one without it is made again.
     """
@@ -28,10 +28,10 @@ class Making:
     done: str  # what has happened to a finished shard: packed, coded
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Say how the shards of this folder are made.
+        """Note how the shards of this folder are made.
 
         Raises:
-            UserError: there are others in it.
+            UserError: the folder holds other files, or shards that were made with other settings.
         """
         note = self._notes / "settings.json"
         if not note.exists():
@@ -56,9 +56,9 @@ class Making:
         """Call ``write(*arguments)`` for every shard that has no record yet; the call writes it last.
 
         Args:
-            write: importable by name.
-            jobs: shard -> arguments.
-            processes: that work side by side; 0 for one per core.
+            write: function, importable by name.
+            jobs: shard -> arguments of the function.
+            processes: number of processes; 0 for one per core.
             pool: options of ``ProcessPoolExecutor``.
 
         Raises:
@@ -79,15 +79,15 @@ class Making:
                 ) from None
 
     def partial(self, shard: str) -> Path:
-        """Where this process writes a shard; another, whose command was killed, may still be at the same one."""
+        """Path that this process writes a shard to; a process of a command that was killed may still write the same."""
         return self._notes / f"{shard}.{os.getpid()}.partial"
 
     def record(self, shard: str, fields: dict[str, Any]) -> None:
-        """Note that a shard is complete, and what is to be known of it."""
+        """Note that a shard is complete, with facts about it."""
         write_json(self._record(shard), fields)
 
     def records(self, shards: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Shard -> what was noted of it."""
+        """Facts that were noted of shards, by shard."""
         return {shard: json.loads(self._record(shard).read_text()) for shard in shards}
 
     def _alone(self) -> DirectoryLock:
@@ -102,7 +102,7 @@ class Making:
 
 
 def write_json(file: Path, fields: dict[str, Any]) -> None:
-    """Write a file at once or not at all."""
+    """Write a JSON file atomically."""
     fresh = file.with_name(f"{file.name}.new")
     fresh.write_text(json.dumps(fields, indent=1) + "\n")
     os.replace(fresh, file)

@@ -1,4 +1,4 @@
-"""Writing WebDataset shards and the index that energon reads them by."""
+"""Writer of WebDataset shards and of the index that energon reads them by."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def write_shards(folder: Path, split: str, samples: Sequence[tuple], shards: int
 
 
 def write_shard(file: Path, samples: Iterable[tuple]) -> None:
-    """Write one tar of ``samples``: each an ASCII key without dots, the fields of its ``key.json``, and, where it has
-    media, a mapping of their names to bytes (``{"0.flac": ...}`` becomes ``key.0.flac``).
+    """Write one tar of samples; the same samples give the same bytes.
 
-    The same samples give the same bytes.
+    Args:
+        file: path of the tar.
+        samples: for each an ASCII key without dots, the fields of its ``key.json``, and, where it has media, a mapping
+            of their names to bytes (``{"0.flac": ...}`` becomes ``key.0.flac``).
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
@@ -64,7 +66,7 @@ def index_shards(folder: Path) -> None:
 
 
 def _index(done: socket.socket, folder: Path) -> None:
-    """In a process without threads, for energon forks another."""
+    """Index a folder, in a process without threads, as energon forks another."""
     from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
     from omni_train.data import transfer

@@ -28,24 +28,24 @@ from omni_train.recipe.schema import DataConfig, MediaConfig
 
 
 class Codec(Protocol):
-    """What makes codes of speech.
+    """Codec that encodes speech.
 
     Attributes:
-        content_hash: of its weights and configuration.
-        sampling_rate: of what it hears, in Hz.
+        content_hash: hash of its weights and configuration.
+        sampling_rate: of the waveforms that it encodes, in Hz.
     """
 
     content_hash: str
     sampling_rate: int
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """A waveform (n,) float32 -> codes (N, frames); the same ones in every process."""
+        """Codes (N, frames) of a waveform (n,) float32; the same ones in every process."""
         ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs to know."""
+    """Settings that every process needs."""
 
     data: Path
     codec: str
@@ -75,13 +75,13 @@ def extract(
 
     Args:
         data: folder of indexed shards; it stays as it is.
-        codec: its checkpoint.
-        open_codec: reads the codec, in every process; importable by name.
+        codec: checkpoint of the codec.
+        open_codec: function that reads the codec, in every process; importable by name.
         out: folder of the new shards, their index and ``codec.json``; None: ``data`` with ``_codes`` after its name.
         workers: processes that work side by side; 0 for one per core.
         max_seconds: longer speech is kept without codes.
-        max_sample_bytes: samples that are larger are left out, as in a training with this `data.max_sample_bytes`.
-        max_text_bytes: the same of their ``key.json``.
+        max_sample_bytes: samples of more bytes are left out, as in a training with this `data.max_sample_bytes`.
+        max_text_bytes: samples whose ``key.json`` has more bytes are left out, as with this `data.max_text_bytes`.
 
     Raises:
         UserError: no shards, or ``out`` holds something else.
@@ -111,7 +111,7 @@ _codec: Codec
 
 
 def _open(job: Job) -> None:
-    """In a new process: the codec, computed by one thread, so that sums are the same however many there are."""
+    """Open the codec in a new process, with one thread, so that sums do not depend on the number of processes."""
     global _job, _codec
     import torch
 

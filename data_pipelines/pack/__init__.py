@@ -30,7 +30,7 @@ PIECE = 1 << 20  # bytes of a line that are in memory while its end is looked fo
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs to know."""
+    """Settings that every process needs."""
 
     manifest: Path
     roots: tuple[Path, ...]  # folders in which media may lie, without links in their paths
@@ -62,15 +62,15 @@ def pack(
     command goes on where it was.
 
     Args:
-        manifest: JSON lines.
+        manifest: file of JSON lines.
         out: folder of the shards, their index, ``refused.jsonl``, ``statistics.md`` with its pictures, the tokenizer.
         tokenizer: folder with tokenizer.json.
         model: recipe of the model whose tokens are counted.
         row_tokens: samples longer than this are refused.
         shard_samples: lines of the manifest in one shard.
         val_fraction: share of the lines, chosen by their content, that is held out.
-        processes: that work side by side; 0 for one per core.
-        chat_template: as `data.chat_template` of the training; decides what is refused and how long samples are.
+        processes: number of processes; 0 for one per core.
+        chat_template: `data.chat_template` of the training; decides what is refused and how long samples are.
         roots: folders with commas between in which media may lie beside that of the manifest, wherever links lead to.
         max_sample_bytes: files of a sample that are larger together are refused, as `data.max_sample_bytes`.
         max_text_bytes: lines that are longer are refused, as `data.max_text_bytes`.
@@ -116,7 +116,7 @@ def _check_manifest(manifest: Path) -> None:
 
 
 def _folders(manifest: Path, roots: str) -> tuple[Path, ...]:
-    """Where media may lie: the folder of the manifest, and those that the user names."""
+    """Folders in which media may lie: that of the manifest, and those that the user names."""
     named = [Path(root) for root in roots.split(",") if root]
     for root in named:
         if not root.is_dir():

@@ -1,4 +1,4 @@
-"""A line of the manifest: its media read from their files, tokenised once as training will, or refused."""
+"""Reading of a line of the manifest: its media are read from their files, and it is tokenised as in training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from omni_train.data.samples.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Refused:
-    """A line that is left out."""
+    """Line of the manifest that is left out."""
 
     line: int  # from 1
     reason: str
@@ -33,7 +33,7 @@ class Refused:
 
 @dataclass
 class Line:
-    """A sample for a shard, and what it is made of."""
+    """Line of the manifest as a sample for a shard, with its token sequences and durations."""
 
     key: str
     fields: dict[str, Any]
@@ -47,9 +47,9 @@ def read_line(number: int, data: bytes, tokenizer: Tokenizer, job) -> Line | Ref
     """Read one line and all that it names.
 
     Args:
-        number: of the line, from 0; it becomes the sample's key.
-        data: its bytes, or the first of more than ``max_text_bytes``.
-        tokenizer: counts its tokens.
+        number: number of the line, from 0; it becomes the sample's key.
+        data: bytes of the line, or the first of more than ``max_text_bytes``.
+        tokenizer: tokenizer of the training.
         job: :class:`omni_train.data_pipelines.pack.Job`.
     """
     paths: list[str] = []
@@ -113,6 +113,6 @@ def _refuse_outside(path: Path, roots: Sequence[Path]) -> None:
 
 
 def _duration(video: bytes) -> float:
-    """Seconds, as the file's header says."""
+    """Duration of a video in seconds, as the file's header says."""
     with open_container(video) as container:
         return (container.duration or 0) / av.time_base

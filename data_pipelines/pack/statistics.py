@@ -1,4 +1,4 @@
-"""What was packed: samples, hours and tokens by modality and language, as a page with pictures."""
+"""Statistics of packed samples, hours and tokens by modality and language, as a page with pictures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Statistics:
         self.clip_seconds = [a + b for a, b in zip(self.clip_seconds, other["clip_seconds"], strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain containers and numbers."""
+        """Statistics in plain containers and numbers."""
         return {
             "groups": {name: dict(group) for name, group in sorted(self.groups.items())},
             "lengths": self.lengths,
