@@ -5,8 +5,8 @@ start, between the stages of a pipeline) the first of them ends the process at o
 the same command goes on. Else (:func:`finish_first`) it is remembered, and the training loop ends where all is saved.
 A second SIGINT always ends the process at once.
 
-A thread listens, because the main one may be held up in a collective. It hears of signals through the interpreter's
-wakeup pipe and not by blocking them, so that programs that the run starts inherit nothing.
+A thread handles them, because the main one may be held up in a collective. It reads signals from the interpreter's
+wakeup pipe and does not block them, so that programs that the run starts inherit nothing.
 """
 
 from __future__ import annotations

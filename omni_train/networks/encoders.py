@@ -15,14 +15,14 @@ def check_parts(recipe: Recipe) -> None:
     Raises:
         UserError: it names the first of them.
     """
-    for encoder, sense in (("audio", "hear"), ("vision", "see")):
+    for encoder in ("audio", "vision"):
         if getattr(recipe.model, encoder) is not None:
             continue
         for key in ("trainable", "init_parts"):
             if pattern := next((name for name in getattr(recipe, key) if name.startswith(f"{encoder}_")), None):
                 raise UserError(
-                    f"{key}: '{pattern}' names a part of what model={recipe.model.name} does not have, it does not "
-                    f"{sense}; choose a model with model.{encoder}"
+                    f"{key}: '{pattern}' is of model.{encoder}, which model={recipe.model.name} does not have; "
+                    "choose a model with it"
                 )
 
 

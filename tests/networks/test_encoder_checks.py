@@ -13,13 +13,12 @@ REFUSED = [
     # parts that the model does not have
     (
         f"{TEXT_ONLY} trainable=[embedding.*,audio_adapter.*]",
-        "trainable: 'audio_adapter.*' names a part of what model=qwen3_5_0_8b does not have, it does not hear; "
-        "choose a model with model.audio",
+        "trainable: 'audio_adapter.*' is of model.audio, which model=qwen3_5_0_8b does not have; "
+        "choose a model with it",
     ),
     (
         f"{TEXT_ONLY} init_parts={{vision_*:random}}",
-        "init_parts: 'vision_*' names a part of what model=qwen3_5_0_8b does not have, it does not see; "
-        "choose a model with model.vision",
+        "init_parts: 'vision_*' is of model.vision, which model=qwen3_5_0_8b does not have; choose a model with it",
     ),
     # audio encoder
     ("model.audio.conv_channels=0", "model.audio.conv_channels=0: must be at least 1"),

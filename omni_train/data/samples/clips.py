@@ -17,7 +17,7 @@ from omni_train.data.samples.sample import Medium, SampleError
 from omni_train.data.samples.timestamps import inside_sound
 from omni_train.recipe.schema import AudioEncoderConfig, MediaConfig, ModelConfig, Positions
 
-TOKENS_PER_SECOND = 6.25  # the grid of time for a model that sees and does not hear
+TOKENS_PER_SECOND = 6.25  # the grid of time for a model without an audio encoder
 
 
 @dataclass
