@@ -47,7 +47,7 @@ def _flat(values: dict, prefix: str = "") -> dict:
     """Nested dictionaries flattened to dotted keys; a model's layers are the same however their pattern is written."""
     if prefix == "model.thinker.":
         values["pattern"] = values["pattern"].replace("|", "") * values.pop("repeats")
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, dict) and prefix + key != "init_parts"
         flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}

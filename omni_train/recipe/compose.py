@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
@@ -55,6 +56,7 @@ def to_recipe(config: DictConfig) -> Recipe:
         recipe = OmegaConf.to_object(strict)
     except Exception as error:
         raise one_line(error) from error
+    assert isinstance(recipe, Recipe)
     for group in unused_groups(recipe.network):
         if group.startswith("model."):
             setattr(recipe.model, group.removeprefix("model."), None)
@@ -85,11 +87,18 @@ def used(config: DictConfig) -> DictConfig:
 
 
 def _without(config: DictConfig, groups: Iterable[str]) -> DictConfig:
-    shown = OmegaConf.to_container(config)
+    shown = _plain(config)
     for group in groups:
         parent, _, name = group.rpartition(".")
         (shown[parent] if parent else shown).pop(name, None)
     return OmegaConf.create(shown)
+
+
+def _plain(config: DictConfig) -> dict[Any, Any]:
+    """A configuration as dictionaries and lists, nothing in it resolved."""
+    found = OmegaConf.to_container(config)
+    assert isinstance(found, dict)
+    return found
 
 
 class Tree:
@@ -132,7 +141,8 @@ class Tree:
     def _refuse_null_groups(self, overrides: Sequence[str]) -> None:
         """Refuse the first word that sets what is in a group that the chosen recipes leave null."""
         words = OverridesParser.create().parse_overrides(list(overrides))
-        chosen = self._composed([word.input_line for word in words if "." not in word.key_or_group])
+        pairs = zip(overrides, words, strict=True)
+        chosen = self._composed([said for said, word in pairs if "." not in word.key_or_group])
         for word in words:
             steps = word.key_or_group.split(".")
             for group in (".".join(steps[: i + 1]) for i in range(len(steps))):
@@ -142,9 +152,9 @@ class Tree:
 
     def _refuse_hydra_files(self, found: DictConfig, own: DictConfig) -> None:
         """Refuse settings of Hydra itself in recipe files."""
-        found, own = (OmegaConf.to_container(config, throw_on_missing=False) for config in (found, own))
-        for key in found.keys() - _HYDRAS_NOTES:
-            if found[key] != own.get(key):
+        says, says_itself = _plain(found), _plain(own)
+        for key in says.keys() - _HYDRAS_NOTES:
+            if says[key] != says_itself.get(key):
                 raise UserError(f"hydra.{key}: {_NO_HYDRA}; take it out of the recipes of --config-dir")
 
 
@@ -185,7 +195,9 @@ def opened_tree(config_dir: str | Path | None = None) -> Iterator[Tree]:
             path.prepend("--config-dir", own, anchor=SearchPathQuery(provider="schema"))
             GlobalHydra.instance().clear()
             Hydra.create_main_hydra2("omni-train train", path)
-        yield Tree(GlobalHydra.instance().hydra, pure=config_dir is None)
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None  # made above
+        yield Tree(hydra, pure=config_dir is None)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -204,7 +216,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: not a mapping of keys; expected the recipe.yaml of a run")
     try:
-        written = OmegaConf.to_container(config)
+        written = _plain(config)
         _refuse_references(written)
         return to_recipe(OmegaConf.create(recipe_of_today(written)))
     except UserError as error:

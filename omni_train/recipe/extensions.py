@@ -23,7 +23,11 @@ def model_type() -> type[ModelConfig]:
 
 
 def _type_of(group: str) -> type:
-    return described(recipe_type())[group].group if group else recipe_type()
+    if not group:
+        return recipe_type()
+    found = described(recipe_type())[group].group
+    assert found is not None, f"{group} is a key"
+    return found
 
 
 @cache
@@ -57,6 +61,6 @@ def _extended(schema: type, group: str, added: tuple[tuple[str, type], ...]) -> 
 
 def _rebuilt(group: str, values: dict) -> Any:
     """Instance of an extended dataclass from its pickle, which cannot name a class that no module has."""
-    found = object.__new__(_type_of(group))
+    found: Any = object.__new__(_type_of(group))
     vars(found).update(values)
     return found

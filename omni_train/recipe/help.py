@@ -70,8 +70,8 @@ def page(name: str) -> str:
         return _paragraph(entries[name]).rstrip()
     inside = [entry for entry in entries.values() if entry.name.rpartition(".")[0] == name]
     lines = [_filled(f"{name}: {entries[name].help}"), "", *(_paragraph(one) for one in inside if not one.group), ""]
-    if groups := [(entry.name, entry.help) for entry in inside if entry.group]:
-        lines += ["Groups in it (omni-train train --help GROUP lists their keys):", _columns(groups)]
+    if inner := [(entry.name, entry.help) for entry in inside if entry.group]:
+        lines += ["Groups in it (omni-train train --help GROUP lists their keys):", _columns(inner)]
     return "\n".join(lines).rstrip()
 
 

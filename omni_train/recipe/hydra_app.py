@@ -66,7 +66,7 @@ def run(program: str, arguments: Sequence[str], job: Callable[[Recipe], int]) ->
                 print(tree.hydra.format_args_help(get_args_parser()))
                 return Exit.finished
             if options.cfg:
-                validate(*recipes, world_size=None)
+                validate(recipes[0], world_size=None)
                 print(_yaml(composed, options.package, options.resolve), end="")
                 return Exit.finished
         else:
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
         UserError: a flag does not exist, is not supported, or does not go with another.
     """
     parser = get_args_parser()
-    parser.error = _refuse_flag
+    parser.error = _refuse_flag  # type: ignore[method-assign]  # argparse has no other place to say how it fails
     options = parser.parse_intermixed_args(list(arguments))
     for name, why in _REFUSED.items():
         if getattr(options, name):

@@ -129,9 +129,13 @@ class Entry:
         )
 
 
-@cache
 def described(schema: type) -> Mapping[str, Entry]:
     """Every key and group of a schema by its dotted name, a group before what is in it."""
+    return _described(schema)
+
+
+@cache  # by itself: type checkers take a dataclass, as an argument of what is cached, for its unhashable instances
+def _described(schema: type) -> Mapping[str, Entry]:
     return {entry.name: entry for entry in _entries(schema, "", Change.kept)}
 
 
@@ -141,10 +145,13 @@ def _entries(schema: type, prefix: str, inherited: Change) -> Iterator[Entry]:
         said = key_of(one)
         change = said.resume or inherited
         hint = types[one.name]
-        group = next((inner for inner in (hint, *get_args(hint)) if is_dataclass(inner)), None)
+        group = next(
+            (inner for inner in (hint, *get_args(hint)) if isinstance(inner, type) and is_dataclass(inner)), None
+        )
         default = one.default
         if default is NONE_GIVEN:
-            default = None if one.default_factory is group else one.default_factory()
+            make: Any = one.default_factory
+            default = None if make is group else make()
         yield Entry(name=prefix + one.name, type=hint, default=default, key=said, change=change, group=group)
         if group is not None:
             yield from _entries(group, f"{prefix}{one.name}.", change)

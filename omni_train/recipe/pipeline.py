@@ -157,7 +157,8 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 def _sort(words: Sequence[str], stages: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Typed words for all stages, and those for each stage."""
-    for_all, for_one = [], {stage: [] for stage in stages}
+    for_all: list[str] = []
+    for_one: dict[str, list[str]] = {stage: [] for stage in stages}
     keys = {entry.name for entry in fields(recipe_type())}
     for word in words:
         stage, _, rest = word.partition(".")
@@ -188,7 +189,7 @@ def with_sources(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """Recipe with every checkpoint that it names replaced by ``change`` of it."""
 
     def within(value: Any, names: bool) -> Any:
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             keys = {one.name: key_of(one).checkpoint for one in fields(value)}
             return replace(value, **{name: within(getattr(value, name), names) for name, names in keys.items()})
         if isinstance(value, dict):

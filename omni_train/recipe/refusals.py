@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omni_train.errors import UserError
 from omni_train.recipe.schema import Recipe, Recompute
@@ -13,9 +13,9 @@ def refuse(recipe: Recipe, key: str, why: str) -> NoReturn:
     raise UserError(f"{key}={value(recipe, key)}: {why}")
 
 
-def value(recipe: Recipe, key: str):
+def value(recipe: Recipe, key: str) -> Any:
     """Value of a dotted key in a recipe."""
-    found = recipe
+    found: Any = recipe
     for name in key.split("."):
         found = getattr(found, name)
     return found

@@ -72,7 +72,7 @@ def split(words: Sequence[str]) -> tuple[Launcher, list[str]]:
         raise UserError(f"{wrong}: a setting of a launcher is a plain value")
     if ours and names in ([], [BASIC]) and (setting := next(filter(_SETTING.match, ours), None)):
         raise UserError(f"{setting}: {BASIC} has no settings; choose a launcher with hydra/launcher=NAME")
-    return Launcher(*names, words=tuple(ours)), [word for word in words if word not in ours]
+    return Launcher(names[0] if names else BASIC, tuple(ours)), [word for word in words if word not in ours]
 
 
 def jobs(words: Sequence[str]) -> list[list[str]]:

@@ -22,6 +22,7 @@ from omni_train.recipe.schema.model import (
     RecognizerConfig,
     ThinkerConfig,
     VisionEncoderConfig,
+    required,
 )
 from omni_train.recipe.schema.run import (
     CheckpointConfig,
@@ -89,4 +90,5 @@ __all__ = [
     "VisionEncoderConfig",
     "WandbMode",
     "ZeroConfig",
+    "required",
 ]

@@ -156,6 +156,12 @@ class Code2WavConfig:
     decoder_dim: int = key(1536, ge=1, help="channels that the decoder begins with")
 
 
+def required[Part](part: Part | None) -> Part:
+    """A part of the model where there is no work without it: validation refuses a recipe that lacks it."""
+    assert part is not None, "validation refuses a model without this part"
+    return part
+
+
 @dataclass
 class ModelConfig:
     """The parts of a model; a run builds, prints and checks those that its network is made of."""
