@@ -6,7 +6,7 @@ from math import isqrt
 
 from omni_train.errors import UserError
 from omni_train.recipe.refusals import divides, refuse
-from omni_train.recipe.schema import Positions, Recipe
+from omni_train.recipe.schema import Positions, Recipe, required
 
 
 def check_parts(recipe: Recipe) -> None:
@@ -32,7 +32,7 @@ def check_audio(recipe: Recipe) -> None:
     Raises:
         UserError: the first thing found, in one line.
     """
-    audio, tensor = recipe.model.audio, recipe.parallel.tensor
+    audio, tensor = required(recipe.model.audio), recipe.parallel.tensor
     divides(recipe, audio.num_attention_heads, "model.audio.num_attention_heads", "model.audio.hidden_size")
     # Sines for one half of the width, cosines for the other.
     divides(recipe, 2, "the two halves of its positions", "model.audio.hidden_size")
@@ -54,7 +54,8 @@ def check_vision(recipe: Recipe) -> None:
     Raises:
         UserError: the first thing found, in one line.
     """
-    thinker, vision, tensor = recipe.model.thinker, recipe.model.vision, recipe.parallel.tensor
+    thinker, vision = required(recipe.model.thinker), required(recipe.model.vision)
+    tensor = recipe.parallel.tensor
     # Half of a head's dimensions turn with the row of a patch, half with its column, in pairs.
     divides(recipe, 4 * vision.num_heads, "4·model.vision.num_heads", "model.vision.hidden_size")
     divides(recipe, tensor, "parallel.tensor", "model.vision.num_heads", "model.vision.intermediate_size")

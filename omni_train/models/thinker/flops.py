@@ -7,6 +7,8 @@ sequence; the gated delta rule counts its recurrent definition, not what a chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from omni_train.data.rows.batch import PackedBatch
 from omni_train.data.samples.lengths import audio_tokens, convolved, window_tokens
 from omni_train.recipe.schema import ModelConfig
@@ -87,7 +89,7 @@ def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
     return total
 
 
-def step_flops(model: ModelConfig, rows: list[PackedBatch]) -> float:
+def step_flops(model: ModelConfig, rows: Sequence[PackedBatch]) -> float:
     """FLOPs of forward and backward of one training step over packed rows, padding excluded."""
     thinker, per_token = model.thinker, flops_per_token(model)
     attention_layers = (thinker.pattern * thinker.repeats).count("*") + thinker.mtp_num_hidden_layers

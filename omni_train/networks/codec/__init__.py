@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omni_train.networks.base import NetworkSpec
+from omni_train.networks.base import Frozen, Networks, NetworkSpec
 from omni_train.networks.codec.checks import check_code2wav, check_codec
-from omni_train.recipe.schema import EngineName
+from omni_train.recipe.schema import EngineName, Recipe, required
+
+if TYPE_CHECKING:
+    import torch
+
+    from omni_train.evaluation.resynthesis import Resyntheses
+    from omni_train.objectives.codec import Code2WavTraining, CodecTraining
 
 
-def _teacher(recipe):
+def _teacher(recipe: Recipe) -> Frozen:
     """Teacher of codebook 0, a WavLM or a recognizer, where the recipe has one."""
     from omni_train import platform
     from omni_train.frozen.recognizer import open_recognizer
@@ -21,20 +29,21 @@ def _teacher(recipe):
     return {"teacher": WavLM(teacher, platform.device()) if is_wavlm(teacher) else open_recognizer(teacher, recipe)}
 
 
-def _build_codec(recipe, frozen):
+def _build_codec(recipe: Recipe, frozen: Frozen) -> Networks:
     from omni_train.models.codec import SpeechCodec
 
     size = frozen["teacher"].size if "teacher" in frozen else 0  # of the head that learns its features
-    return _beside_discriminators(recipe, SpeechCodec(recipe.model.codec, recipe.model.code2wav, size))
+    codec, code2wav = required(recipe.model.codec), required(recipe.model.code2wav)
+    return _beside_discriminators(recipe, SpeechCodec(codec, code2wav, size))
 
 
-def _build_code2wav(recipe, frozen):
+def _build_code2wav(recipe: Recipe, frozen: Frozen) -> Networks:
     from omni_train.models.code2wav import Code2Wav
 
-    return _beside_discriminators(recipe, Code2Wav(recipe.model.code2wav))
+    return _beside_discriminators(recipe, Code2Wav(required(recipe.model.code2wav)))
 
 
-def _beside_discriminators(recipe, generator):
+def _beside_discriminators(recipe: Recipe, generator: torch.nn.Module) -> Networks:
     from omni_train import platform
     from omni_train.models.config import params_dtype
     from omni_train.models.discriminators import Discriminators
@@ -44,20 +53,22 @@ def _beside_discriminators(recipe, generator):
     return {"generator": generator.to(*where), "discriminators": discriminators.to(*where)}
 
 
-def _codec_objective(recipe, networks, frozen):
+def _codec_objective(recipe: Recipe, networks: Networks, frozen: Frozen) -> CodecTraining:
     from omni_train.objectives.codec import CodecTraining
 
-    return CodecTraining(*networks.values(), recipe.codec_training, recipe.seed, frozen.get("teacher"))
+    generator, discriminators = networks["generator"], networks["discriminators"]
+    return CodecTraining(generator, discriminators, recipe.codec_training, recipe.seed, frozen.get("teacher"))
 
 
-def _code2wav_objective(recipe, networks, frozen):
+def _code2wav_objective(recipe: Recipe, networks: Networks, frozen: Frozen) -> Code2WavTraining:
     from omni_train.data.samples.lengths import codec_sampling_rate
     from omni_train.objectives.codec import Code2WavTraining
 
-    return Code2WavTraining(*networks.values(), recipe.codec_training, codec_sampling_rate(recipe.model))
+    generator, discriminators = networks["generator"], networks["discriminators"]
+    return Code2WavTraining(generator, discriminators, recipe.codec_training, codec_sampling_rate(recipe.model))
 
 
-def _evaluation(recipe, held_out, refused, frozen):
+def _evaluation(recipe: Recipe, held_out: list, refused: Counter[str], frozen: Frozen) -> Resyntheses:
     from omni_train.evaluation.resynthesis import Resyntheses
     from omni_train.frozen.recognizer import open_recognizer
 

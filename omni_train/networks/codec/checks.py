@@ -6,7 +6,7 @@ from math import prod
 
 from omni_train.networks.encoders import check_parts
 from omni_train.recipe.refusals import answers_no_questions, divides, keeps_activations, refuse
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, required
 
 
 def check_codec(recipe: Recipe) -> None:
@@ -41,12 +41,12 @@ def check_code2wav(recipe: Recipe) -> None:
 
 
 def _model(recipe: Recipe) -> None:
-    model = recipe.model
+    model, code2wav = recipe.model, required(recipe.model.code2wav)
     wave = "model.code2wav"
-    pairs = 2 * model.code2wav.num_attention_heads  # rotary embedding turns pairs of a head's dimensions
+    pairs = 2 * code2wav.num_attention_heads  # rotary embedding turns pairs of a head's dimensions
     divides(recipe, pairs, f"2·{wave}.num_attention_heads", f"{wave}.hidden_size")
-    divides(recipe, model.code2wav.num_key_value_heads, f"{wave}.num_key_value_heads", f"{wave}.num_attention_heads")
-    halved = 2 ** len(model.code2wav.upsample_rates)
+    divides(recipe, code2wav.num_key_value_heads, f"{wave}.num_key_value_heads", f"{wave}.num_attention_heads")
+    halved = 2 ** len(code2wav.upsample_rates)
     divides(recipe, halved, f"what each of {wave}.upsample_rates halves", f"{wave}.decoder_dim")
     if model.codec is None:
         return
@@ -63,8 +63,8 @@ def _model(recipe: Recipe) -> None:
             f"must make frames of {synthesized} samples, as model.code2wav does, not {encoded}; change one of the two",
         )
     for key in ("num_quantizers", "codebook_size"):
-        if getattr(model.codec, key) != getattr(model.code2wav, key):
-            refuse(recipe, f"model.codec.{key}", f"model.code2wav.{key} is {getattr(model.code2wav, key)}; set both")
+        if getattr(model.codec, key) != getattr(code2wav, key):
+            refuse(recipe, f"model.codec.{key}", f"model.code2wav.{key} is {getattr(code2wav, key)}; set both")
     if model.codec.num_semantic_quantizers >= model.codec.num_quantizers:
         refuse(
             recipe,
@@ -74,7 +74,8 @@ def _model(recipe: Recipe) -> None:
 
 
 def _frame_samples(recipe: Recipe) -> int:
-    return prod([*recipe.model.code2wav.upsampling_ratios, *recipe.model.code2wav.upsample_rates])
+    code2wav = required(recipe.model.code2wav)
+    return prod([*code2wav.upsampling_ratios, *code2wav.upsample_rates])
 
 
 def _crops(recipe: Recipe) -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from omni_train.networks.base import NetworkSpec
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from omni_train.networks.base import Frozen, Networks, NetworkSpec
 from omni_train.networks.recognizer.checks import check_recognizer
-from omni_train.recipe.schema import EngineName
+from omni_train.recipe.schema import EngineName, Recipe
+
+if TYPE_CHECKING:
+    from omni_train.evaluation.transcripts import Transcripts
+    from omni_train.objectives.recognition import Recognition
 
 
-def _build(recipe, frozen):
+def _build(recipe: Recipe, frozen: Frozen) -> Networks:
     from omni_train.models.recognizer import SpeechRecognizer
 
     return {"model": SpeechRecognizer(recipe)}
 
 
-def _objective(recipe, networks, frozen):
+def _objective(recipe: Recipe, networks: Networks, frozen: Frozen) -> Recognition:
     from omni_train.objectives.recognition import Recognition
 
     return Recognition(recipe)
 
 
-def _evaluation(recipe, held_out, refused, frozen):
+def _evaluation(recipe: Recipe, held_out: list, refused: Counter[str], frozen: Frozen) -> Transcripts:
     from omni_train.evaluation.transcripts import Transcripts
 
     return Transcripts(recipe, held_out, refused)

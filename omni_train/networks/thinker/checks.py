@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omni_train.networks.encoders import check_audio, check_parts, check_vision
 from omni_train.recipe.refusals import divides, refuse, value
-from omni_train.recipe.schema import Precision, Recipe
+from omni_train.recipe.schema import Precision, Recipe, required
 
 
 def check_thinker(recipe: Recipe) -> None:
@@ -20,12 +20,12 @@ def check_thinker(recipe: Recipe) -> None:
         check_audio(recipe)
     if recipe.model.vision is not None:
         check_vision(recipe)
-    if recipe.data.row_tokens > (most := recipe.model.thinker.max_position_embeddings):
+    if recipe.data.row_tokens > (most := required(recipe.model.thinker).max_position_embeddings):
         refuse(recipe, "data.row_tokens", f"longer than model.thinker.max_position_embeddings={most}; shorten the rows")
 
 
 def _sizes(recipe: Recipe) -> None:
-    thinker = recipe.model.thinker
+    thinker = required(recipe.model.thinker)
     if foreign := set(thinker.pattern) - set("G*E-|"):
         refuse(recipe, "model.thinker.pattern", f"{min(foreign)!r} is no layer; use G, *, E, - and | between stages")
     if "|" in thinker.pattern and thinker.repeats != 1:
@@ -88,7 +88,7 @@ def _sizes(recipe: Recipe) -> None:
 
 def _layout(recipe: Recipe) -> None:
     """Refuse layouts whose axes do not divide the sizes of the model."""
-    thinker, parallel = recipe.model.thinker, recipe.parallel
+    thinker, parallel = required(recipe.model.thinker), recipe.parallel
     divides(recipe, parallel.tensor, "parallel.tensor", "model.vocab_size", "model.thinker.num_attention_heads")
     # Megatron gives several tensor ranks one key-value head each where there are fewer heads than ranks.
     if max(parallel.tensor, thinker.num_key_value_heads) % min(parallel.tensor, thinker.num_key_value_heads):
