@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -30,7 +30,7 @@ class Row:
     MEDIA: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that only ranks of the first pipeline stage need. Each has an empty default."""
 
-    MODALITIES: ClassVar[tuple[str, ...]] = ()
+    MODALITIES: ClassVar[Sequence[str]] = ()
     """Names of the modalities that its tokens are counted by."""
 
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
@@ -48,7 +48,12 @@ class Row:
 
     def without_media(self) -> Self:
         """Row as later pipeline stages have it, with empty ``MEDIA``."""
-        return replace(self, **{spec.name: spec.default_factory() for spec in fields(self) if spec.name in self.MEDIA})
+        return replace(self, **{spec.name: _empty(spec) for spec in fields(self) if spec.name in self.MEDIA})
+
+
+def _empty(media: Field) -> Any:
+    assert media.default_factory is not MISSING, f"{media.name} is among MEDIA without an empty default"
+    return media.default_factory()
 
 
 class Piece(Protocol):

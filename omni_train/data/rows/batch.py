@@ -61,6 +61,7 @@ class PackedBatch(Row):
 
     def tokens_by_modality(self) -> torch.Tensor:
         """See :class:`Row`."""
+        assert self.modality is not None  # since __post_init__
         tokens = torch.zeros(len(MODALITIES), dtype=torch.float64)
         return tokens.index_add_(0, self.modality.long(), (~self.padding).double())
 

@@ -59,9 +59,9 @@ def tokenize(
             shown[medium] = read_clip(medium, parts=parts, model=model, media=media, **room)
         return shown[medium]
 
-    tokens = 0
+    total = 0
     for turns in rounds(sample.turns, template):
-        if tokens > MOST_ROWS * row_tokens:
+        if total > MOST_ROWS * row_tokens:
             raise SampleError("too_many_rounds")
         refuse_long(turns, tokenizer, row_tokens)
         text = render(turns, tokenizer, loss_on, template=template)
@@ -71,7 +71,7 @@ def tokenize(
         whole = render(turns, tokenizer, loss_on, clips, template=template) if clips else text
         sequences.append(_sequence(whole, tokenizer, turns, clips, media))
         sequences[-1].begins_sample = len(sequences) == 1
-        tokens += len(sequences[-1])
+        total += len(sequences[-1])
     if not sequences:
         raise SampleError("no_loss")
     return sequences

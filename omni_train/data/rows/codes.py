@@ -23,7 +23,7 @@ from omni_train.data.samples.media.container import refused_as
 from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.sources import energon_path
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, ModelConfig
+from omni_train.recipe.schema import DataConfig, ModelConfig, required
 
 CODES = "codes.npy"
 """Name of the file of a key that holds its codes: (N, frames) uint16."""
@@ -80,8 +80,9 @@ def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np
     or frames as the speech would have, or beyond the codebook.
     """
     codes = _array(parts)
-    shape = (model.code2wav.num_quantizers, -(-samples // codec_frame_samples(model)))
-    if codes.shape != shape or not 0 <= codes.min() <= codes.max() < model.code2wav.codebook_size:
+    code2wav = required(model.code2wav)
+    shape = (code2wav.num_quantizers, -(-samples // codec_frame_samples(model)))
+    if codes.shape != shape or not 0 <= codes.min() <= codes.max() < code2wav.codebook_size:
         raise SampleError("codes_mismatch")
     return codes.astype(np.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +88,9 @@ def _positions(sequences: Sequence[TokenSequence], boundaries: list[int], floats
     return positions_3T
 
 
-def _media(sequences: Sequence[TokenSequence], starts: list[int]) -> dict[str, torch.Tensor]:
+def _media(sequences: Sequence[TokenSequence], starts: list[int]) -> dict[str, Any]:
     """Media fields of a row whose sequences begin at ``starts``, without kinds of media that it does not hold."""
-    fields: dict[str, torch.Tensor] = {}
+    fields: dict[str, Any] = {}
     if clips := [clip_FM for sequence in sequences for clip_FM in sequence.mel]:
         fields["mel"] = torch.from_numpy(np.concatenate(clips))
         fields["mel_cu_seqlens"] = torch.tensor([0, *np.cumsum([len(clip) for clip in clips])], dtype=torch.int32)

@@ -25,7 +25,7 @@ from omni_train.data.samples.media import read_audio
 from omni_train.data.samples.positions import AUDIO_PAD
 from omni_train.data.samples.sample import Chat, Medium, Sample, SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.recipe.schema import MediaConfig, ModelConfig
+from omni_train.recipe.schema import MediaConfig, ModelConfig, required
 
 TAG_END = "\n"
 
@@ -121,11 +121,12 @@ def _sequence(
         raise SampleError("too_long")
     if medium.file not in parts:
         raise SampleError("media_missing")
-    most = most_seconds(room, model.audio) * (1 if augmentation is None else augmentation.fastest)
+    audio = required(model.audio)
+    most = most_seconds(room, audio) * (1 if augmentation is None else augmentation.fastest)
     waveform = read_audio(parts[medium.file], media, medium.start, medium.end, most=most)
-    mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, model.audio.num_mel_bins)
-    audio = audio_tokens(len(mel_FM), model.audio)
-    if audio > room:
+    mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, audio.num_mel_bins)
+    heard = audio_tokens(len(mel_FM), audio)
+    if heard > room:
         raise SampleError("too_long")
     tokens = [tokenizer.token_id(AUDIO_PAD.token)] * audio + [tokenizer.im_start, *written]
     labels = np.full(len(tokens), IGNORE, dtype=np.int32)
