@@ -25,7 +25,7 @@ from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE
 from omni_train.objectives.spectral import MelDistance
 from omni_train.platform.logs import warn
 from omni_train.platform.signals import cut_short
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, required
 from omni_train.rollout.scoring import Tally, score
 
 Transcribe = Callable[[list[np.ndarray]], list[str]]
@@ -74,7 +74,8 @@ class Resyntheses:
         transcribe: Transcribe | None = None,
     ) -> None:
         self.rate = codec_sampling_rate(recipe.model)
-        self.codebooks = (recipe.model.code2wav.num_quantizers, recipe.model.code2wav.codebook_size)
+        code2wav = required(recipe.model.code2wav)
+        self.codebooks = (code2wav.num_quantizers, code2wav.codebook_size)
         training = recipe.codec_training
         self.mel = MelDistance(training.mel_windows, training.mel_bins, self.rate, training.mel_floor)
         self.normalizer = recipe.evaluation.normalizer
@@ -135,15 +136,14 @@ class Resyntheses:
 
     def _recognize(self, tally: Tally, pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the recognizer's errors on originals and resyntheses whose transcript is known."""
-        with_text = [place for place, utterance in enumerate(self.utterances) if utterance.text]
+        assert self.transcribe is not None  # as the caller has seen
+        both = zip(pairs, self.utterances, strict=True)
+        told = [(pair, utterance.meta, utterance.text) for pair, utterance in both if utterance.text]
         for side, name in enumerate(("original", "resynthesis")):
             errors = Tally()
-            transcripts = (
-                self.transcribe([_at_16_khz(pairs[place][side], self.rate) for place in with_text]) if with_text else []
-            )
-            for place, text in zip(with_text, transcripts, strict=True):
-                utterance = self.utterances[place]
-                score(errors, utterance.meta | {"task": "transcribe"}, utterance.text, text, self.normalizer)
+            heard = self.transcribe([_heard(pair[side], self.rate) for pair, _, _ in told]) if told else []
+            for (_, meta, said), text in zip(told, heard, strict=True):
+                score(errors, meta | {"task": "transcribe"}, said, text, self.normalizer)
             for metric in errors.weights:
                 tally.add(f"{name}_{metric}", errors.sums[metric], errors.weights[metric])
                 tally.add(f"{name}_{metric.partition('_')[0]}", errors.sums[metric], errors.weights[metric])
@@ -157,12 +157,14 @@ class Resyntheses:
         for number, (utterance, pair) in enumerate(zip(self.utterances, pairs, strict=True)):
             if number == self.kept:
                 break
-            files = [self.directory / f"{number:02d}_{name}" for name in ("original.wav", "resynthesis.wav")]
-            for file, waveform in zip(files, pair, strict=True):
+            original, resynthesis = (
+                self.directory / f"{number:02d}_{name}.wav" for name in ("original", "resynthesis")
+            )
+            for file, waveform in zip((original, resynthesis), pair, strict=True):
                 soundfile.write(file, waveform, self.rate, subtype="PCM_16")
             picture = self.directory / f"{number:02d}_spectrograms.png"
             draw_spectrograms(dict(zip(("original", "resynthesis"), pair, strict=True)), self.rate, picture)
-            kept.append(Resynthesis(utterance.name, utterance.text, *files, picture))
+            kept.append(Resynthesis(utterance.name, utterance.text, original, resynthesis, picture))
         return kept
 
 

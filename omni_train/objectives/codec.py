@@ -10,6 +10,8 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from omni_train.objectives.adversarial import adversarial_losses
 from omni_train.objectives.base import Forward, GlobalBatch, NetworksObjective, Outcome
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE, Teacher, cosine_distance, to_frames
 from omni_train.objectives.spectral import MelDistance, resampled
-from omni_train.recipe.schema import CodecTrainingConfig
+from omni_train.recipe.schema import CodecTrainingConfig, required
 
 
 class WaveTraining(NetworksObjective):
@@ -77,7 +79,7 @@ class WaveTraining(NetworksObjective):
                 "mel": (config.mel_weight, mel_B),
                 "linear_mel": (config.linear_mel_weight, linear_mel_B),
             }
-            loss_B = sum(weight * part_B for weight, part_B in parts.values())
+            loss_B = reduce(add, (weight * part_B for weight, part_B in parts.values()))
             values = {"loss": loss_B} | {f"loss_{name}": part_B for name, (_, part_B) in parts.items()}
             of_game = dict.fromkeys(
                 ("loss_adversarial", "loss_features", "loss_discriminators", "discriminators_right")
@@ -132,18 +134,22 @@ class CodecTraining(WaveTraining):
         seed: int,
         teacher: Teacher | None = None,
     ) -> None:
-        super().__init__(codec, discriminators, config, codec.config.sampling_rate, frame_samples(codec.code2wav))
-        self.seed, self.teacher = seed, teacher
+        frame = frame_samples(required(codec.code2wav))
+        super().__init__(codec, discriminators, config, codec.config.sampling_rate, frame)
+        self.codec, self.seed, self.teacher = codec, seed, teacher
         self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout)
 
-    def synthesize(self, generator, row, real_BS, lengths_B, training):
-        # Seeded by the row's own numbers, so that the draw is the same in every layout.
+    def synthesize(
+        self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool
+    ) -> tuple[torch.Tensor, dict[str, tuple[float, torch.Tensor]]]:
+        # Of the row's own numbers: the same in every layout.
         drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
-        dtype = self.networks["generator"].bridge.weight.dtype
+        dtype = self.codec.bridge.weight.dtype
         output = generator(real_BS.to(dtype), drawn, self.harder if training else None)
         parts = {"commitment": (self.config.commitment_weight, output.commitment.mean(1))}
         if self.teacher is not None:
-            parts["semantic"] = (self.config.semantic_weight, self._semantic(output.semantic, row, lengths_B))
+            distance_B = self._semantic(self.teacher, output.semantic, row, lengths_B)
+            parts["semantic"] = (self.config.semantic_weight, distance_B)
         return output.waveform, parts
 
     def prepare(self, engine: Forward, rows: list[WaveRow]) -> list[WaveRow]:
@@ -151,26 +157,26 @@ class CodecTraining(WaveTraining):
         if self.teacher is None:
             return rows
         with engine.on_device(*self.teacher.modules):
-            return [replace(row, prepared=row.prepared | {"teacher": self._features(row)}) for row in rows]
+            return [replace(row, prepared=row.prepared | {"teacher": self._taught(self.teacher, row)}) for row in rows]
 
-    def _features(self, row: WaveRow) -> torch.Tensor:
+    def _taught(self, teacher: Teacher, row: WaveRow) -> torch.Tensor:
         device = next(self.networks["generator"].parameters()).device
         waveforms = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
         lengths = (row.lengths * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
-        return self.teacher([waveform[:length] for waveform, length in zip(waveforms, lengths, strict=True)])
+        return teacher([clip[:length] for clip, length in zip(heard, lengths, strict=True)])
 
-    def _semantic(self, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor) -> torch.Tensor:
+    def _semantic(
+        self, teacher: Teacher, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor
+    ) -> torch.Tensor:
         features_BTD, frames = row.prepared["teacher"], student_BKD.shape[1]
-        teacher_BKD = to_frames(features_BTD, self.teacher.rate, frames, self.sampling_rate / self.frame_samples)
+        teacher_BKD = to_frames(features_BTD, teacher.rate, frames, self.sampling_rate / self.frame_samples)
         starts_K = torch.arange(frames, device=lengths_B.device) * self.frame_samples
         return cosine_distance(student_BKD, teacher_BKD, starts_K < lengths_B[:, None])
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move the codebooks towards the vectors that the global batch gave them; metrics of their use. Collective."""
         generator = torch.Generator().manual_seed(_number(f"codebooks {self.seed} {step}".encode()))
-        usage = self.networks["generator"].quantizer.update(
-            generator, self.config.codebook_decay, self.config.dead_usage
-        )
+        usage = self.codec.quantizer.update(generator, self.config.codebook_decay, self.config.dead_usage)
         return {
             "codebook_used": float(usage.used.mean()),
             "codebook_perplexity": float(usage.perplexity.mean()),
@@ -179,7 +185,7 @@ class CodecTraining(WaveTraining):
 
     def after_skipped_step(self) -> None:
         """Let the codebooks forget the vectors of the global batch."""
-        self.networks["generator"].quantizer.forget()
+        self.codec.quantizer.forget()
 
 
 class Code2WavTraining(WaveTraining):
@@ -197,7 +203,10 @@ class Code2WavTraining(WaveTraining):
     ) -> None:
         super().__init__(code2wav, discriminators, config, sampling_rate, frame_samples(code2wav.config))
 
-    def synthesize(self, generator, row, real_BS, lengths_B, training):
+    def synthesize(
+        self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool
+    ) -> tuple[torch.Tensor, dict[str, tuple[float, torch.Tensor]]]:
+        assert row.codes is not None  # validation asks for data.codec
         return generator(row.codes.to(real_BS.device), clamp=False), {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from omni_train.data.rows.batch import MODALITIES, PackedBatch
@@ -29,7 +31,7 @@ class LanguageModelling(Objective):
         """Weight of a row: the sum of the loss weights of its tokens."""
         return float(row.loss_weights.sum(dtype=torch.float64))
 
-    def __call__(self, model, hidden: torch.Tensor, row: LocalRow, batch: GlobalBatch) -> Outcome:
+    def __call__(self, model: Any, hidden: torch.Tensor, row: LocalRow, batch: GlobalBatch) -> Outcome:
         """Losses and metrics of this rank's part of a row; see :class:`Objective`.
 
         Args:
@@ -55,7 +57,9 @@ class LanguageModelling(Objective):
         outcome.losses["model"] = loss
         return outcome
 
-    def _cross_entropy(self, model, hidden, labels, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cross_entropy(
+        self, model: Any, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy in nats: the weighted sum over the positions, and that of each position."""
         return chunked_cross_entropy(
             hidden[:, 0],

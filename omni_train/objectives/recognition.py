@@ -19,7 +19,7 @@ from omni_train.models.audio_encoder import drawn_window
 from omni_train.models.recognizer import Utterances
 from omni_train.nn.ctc import alignable
 from omni_train.objectives.base import GlobalBatch, Metric, NetworksObjective, Outcome
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, required
 
 
 class Recognition(NetworksObjective):
@@ -34,9 +34,9 @@ class Recognition(NetworksObjective):
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.seed, self.audio = recipe.seed, recipe.model.audio
+        self.seed, self.audio = recipe.seed, required(recipe.model.audio)
         self.ctc_weight = recipe.recognition.ctc_weight
-        self.aligns = recipe.model.recognizer.ctc
+        self.aligns = required(recipe.model.recognizer).ctc
         self.tag_end = tag_end(Tokenizer(recipe.data.tokenizer))
 
     def weight(self, row: PackedBatch) -> float:
@@ -46,9 +46,10 @@ class Recognition(NetworksObjective):
     def run(self, networks: Mapping[str, Any], row: PackedBatch, batch: GlobalBatch) -> Outcome:
         """See :class:`NetworksObjective`."""
         utterances = Utterances.from_batch(row)
+        spoken: list[Tensor] = []
         if self.aligns:
             labels = utterances.labels.cpu().split(utterances.lengths)
-            utterances.transcripts = [self._transcript(of_clip) for of_clip in labels]
+            spoken = utterances.transcripts = [self._spoken(of_clip) for of_clip in labels]
         recognized = networks["model"](utterances, self.window_frames(batch))
         count = len(utterances.labels)
         loss = recognized.loss / batch.weight
@@ -57,8 +58,8 @@ class Recognition(NetworksObjective):
             metrics["accuracy"] = (recognized.correct.sum(), count)
         if self.aligns:
             loss = loss + self.ctc_weight * recognized.ctc_losses.sum() / batch.weight
-            aligned = alignable(recognized.audio_lengths, utterances.transcripts)
-            tokens = sum(len(words) for words, good in zip(utterances.transcripts, aligned, strict=True) if good)
+            aligned = alignable(recognized.audio_lengths, spoken)
+            tokens = sum(len(words) for words, good in zip(spoken, aligned, strict=True) if good)
             metrics["ctc_loss"] = (recognized.ctc_losses.detach().sum(), tokens)
             metrics["ctc_unaligned"] = (aligned.count(False), len(aligned))
         return Outcome({"model": loss}, metrics)
