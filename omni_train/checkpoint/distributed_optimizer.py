@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.package_info import MAJOR, MINOR, PATCH, __shortversion__
 
@@ -17,7 +18,7 @@ from omni_train import platform
 from omni_train.errors import UserError
 
 
-def adapt(optimizer) -> None:
+def adapt(optimizer: MegatronOptimizer) -> None:
     """Repair Megatron's optimizer for checkpoints, where it is a distributed one; must be called before its use."""
     logging.getLogger(distrib_optimizer.__name__).addFilter(_refuse_wrong_offsets)
     for part in _distributed_parts(optimizer):
@@ -30,13 +31,8 @@ def adapt(optimizer) -> None:
             _correct_offsets(part)
 
 
-def restore(optimizer, state: dict, checkpoint: Path) -> None:
+def restore(optimizer: MegatronOptimizer, state: dict, checkpoint: Path) -> None:
     """Load the state of an optimizer, after the model has its weights. Collective.
-
-    Args:
-        optimizer: Megatron's optimizer.
-        state: the optimizer's state, as read from the checkpoint.
-        checkpoint: the checkpoint's directory, for messages.
 
     Raises:
         UserError: the master weights in it are not the model's weights, as :func:`_correct_offsets` explains.
@@ -62,7 +58,7 @@ def restore(optimizer, state: dict, checkpoint: Path) -> None:
         )
 
 
-def _distributed_parts(optimizer) -> Iterator[DistributedOptimizer]:
+def _distributed_parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
             yield part
@@ -77,7 +73,7 @@ def _correct_offsets(part: DistributedOptimizer) -> None:
     """
     make_state = part.sharded_param_state_fully_reshardable
 
-    def make_state_from_unpadded_buffers(*args, **options):
+    def make_state_from_unpadded_buffers(*args: Any, **options: Any) -> dict:
         with _unpadded(part.buffers):
             return make_state(*args, **options)
 
@@ -130,8 +126,9 @@ def _keep_settings(part: DistributedOptimizer) -> None:
     """
     load = part.load_state_dict
 
-    def load_without_settings(state_dict):
-        own = next(iter(part.optimizer.param_groups), {})  # equal in all groups, but for the factors that name them
+    def load_without_settings(state_dict: dict) -> None:
+        # Equal in all groups, but for factors that find them.
+        own: dict[str, Any] = next(iter(part.optimizer.param_groups), {})
         settings = {key: own[key] for key in _SETTINGS if key in own}
         saved = state_dict.get("optimizer", {})
         if "param_groups" in saved:
@@ -167,7 +164,7 @@ def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
             }
 
     # Megatron reads the step count off the parameters, and a pipeline stage may train none.
-    def state_dict_with_a_step():
+    def state_dict_with_a_step() -> dict:
         if inner.state:
             return make_state_dict()
         inner.state["none"] = {"step": torch.zeros(())}
@@ -177,12 +174,12 @@ def _adapt_torch_adamw(part: DistributedOptimizer) -> None:
             del inner.state["none"]
 
     # The step count is kept apart: it must not be looked for among a parameter's loaded tensors.
-    def restore_without_step(parameter, tensors):
+    def restore_without_step(parameter: torch.nn.Parameter, tensors: dict) -> None:
         restore_one(parameter, {"step": None, **tensors})
 
     # Megatron gives all parameters one step tensor, on the host, which each would then advance; and the groups become
     # those of the run that wrote the checkpoint, perhaps with another Adam.
-    def load_with_steps_of_their_own(state_dict):
+    def load_with_steps_of_their_own(state_dict: dict) -> None:
         load(state_dict)
         fuse()
         for parameter, state in inner.state.items():

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Buffer, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from omni_train import platform
 from omni_train.errors import UserError, first_line
@@ -63,7 +63,8 @@ class HashedFile:
 
     def __init__(self, path: Path, cancelled: threading.Event | None = None) -> None:
         self._file, self._sha256, self._size = path.open("wb"), hashlib.sha256(), 0
-        self._cancelled, self._error = cancelled, None
+        self._cancelled = cancelled
+        self._error: OSError | None = None
 
     def write(self, data: Buffer) -> int:
         view = memoryview(data).cast("B")
@@ -93,7 +94,7 @@ class HashedFile:
     def __enter__(self) -> HashedFile:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file:
             if self._error is not None:
                 raise self._error
@@ -247,7 +248,7 @@ def _compare(checkpoint: Path, files: Digests) -> str | None:
     return None
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

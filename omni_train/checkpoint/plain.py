@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,7 +92,7 @@ def read_plain_progress(checkpoint: Path) -> dict:
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a checkpoint's networks, by name."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in _files(checkpoint):
         with reading(path), safe_open(path, "pt") as file:
             found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -120,13 +121,13 @@ def load_from_plain(sharded: dict, checkpoint: Path) -> dict:
 
     factories, _ = extract_matching_values(sharded, lambda entry: isinstance(entry, ShardedTensorFactory), True)
     apply_factories(sharded)
-    files = {}
+    files: dict[str, Any] = {}
     for path in _files(checkpoint):
         with reading(path):
             file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
 
-    def read(entry):
+    def read(entry: Any) -> Any:
         if isinstance(entry, ShardedObject):
             return entry.data
         if not isinstance(entry, ShardedTensor):

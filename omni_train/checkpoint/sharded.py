@@ -27,6 +27,8 @@ from omni_train.recipe.old_names import model_of_today
 from omni_train.recipe.schema import CheckpointConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
     from omni_train.checkpoint.sharded_write import Plan, Write
 
 # Errors that libraries raise on damaged files.
@@ -55,31 +57,7 @@ def model_state(chunks: list[torch.nn.Module]) -> dict:
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
 
 
-def check_sharding(chunks: list[torch.nn.Module]) -> None:
-    """Refuse a model that would be written wrongly: every tensor-parallel rank has a part of a parameter, and the state
-    says that each has all of it. Megatron's default does so for what stands in a plain container, a ``ModuleList`` say.
-
-    Raises:
-        TypeError: naming the parameter.
-    """
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return
-    states = model_state(chunks)
-    for key, chunk in _keyed(chunks).items():
-        for name, parameter in chunk.named_parameters():
-            entry = states[key].get(name)
-            whole = isinstance(entry, ShardedTensor) and tuple(entry.global_shape) == tuple(parameter.shape)
-            if whole and getattr(parameter, "tensor_model_parallel", False):
-                raise TypeError(
-                    f"{name}: is split among tensor-parallel ranks, and sharded_state_dict of {type(chunk).__name__} "
-                    "says that it is not; give the module that holds it a sharded_state_dict"
-                )
-
-
-def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+def _keyed(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """This rank's model chunks, unwrapped, under the keys that Megatron's optimizer looks for."""
     unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
     return {"model": unwrapped[0]} if len(unwrapped) == 1 else {f"model{i}": chunk for i, chunk in enumerate(unwrapped)}
@@ -154,9 +132,9 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     kind = model_type()
     found = {}
     for key, entry in keys_of(kind).items():
-        if key in written:  # dotted keys are in the groups
-            part = entry.group and written[key]
-            found[key] = entry.group(**part) if part else written[key]
+        if key in written:  # no dotted one is
+            value = written[key]
+            found[key] = entry.group(**value) if entry.group and value else value
     return kind(**found)
 
 
@@ -170,6 +148,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
         UserError: it names the first key that differs.
     """
     written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
+    compared: tuple[str, ...]
     if modules is None:
         compared = ("vocab_size", "layers", "thinker", "audio", "vision")
     else:  # for other modules the shapes of their tensors are checked
@@ -215,7 +194,15 @@ class CheckpointStore(Store):
         self._writing: tuple[Path, Path, Digests, Plan, Write] | None = None
         super().__init__(directory, config)
 
-    def save(self, step: int, chunks, optimizer, progress: dict, loader_state, state: dict | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        progress: dict,
+        loader_state: Any,
+        state: dict | None = None,
+    ) -> None:
         """Start writing a checkpoint; it counts once :meth:`finish` has seen it complete. Collective.
 
         Args:
@@ -249,7 +236,7 @@ class CheckpointStore(Store):
         if not self.config.asynchronous:
             self.finish(blocking=True)
 
-    def _write_small(self, partial: Path, loader_state) -> Digests:
+    def _write_small(self, partial: Path, loader_state: Any) -> Digests:
         """Write this rank's states that are no tensors, random and loader state; returns their digests."""
         names = self._write_loader(partial, loader_state)
         names.append(f"random_{platform.rank():05d}.pt")
@@ -298,7 +285,7 @@ class CheckpointStore(Store):
         written = (read_digests(checkpoint) or {}) if self.carried else {}
         self._carried_digests = {name: digest for name, digest in written.items() if name.startswith("hf/")}
 
-    def load(self, checkpoint: Path, chunks, optimizer) -> dict:
+    def load(self, checkpoint: Path, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> dict:
         """Load model, optimizer and random state. Collective.
 
         Returns:

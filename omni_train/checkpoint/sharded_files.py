@@ -102,12 +102,13 @@ class Reader(FileSystemReader):
         except _Foreign as error:
             raise refusal(path, str(error)) from error
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner):
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        objects: Any = _PlainObjects(planner, Path(self.path))  # a planner by what it hands on
         try:
             with tensors_and():
-                return super().read_data(plan, _PlainObjects(planner, Path(self.path)))
+                return super().read_data(plan, objects)
         except pickle.UnpicklingError as error:
-            raise refusal(self.path, named_in(error) or "something") from error
+            raise refusal(Path(self.path), named_in(error) or "something") from error
 
 
 class _PlainObjects:

@@ -11,6 +11,7 @@ import queue
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -19,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from omni_train import platform
@@ -36,7 +38,7 @@ class Plan:
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret, async_strategy) -> Plan:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: tuple, async_strategy: str) -> Plan:
         return Plan(writer.write_buckets, save_state_dict_ret[1], writer)
 
 
@@ -69,7 +71,7 @@ def staged(buckets: list) -> list:
     return copies
 
 
-def _staged(item, tensor: torch.Tensor) -> torch.Tensor:
+def _staged(item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
     # Optimizer states that Megatron has gathered on a host beside a GPU are copies already, and the largest part.
     if platform.has_cuda() and tensor.is_cpu and item.index.fqn.startswith("optimizer."):
         return tensor
@@ -110,10 +112,11 @@ class Write(threading.Thread):
         try:
             for path, name, items in self._buckets:
                 with HashedFile(Path(path), self._cancelled) as file:
+                    stream: Any = file  # torch asks for a whole IOBase, and calls `write`, `tell` and `flush`
                     for item, data in items:
                         self.results.append(
                             _write_item(
-                                _StorageWriterTransforms(), file, data, item, name, SerializationFormat.TORCH_SAVE
+                                _StorageWriterTransforms(), stream, data, item, name, SerializationFormat.TORCH_SAVE
                             )
                         )
                 self.digests[name] = file.digest

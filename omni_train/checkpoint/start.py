@@ -69,7 +69,7 @@ def initialize_networks(networks: Mapping[str, torch.nn.Module], recipe: Recipe)
             rest = [name for name in missing if name not in parts]  # of networks that the checkpoint lacks entirely
             raise _missing(checkpoint, missing[0], [*_modules(rest, 1), *_modules(parts, 2)])
         for name, state in states.items():
-            keys = [key for whose, key in map(places.get, taken) if whose == name]
+            keys = [key for whose, key in (places[one] for one in taken) if whose == name]
             check_shapes(checkpoint, {key: state[key] for key in keys}, found)
             networks[name].load_state_dict({key: found[key] for key in keys}, strict=False)
 

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omni_train import platform
 from omni_train.checkpoint.integrity import DamagedCheckpoint as DamagedCheckpoint
@@ -260,7 +261,7 @@ class Store:
         return None if there or problem else (partial, final)
 
     @staticmethod
-    def _write_loader(partial: Path, loader_state) -> list[str]:
+    def _write_loader(partial: Path, loader_state: Any) -> list[str]:
         """Write the state of this rank's loader, where it has one; returns the names of the files."""
         if loader_state is None:
             return []
@@ -284,6 +285,7 @@ class Store:
         parts = gathered((digests, results))
 
         def write() -> None:
+            assert parts is not None  # on the first rank, which alone writes here
             if seal is not None:
                 seal([part for _, part in parts])
             write_digests(partial, {name: digest for known, _ in parts for name, digest in known.items()})

@@ -51,7 +51,9 @@ class ZeroStore(Store):
         super().__init__(directory, config)
         self.model = model
 
-    def save(self, step: int, states: Tensors, engines: Engines, layout: Layout, progress: dict, loader_state) -> None:
+    def save(
+        self, step: int, states: Tensors, engines: Engines, layout: Layout, progress: dict, loader_state: Any
+    ) -> None:
         """Write a checkpoint. Collective.
 
         Args:
@@ -83,7 +85,7 @@ class ZeroStore(Store):
                 names.append(str(path.relative_to(partial)))
             digests.update(digests_of(partial, names))
 
-        def seal(_) -> None:
+        def seal(_: list) -> None:
             (partial / "metadata.json").write_text(json.dumps(asdict(layout)))
 
         if problem := agree(attempt(write)):
