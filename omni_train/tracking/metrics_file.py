@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
@@ -38,7 +40,7 @@ class MetricsFile(Callback):
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def on_metrics(self, metrics: dict[str, float]) -> None:
+    def on_metrics(self, metrics: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self._unwritten += json.dumps(finite).encode() + b"\n"
         self._write()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,7 +16,7 @@ from omni_train.data.rows.base import Row
 from omni_train.data.rows.kinds import kind_of
 from omni_train.data.rows.questions import answer_rows
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.data.stream.loader import build_loader, evaluation_rows
+from omni_train.data.stream.loader import Loader, build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
@@ -40,9 +40,10 @@ class Feed:
         self.group = platform.parallel.model_group()
         self.source = _reading_rank()
         self.reads = platform.rank() == self.source
-        self.media_group = platform.parallel.first_stage_group()  # its first rank reads
-        self.wait_seconds = 0.0  # time that the last call of `rows` waited
-        self.loader = None
+        self.media_group = platform.parallel.first_stage_group()  # whose first rank reads
+        self.wait_seconds = 0.0  # that the last call of `rows` took
+        self.loader: Loader | None = None
+        self._iterator: Iterator[Row] = iter(())
         self._share(self._open)
 
     def _open(self) -> None:
@@ -60,7 +61,7 @@ class Feed:
         self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 
-    def _share(self, read: Callable):
+    def _share[Found](self, read: Callable[[], Found]) -> Found:
         """Result of `read` on the reading rank, on every rank of the group; what it raises, likewise."""
         if self.group.size() == 1:
             return read()
@@ -76,10 +77,10 @@ class Feed:
             raise problem or message[0]
         return message[0]
 
-    def _share_rows(self, read: Callable[[], list[Row]]) -> list[Row]:
+    def _share_rows(self, read: Callable[[], Sequence[Row]]) -> list[Row]:
         """Rows on every rank of the group, with their media on the first pipeline stage only, sent as tensors."""
         if self.group.size() == 1:
-            return read()
+            return list(read())
         read_rows: list[Row] = []
 
         def without_media() -> list[tuple[Row, dict]]:
@@ -97,7 +98,8 @@ class Feed:
             rows.append(replace(row, **{name: self._share_tensor(source, name, *media[name]) for name in media}))
         return rows
 
-    def _share_tensor(self, row: Row | None, name: str, shape: tuple[int, ...], dtype: torch.dtype):
+    def _share_tensor(self, row: Row | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        assert self.media_group is not None
         if self.media_group.size() == 1:
             return getattr(row, name)
         tensor = torch.empty(shape, dtype=dtype) if row is None else getattr(row, name)
@@ -146,15 +148,16 @@ class Feed:
             lambda: answer_rows(recipe.data, recipe.model, recipe.evaluation, swapped=swapped, **_my_part())
         )
 
-    def state(self):
+    def state(self) -> Any:
         """State of the loader on the reading rank, for checkpoints; None elsewhere."""
-        return self.loader.state_dict() if self.reads else None
+        return self.loader.state_dict() if self.loader is not None else None
 
     def restore(self, states: list) -> None:
         """Continue where the data ranks that wrote `states` stopped, whatever their number."""
 
         def load() -> None:
             world = platform.parallel.data_world_size()
+            assert self.loader is not None
             mine = states if len(states) == world else redistribute(states, world)
             self.loader.load_state_dict(mine[platform.parallel.data_rank()])
             self._iterator = iter(self.loader)
@@ -181,5 +184,10 @@ def _described(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
 
 
-def _my_part() -> dict[str, int]:
+class _Part(TypedDict):
+    data_rank: int
+    data_world_size: int
+
+
+def _my_part() -> _Part:
     return {"data_rank": platform.parallel.data_rank(), "data_world_size": platform.parallel.data_world_size()}

@@ -26,7 +26,12 @@ class RunLock:
         Raises:
             UserError: on all ranks, as :meth:`omni_train.locks.DirectoryLock.check` says.
         """
-        on_first_rank(lambda: [lock.check() for lock in self._locks])
+
+        def check_all() -> None:
+            for lock in self._locks:
+                lock.check()
+
+        on_first_rank(check_all)
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from omni_train import platform, stopping
 from omni_train.checkpoint.store import step_of
+from omni_train.data.rows.base import Row
 from omni_train.data.samples.sample import describe
 from omni_train.errors import RunFailed, UserError
 from omni_train.evaluation.base import Evaluated, Exhibit
@@ -66,7 +68,7 @@ class Trainer:
         self.store = self.engine.open_store(self.directory / "checkpoints")
         self.store.saved = self._mark_saved
         self.step = 0
-        self.progress = {
+        self.progress: dict[str, Any] = {
             "tokens": 0.0,
             "samples": 0,
             "skipped_steps": 0,
@@ -75,7 +77,7 @@ class Trainer:
             "nonfinite_in_a_row": 0,
         }
         self.feed: Feed | None = None
-        self._held_out = None
+        self._held_out: list[Row] | None = None
         self._evaluation: Callable[[], Evaluated] | None = None
 
         resume_from = self.store.latest()
@@ -245,7 +247,7 @@ class Trainer:
             counts[name] = counts.get(name, 0.0) + number
         return {f"fraction_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
 
-    def _count_skipped(self, rows) -> None:
+    def _count_skipped(self, rows: list[Row]) -> None:
         """Add up the samples that the loaders of all data ranks refused, by reason, and say so. Collective."""
         everywhere = platform.parallel.gather_over_data_ranks([row.skipped for row in rows])
         counts = self.progress["skipped_samples"]
@@ -273,14 +275,16 @@ class Trainer:
                 f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
             )
 
-    def _held_out_losses(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
+        assert self.feed is not None
         if self._held_out is None:
             self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
         alive()
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
-    def _run_evaluation(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
+    def _answer(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
         """Metrics and exhibits of the network's evaluation on held-out data. Collective."""
+        assert self.feed is not None
         if self._evaluation is None:
             self._evaluation = self.engine.evaluation(*self.feed.questions())
         evaluated = self._evaluation()

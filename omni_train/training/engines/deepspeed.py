@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ ELEMENTS_AT_ONCE = 200_000_000
 """Most gradients or parameters in one collective; buffers of this size are kept."""
 
 
-def import_deepspeed():
+def import_deepspeed() -> Any:
     """The module ``deepspeed``, set to the platform's device and joined to the process groups that exist."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if platform.has_cuda() else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(platform.local_rank()))  # DeepSpeed needs it, also in a lone process
@@ -51,12 +52,12 @@ class AdamW(torch.optim.AdamW):
     DeepSpeed reads `overflow` and `_global_grad_norm` of whatever optimizer it steps.
     """
 
-    def __init__(self, groups: list[dict], clip_grad: float, **options) -> None:
+    def __init__(self, groups: list[dict], clip_grad: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self.clip_grad, self.overflow, self._global_grad_norm = clip_grad, False, 0.0
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody hands in a closure
         """Update every parameter, unless a gradient is not finite."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch.stack([gradient.float().norm() for gradient in gradients])
@@ -69,7 +70,7 @@ class AdamW(torch.optim.AdamW):
         super().step()
 
 
-def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict]):
+def wrap(deepspeed: Any, recipe: Recipe, module: torch.nn.Module, groups: list[dict]) -> Any:
     """DeepSpeed's engine of a network with its optimizer, sharded as the recipe says.
 
     Args:
@@ -82,7 +83,8 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
         the engine: call it for the forward pass, `backward` as often as wanted, then `step`.
     """
     config, optimizer = recipe.zero, recipe.optimizer
-    options = dict(lr=optimizer.lr, betas=tuple(optimizer.betas), eps=optimizer.eps, weight_decay=0.0)
+    options: dict[str, Any] = dict(lr=optimizer.lr, betas=tuple(optimizer.betas), eps=optimizer.eps, weight_decay=0.0)
+    adamw: torch.optim.Optimizer
     if config.stage == 0:
         adamw = AdamW(groups, optimizer.clip_grad, fused=True, **options)
     elif config.offload_optimizer and platform.has_cuda():
@@ -92,8 +94,8 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
     else:
         adamw = torch.optim.AdamW(groups, fused=True, **options)
     elements = min(ELEMENTS_AT_ONCE, sum(parameter.numel() for parameter in module.parameters()))
-    elements = -(-elements // 16) * 16  # DeepSpeed needs aligned sizes
-    zero = {
+    elements = -(-elements // 16) * 16  # it wants them aligned
+    zero: dict[str, Any] = {
         "stage": config.stage,
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
@@ -123,7 +125,7 @@ def wrap(deepspeed, recipe: Recipe, module: torch.nn.Module, groups: list[dict])
     return engine
 
 
-def skip_next_step(engine) -> None:
+def spoil(engine: Any) -> None:
     """Make DeepSpeed skip the next step of an engine and drop its gradients. Collective.
 
     All networks of an objective step, or none: where the gradient of one is not finite, the others are skipped too.

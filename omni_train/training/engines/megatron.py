@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from omni_train.checkpoint.sharded import CheckpointStore, check_sharding
 from omni_train.checkpoint.start import initialize
 from omni_train.models.stage import PipelineStage
 from omni_train.nn import balance
-from omni_train.objectives.base import GlobalBatch, Metric
+from omni_train.objectives.base import GlobalBatch, Metric, Objective
 from omni_train.recipe.schema import OptimizerName, Recipe
 from omni_train.training.engines.base import Engine, StepResult, global_sums
 from omni_train.training.engines.gradients import Arrivals
@@ -35,7 +35,9 @@ class MegatronEngine(Engine):
         super().__init__(recipe)
         networks = self.spec.build(recipe, self.frozen)
         modules: list[PipelineStage] = networks["model"]
-        self.objective = self.spec.objective(recipe, networks, self.frozen)
+        objective = self.spec.objective(recipe, networks, self.frozen)
+        assert isinstance(objective, Objective), f"network={recipe.network}: this engine needs an Objective"
+        self.objective: Objective = objective
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
         self._arrivals: Arrivals | None = Arrivals(named)
@@ -136,7 +138,7 @@ class MegatronEngine(Engine):
     def forward(
         self, frozen: Sequence[torch.nn.Module], rows: Sequence[Any], read: Callable[..., dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
-        def step(remaining, stage: PipelineStage):
+        def step(remaining: Iterator[Any], stage: PipelineStage) -> tuple[torch.Tensor, Callable | None]:
             out = stage(stage.local_row(next(remaining), 0, training=False), read)
             if not isinstance(out, dict):
                 return out, None
@@ -150,7 +152,7 @@ class MegatronEngine(Engine):
         """Run the micro-batches; the metrics of each, on the last pipeline stage."""
         objective = partial(self.objective, batch=batch)
 
-        def step(remaining, chunk):
+        def step(remaining: Iterator[Any], chunk: DistributedDataParallel) -> tuple[torch.Tensor, Callable | None]:
             stage = unwrap_model(chunk)
             out = chunk(stage.local_row(next(remaining), batch.step, batch.training), objective)
             if isinstance(out, torch.Tensor):

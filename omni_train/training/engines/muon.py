@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -22,6 +24,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from omni_train import platform
 from omni_train.nn.matrices import matrices
@@ -38,6 +41,7 @@ _MARK = "is_managed_by_layer_wise_optimizer"
 
 def mark_matrices(model: torch.nn.Module) -> None:
     """Mark the matrices of a model to be trained by Muon; must be called before the model is wrapped."""
+    parameter: Any  # which torch's type lets have no attributes of others
     for parameter, rows in matrices(model).items():
         parameter.fused_rows = rows
         setattr(parameter, _MARK, True)
@@ -78,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # nobody hands in a closure
         """Update every parameter; its gradient's memory then holds the update."""
         updates = {}
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
@@ -104,11 +108,15 @@ class DistributedMuon(DistributedOptimizer):
         wrapped: further arguments of the distributed optimizer.
     """
 
-    def __init__(self, optimizer: Muon, *, tensor_group, group, precision: str, **wrapped) -> None:
+    def __init__(
+        self, optimizer: Muon, *, tensor_group: ProcessGroup, group: ProcessGroup, precision: str, **wrapped: Any
+    ) -> None:
         super().__init__(optimizer, grad_scaler=None, init_state_fn=lambda *_: None, **wrapped)
-        place, places = (tensor_group.rank(), self.data_parallel_group.rank()), [None] * group.size()
+        place = (tensor_group.rank(), self.data_parallel_group.rank())
+        places: list = [None] * group.size()
         torch.distributed.all_gather_object(places, place, group=group)
-        tiles, self._held = [], []
+        tiles: list[Tile] = []
+        self._held: list[Tensor | None] = []
         for buffer in self.buffers:
             for parameter, (start, _, bucket) in buffer.param_index_map.items():
                 share = buffer.buckets[bucket].grad_data.numel() // self.data_parallel_group.size()
@@ -154,14 +162,14 @@ class DistributedMuon(DistributedOptimizer):
                     chunk._start_bucket_group_param_sync(group, force_sync=False)
 
 
-def _tile(parameter: torch.nn.Parameter, start: int, share: int) -> Tile:
+def _tile(parameter: Any, start: int, share: int) -> Tile:
     split = None
     if getattr(parameter, "tensor_model_parallel", False):
         split = 0 if parameter.partition_dim == parameter.dim() - 2 else 1
     return Tile(parameter.shape, parameter.fused_rows, split, start, share)
 
 
-def _exchange_group(tensor_group, data_group) -> torch.distributed.ProcessGroup:
+def _exchange_group(tensor_group: ProcessGroup, data_group: ProcessGroup) -> ProcessGroup:
     """Process group of the tensor ranks of all ranks of a data group. Collective over those ranks."""
     if tensor_group.size() == 1:
         return data_group
@@ -172,7 +180,9 @@ def _exchange_group(tensor_group, data_group) -> torch.distributed.ProcessGroup:
     return torch.distributed.new_group(ranks, use_local_synchronization=True)
 
 
-def build_with_muon(options: OptimizerConfig, chunks: list[torch.nn.Module], overrides: dict) -> ChainedOptimizer:
+def build_with_muon(
+    options: OptimizerConfig, chunks: list[DistributedDataParallel], overrides: dict
+) -> ChainedOptimizer:
     """Optimizer of wrapped model chunks: Muon for the marked matrices, AdamW for all else, sharded over data ranks.
 
     Args:

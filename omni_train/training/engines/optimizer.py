@@ -5,11 +5,15 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from omni_train.errors import UserError
 from omni_train.recipe.schema import OptimizerConfig, OptimizerName, Recipe
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 """(name, parameter) pairs, named as recipes match them: in the whole model, without wrappers."""
@@ -61,7 +65,7 @@ def parameter_groups(config: OptimizerConfig, named: Named) -> list[dict]:
     return [{"params": members, "lr_mult": lr, "wd_mult": wd} for (lr, wd), members in groups.items()]
 
 
-def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named):
+def build_optimizer(recipe: Recipe, chunks: list[torch.nn.Module], named: Named) -> MegatronOptimizer:
     """Megatron's distributed optimizer over wrapped model chunks, in the recipe's parameter groups.
 
     It is AdamW, with Muon beside it for the matrices that :func:`omni_train.training.engines.muon.mark_matrices` has
@@ -123,7 +127,7 @@ def set_learning_rate(groups: list[dict], learning_rate: float, weight_decay: fl
 
 
 @torch.no_grad()
-def guarded_step(optimizer, loss: float, clip_grad: float) -> tuple[float, bool]:
+def guarded_step(optimizer: MegatronOptimizer, loss: float, clip_grad: float) -> tuple[float, bool]:
     """Clip the gradients and step, unless the loss or a gradient is not finite.
 
     Returns:
@@ -139,7 +143,7 @@ def guarded_step(optimizer, loss: float, clip_grad: float) -> tuple[float, bool]
     return norm, True
 
 
-def _scale_gradients(optimizer, factor: float) -> None:
+def _scale_gradients(optimizer: MegatronOptimizer, factor: float) -> None:
     if factor == 1.0:
         return
     for group in optimizer.param_groups:

@@ -90,7 +90,7 @@ class Exchange:
         for batch in self._batches:
             self._apply(batch, shards, function)
 
-    def _apply(self, batch: _Batch, shards: dict[int, Tensor], function) -> None:
+    def _apply(self, batch: _Batch, shards: dict[int, Tensor], function: Callable[[Tensor], Tensor]) -> None:
         mine = [self._view(shards, piece) for piece in batch.outgoing]
         received = self._all_to_all(mine, batch.sent, batch.received, next(iter(shards.values()), None))
         for matrices in batch.alike:
@@ -132,8 +132,9 @@ class _Batch:
     alike: list[list[_Matrix]] = field(init=False)  # this rank's, of equal shape
 
     def __post_init__(self) -> None:
-        to, coming = defaultdict(list), defaultdict(list)
-        groups = defaultdict(list)
+        to: defaultdict[int, list[_Piece]] = defaultdict(list)
+        coming: defaultdict[int, list[_Piece]] = defaultdict(list)
+        groups: defaultdict[tuple[int, int], list[_Matrix]] = defaultdict(list)
         for matrix in self.matrices:
             for piece in (piece for copy in matrix.copies for piece in copy):
                 if piece.rank == self.rank:
@@ -156,9 +157,10 @@ def _matrices(index: int, tile: Tile, ranks: dict[tuple[int, int], int]) -> Iter
     tensor_ranks = 1 + max(tensor for tensor, _ in ranks)
     for stacked in range(tile.shape[:-2].numel()):
         for part in range(len(tile.rows)):
-            copies, height = [], 0
+            copies: list[list[_Piece]] = []
+            height = 0
             for tensor in range(tensor_ranks):
-                pieces = []
+                pieces: list[_Piece] = []
                 for first, last in _runs(tile, part, tensor if tile.split == 0 else 0):
                     start, stop = ((stacked * rows + row) * columns for row in (first, last))
                     pieces += _cut(index, tile, start, stop, tensor, ranks)
@@ -184,7 +186,9 @@ def _runs(tile: Tile, part: int, tensor: int) -> Iterable[tuple[int, int]]:
             yield start, stop
 
 
-def _cut(index: int, tile: Tile, start: int, stop: int, tensor: int, ranks) -> Iterable[_Piece]:
+def _cut(
+    index: int, tile: Tile, start: int, stop: int, tensor: int, ranks: dict[tuple[int, int], int]
+) -> Iterable[_Piece]:
     """Pieces of a tile's numbers from `start` to `stop`, one for each data rank that holds any."""
     while start < stop:
         data = (tile.start + start) // tile.share
@@ -197,7 +201,7 @@ def _choose_owners(matrices: list[_Matrix], size: int) -> None:
     """Set each matrix's owner: the rank that holds most of it; of several, the one with the least work so far."""
     work = [0] * size
     for matrix in matrices:
-        held = defaultdict(int)
+        held: defaultdict[int, int] = defaultdict(int)
         for piece in (piece for copy in matrix.copies for piece in copy):
             held[piece.rank] += piece.numel
         matrix.owner = min(held, key=lambda rank: (-held[rank], work[rank], rank))
@@ -206,7 +210,8 @@ def _choose_owners(matrices: list[_Matrix], size: int) -> None:
 
 def _in_batches(matrices: list[_Matrix]) -> list[list[_Matrix]]:
     """Matrices in batches, of each owner as many as fit: all owners work in every batch, as long as they have work."""
-    batches, filled = [], defaultdict(lambda: (0, 0))  # owner -> its current batch, and how full that is
+    batches: list[list[_Matrix]] = []
+    filled: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # of each owner its batch, how full that is
     for matrix in matrices:
         batch, full = filled[matrix.owner]
         if full and full + matrix.numel > _BATCH_NUMEL:

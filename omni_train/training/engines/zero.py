@@ -46,7 +46,7 @@ class ZeroEngine(Engine):
                 torch.distributed.broadcast(tensor.data, src=0)
         self.decay = recipe.optimizer.ema_decay
         self._averages: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._plain: dict[str, torch.nn.Module] | None = None
+        self._plain: Mapping[str, torch.nn.Module] | None = None
         self.engines: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -175,7 +175,7 @@ class ZeroEngine(Engine):
     def network(self) -> torch.nn.Module:
         return next(iter(self.plain_networks().values()))
 
-    def plain_networks(self) -> dict[str, torch.nn.Module]:
+    def plain_networks(self) -> Mapping[str, torch.nn.Module]:
         """Whole, unwrapped copies of the networks on every rank, averaged where averages are kept. Collective."""
         if self._plain is None:
             copies = self.spec.build(self.recipe, self.frozen)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 
-def named_parameters(networks: dict[str, torch.nn.Module], alone: bool | None = None) -> Iterator:
+def named_parameters(networks: Mapping[str, torch.nn.Module], alone: bool | None = None) -> Iterator:
     """(name, parameter) pairs as recipes match them, prefixed by the network's name where there are several networks.
 
     Args:
