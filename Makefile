@@ -42,11 +42,12 @@ test: setup ## all tests
 docs: setup ## write the tables of keys in docs/recipes.md
 	.venv/bin/python -m omni_train.recipe.tables
 
-lint: setup ## style, formatting, the walls between the rooms, and whether the tables of keys are the schema's
+lint: setup ## style, formatting, the walls between the rooms, types, and whether the tables of keys are the schema's
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/lint-imports
 	.venv/bin/python -m omni_train.recipe.tables --check
+	.venv/bin/mypy
 
 bench: setup ## run benchmarks/ and write the results into docs/performance.md
 	.venv/bin/python -m benchmarks
@@ -69,5 +70,5 @@ gpu-check: gpu_wheels ## compare every path that only a GPU takes with the CPU's
 	@launchers/gpu_check.sh
 
 clean: ## remove caches and runs; .venv and the rehearsal stay
-	rm -rf runs outputs multirun build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf runs outputs multirun build dist .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
