@@ -54,10 +54,11 @@ def read_progress(checkpoint: Path) -> dict:
 def model_state(chunks: list[torch.nn.Module]) -> dict:
     """Sharded state of this rank's model chunks, keyed as the optimizer expects them."""
     metadata = state_metadata()
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+    keyed: dict[str, Any] = _keyed(chunks)  # Megatron's modules, beyond what torch's type promises
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in keyed.items()}
 
 
-def _keyed(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     """This rank's model chunks, unwrapped, under the keys that Megatron's optimizer looks for."""
     unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]
     return {"model": unwrapped[0]} if len(unwrapped) == 1 else {f"model{i}": chunk for i, chunk in enumerate(unwrapped)}
