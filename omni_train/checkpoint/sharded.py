@@ -58,6 +58,30 @@ def model_state(chunks: list[torch.nn.Module]) -> dict:
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in keyed.items()}
 
 
+def check_sharding(chunks: list[torch.nn.Module]) -> None:
+    """Refuse a model that would be written wrongly: every tensor-parallel rank has a part of a parameter, and the state
+    says that each has all of it. Megatron's default does so for what stands in a plain container, a ``ModuleList`` say.
+
+    Raises:
+        TypeError: naming the parameter.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+    states = model_state(chunks)
+    for key, chunk in _keyed(chunks).items():
+        for name, parameter in chunk.named_parameters():
+            entry = states[key].get(name)
+            whole = isinstance(entry, ShardedTensor) and tuple(entry.global_shape) == tuple(parameter.shape)
+            if whole and getattr(parameter, "tensor_model_parallel", False):
+                raise TypeError(
+                    f"{name}: is split among tensor-parallel ranks, and sharded_state_dict of {type(chunk).__name__} "
+                    "says that it is not; give the module that holds it a sharded_state_dict"
+                )
+
+
 def _keyed(chunks: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     """This rank's model chunks, unwrapped, under the keys that Megatron's optimizer looks for."""
     unwrapped = [getattr(chunk, "module", chunk) for chunk in chunks]

@@ -141,9 +141,9 @@ class Resyntheses:
         told = [(pair, utterance.meta, utterance.text) for pair, utterance in both if utterance.text]
         for side, name in enumerate(("original", "resynthesis")):
             errors = Tally()
-            heard = self.transcribe([_heard(pair[side], self.rate) for pair, _, _ in told]) if told else []
-            for (_, meta, said), text in zip(told, heard, strict=True):
-                score(errors, meta | {"task": "transcribe"}, said, text, self.normalizer)
+            transcripts = self.transcribe([_at_16_khz(pair[side], self.rate) for pair, _, _ in told]) if told else []
+            for (_, meta, spoken), text in zip(told, transcripts, strict=True):
+                score(errors, meta | {"task": "transcribe"}, spoken, text, self.normalizer)
             for metric in errors.weights:
                 tally.add(f"{name}_{metric}", errors.sums[metric], errors.weights[metric])
                 tally.add(f"{name}_{metric.partition('_')[0]}", errors.sums[metric], errors.weights[metric])

@@ -142,7 +142,7 @@ class CodecTraining(WaveTraining):
     def synthesize(
         self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool
     ) -> tuple[torch.Tensor, dict[str, tuple[float, torch.Tensor]]]:
-        # Of the row's own numbers: the same in every layout.
+        # Seeded by the row's own numbers, so that the draw is the same in every layout.
         drawn = torch.Generator().manual_seed(_number(row.draws.cpu().numpy().tobytes())) if training else None
         dtype = self.codec.bridge.weight.dtype
         output = generator(real_BS.to(dtype), drawn, self.harder if training else None)
@@ -157,13 +157,15 @@ class CodecTraining(WaveTraining):
         if self.teacher is None:
             return rows
         with engine.on_device(*self.teacher.modules):
-            return [replace(row, prepared=row.prepared | {"teacher": self._taught(self.teacher, row)}) for row in rows]
+            return [
+                replace(row, prepared=row.prepared | {"teacher": self._features(self.teacher, row)}) for row in rows
+            ]
 
-    def _taught(self, teacher: Teacher, row: WaveRow) -> torch.Tensor:
+    def _features(self, teacher: Teacher, row: WaveRow) -> torch.Tensor:
         device = next(self.networks["generator"].parameters()).device
         waveforms = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
         lengths = (row.lengths * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
-        return teacher([clip[:length] for clip, length in zip(heard, lengths, strict=True)])
+        return teacher([waveform[:length] for waveform, length in zip(waveforms, lengths, strict=True)])
 
     def _semantic(
         self, teacher: Teacher, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor

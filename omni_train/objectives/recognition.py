@@ -46,10 +46,10 @@ class Recognition(NetworksObjective):
     def run(self, networks: Mapping[str, Any], row: PackedBatch, batch: GlobalBatch) -> Outcome:
         """See :class:`NetworksObjective`."""
         utterances = Utterances.from_batch(row)
-        spoken: list[Tensor] = []
+        transcripts: list[Tensor] = []
         if self.aligns:
             labels = utterances.labels.cpu().split(utterances.lengths)
-            spoken = utterances.transcripts = [self._spoken(of_clip) for of_clip in labels]
+            transcripts = utterances.transcripts = [self._transcript(of_clip) for of_clip in labels]
         recognized = networks["model"](utterances, self.window_frames(batch))
         count = len(utterances.labels)
         loss = recognized.loss / batch.weight
@@ -58,8 +58,8 @@ class Recognition(NetworksObjective):
             metrics["accuracy"] = (recognized.correct.sum(), count)
         if self.aligns:
             loss = loss + self.ctc_weight * recognized.ctc_losses.sum() / batch.weight
-            aligned = alignable(recognized.audio_lengths, spoken)
-            tokens = sum(len(words) for words, good in zip(spoken, aligned, strict=True) if good)
+            aligned = alignable(recognized.audio_lengths, transcripts)
+            tokens = sum(len(words) for words, good in zip(transcripts, aligned, strict=True) if good)
             metrics["ctc_loss"] = (recognized.ctc_losses.detach().sum(), tokens)
             metrics["ctc_unaligned"] = (aligned.count(False), len(aligned))
         return Outcome({"model": loss}, metrics)

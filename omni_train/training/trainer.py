@@ -275,14 +275,14 @@ class Trainer:
                 f"safety.max_nonfinite_steps allows {allowed}; lower optimizer.lr or look at the data"
             )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _held_out_losses(self) -> dict[str, float]:
         assert self.feed is not None
         if self._held_out is None:
             self._held_out = self.feed.held_out(self.recipe.schedule.eval_rows)
         alive()
         return {f"eval_{name}": value for name, value in self.engine.evaluate(self._held_out).items()}
 
-    def _answer(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
+    def _run_evaluation(self) -> tuple[dict[str, float], Sequence[Exhibit]]:
         """Metrics and exhibits of the network's evaluation on held-out data. Collective."""
         assert self.feed is not None
         if self._evaluation is None:

@@ -121,12 +121,12 @@ def _sequence(
         raise SampleError("too_long")
     if medium.file not in parts:
         raise SampleError("media_missing")
-    audio = required(model.audio)
-    most = most_seconds(room, audio) * (1 if augmentation is None else augmentation.fastest)
+    encoder = required(model.audio)
+    most = most_seconds(room, encoder) * (1 if augmentation is None else augmentation.fastest)
     waveform = read_audio(parts[medium.file], media, medium.start, medium.end, most=most)
-    mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, audio.num_mel_bins)
-    heard = audio_tokens(len(mel_FM), audio)
-    if heard > room:
+    mel_FM = log_mel(augmentation.waveform(waveform) if augmentation else waveform, encoder.num_mel_bins)
+    audio = audio_tokens(len(mel_FM), encoder)
+    if audio > room:
         raise SampleError("too_long")
     tokens = [tokenizer.token_id(AUDIO_PAD.token)] * audio + [tokenizer.im_start, *written]
     labels = np.full(len(tokens), IGNORE, dtype=np.int32)

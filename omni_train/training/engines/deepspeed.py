@@ -125,7 +125,7 @@ def wrap(deepspeed: Any, recipe: Recipe, module: torch.nn.Module, groups: list[d
     return engine
 
 
-def spoil(engine: Any) -> None:
+def skip_next_step(engine: Any) -> None:
     """Make DeepSpeed skip the next step of an engine and drop its gradients. Collective.
 
     All networks of an objective step, or none: where the gradient of one is not finite, the others are skipped too.
