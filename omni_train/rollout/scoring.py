@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jiwer
 
+from omni_train import plugins
 from omni_train.data.samples.language import language_of
 from omni_train.recipe.schema import Normalizer
 from omni_train.rollout.normalisation import answer_form, transcript_form
@@ -73,6 +74,7 @@ def score(
       words are not counted, and ``unknown_language`` says how often
     - ``when``: ``when_seconds_error``, mean over the answers that hold a time; ``when_close``, the fraction of all
       within CLOSE_SECONDS; ``when_unparsable``, how many hold no time
+    - a task that was registered: what its function adds
     - any other: ``exact_TASK``, the fraction that equal the reference in :func:`answer_form`
 
     Args:
@@ -81,19 +83,48 @@ def score(
         reference: the right answer.
         answer: the model's answer.
         normalizer: of transcripts, see :func:`transcript_form`.
+
+    Raises:
+        UserError: a module of OMNI_TRAIN_PLUGINS cannot be imported.
     """
-    task = re.sub(r"[^\w.-]+", "_", str(meta.get("task") or "answer"))
+    plugins.load()
+    task = _named(meta.get("task"))
     tally.add(f"answers_{task}", 1)
-    if task == "transcribe":
-        _transcript(tally, meta, reference, answer, normalizer)
-    elif task == "when" and (right := seconds(reference)) is not None:
-        given = seconds(answer)
-        error = abs(given - right) if given is not None else float("inf")
-        tally.add("when_seconds_error", *((error, 1) if given is not None else (0, 0)))
-        tally.add("when_close", error <= CLOSE_SECONDS, 1)
-        tally.add("when_unparsable", given is None)
-    else:
-        tally.add(f"exact_{task}", answer_form(reference) == answer_form(answer), 1)
+    _TASKS.get(task, _exact)(tally, meta, reference, answer, normalizer)
+
+
+def register(task: str, scored: Score) -> None:
+    """Add a task. The module that does so has to be named in OMNI_TRAIN_PLUGINS, for all ranks score.
+
+    Args:
+        task: ``meta["task"]`` of its samples.
+        scored: adds the score of one of its answers to a tally, called as :func:`score` is.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if _named(task) in _TASKS:
+        raise ValueError(f"task {task} is registered already")
+    _TASKS[_named(task)] = scored
+
+
+def _named(task: Any) -> str:
+    return re.sub(r"[^\w.-]+", "_", str(task or "answer"))
+
+
+def _exact(tally: Tally, meta: Mapping[str, Any], reference: str, answer: str, normalizer: Normalizer) -> None:
+    tally.add(f"exact_{_named(meta.get('task'))}", answer_form(reference) == answer_form(answer), 1)
+
+
+def _time(tally: Tally, meta: Mapping[str, Any], reference: str, answer: str, normalizer: Normalizer) -> None:
+    right, given = seconds(reference), seconds(answer)
+    if right is None:
+        _exact(tally, meta, reference, answer, normalizer)
+        return
+    error = abs(given - right) if given is not None else float("inf")
+    tally.add("when_seconds_error", *((error, 1) if given is not None else (0, 0)))
+    tally.add("when_close", error <= CLOSE_SECONDS, 1)
+    tally.add("when_unparsable", given is None)
 
 
 def _transcript(tally: Tally, meta: Mapping[str, Any], reference: str, answer: str, normalizer: Normalizer) -> None:
@@ -110,3 +141,7 @@ def _transcript(tally: Tally, meta: Mapping[str, Any], reference: str, answer: s
     letters = jiwer.process_characters(reference, answer)
     edits = letters.substitutions + letters.deletions + letters.insertions
     tally.add(f"cer_{language.code}", edits, len(reference))
+
+
+Score = Callable[[Tally, Mapping[str, Any], str, str, Normalizer], None]
+_TASKS: dict[str, Score] = {"transcribe": _transcript, "when": _time}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omni_train.recipe.schema import Normalizer
+from omni_train.rollout import scoring
 from omni_train.rollout.scoring import Tally, score
 
 
@@ -128,3 +129,33 @@ def test_an_empty_reference_is_no_division_by_zero():
 
 def test_a_task_of_any_text_is_a_name():
     assert set(metrics(("what | is\nit", "en", "a", "a"))) == {"answers_what_is_it", "exact_what_is_it"}
+
+
+def test_a_task_of_ones_own_is_scored_by_its_own_function(monkeypatch):
+    def rhymes(tally, meta, reference, answer, normalizer):
+        tally.add("rhymes", answer[-meta.get("letters", 2) :] == reference[-meta.get("letters", 2) :], 1)
+
+    monkeypatch.setattr(scoring, "_TASKS", dict(scoring._TASKS))
+    scoring.register("a rhyme", rhymes)
+    found = metrics(("a rhyme", "en", "boat", "goat"), ("a rhyme", "en", "boat", "tree"), ("color", "en", "red", "red"))
+    assert found == {"answers_a_rhyme": 2, "rhymes": 0.5, "answers_color": 1, "exact_color": 1}
+    for taken in ("a rhyme", "a_rhyme", "transcribe"):
+        with pytest.raises(ValueError, match="is registered already"):
+            scoring.register(taken, rhymes)
+
+
+def test_tasks_of_plug_ins_are_there_when_the_first_answer_is_scored(tmp_path, monkeypatch):
+    from omni_train import plugins
+
+    register = (
+        "from omni_train.rollout.scoring import register\nregister('rhyme', lambda tally, *_: tally.add('sung', 1))"
+    )
+    (tmp_path / "rhyming_plugin.py").write_text(register)
+    monkeypatch.setattr(scoring, "_TASKS", dict(scoring._TASKS))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(plugins.VARIABLE, "rhyming_plugin")
+    plugins.load.cache_clear()
+    try:
+        assert metrics(("rhyme", "en", "boat", "goat")) == {"answers_rhyme": 1, "sung": 1}
+    finally:
+        plugins.load.cache_clear()
