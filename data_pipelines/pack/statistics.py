@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from omni_train import plugins
 from omni_train.data.rows.batch import MODALITIES
 from omni_train.data.samples.language import language_of
 from omni_train.data.samples.lengths import FRAMES_PER_SECOND
@@ -23,6 +24,7 @@ class Statistics:
     """Sums over samples, which can be added up over shards."""
 
     def __init__(self) -> None:
+        plugins.load()  # which add modalities
         self.groups: dict[str, Counter] = {}  # "modality language" -> figures
         self.lengths = {modality: [0] * (len(LENGTHS) + 1) for modality in MODALITIES}
         self.clip_seconds = [0] * (len(SECONDS) + 1)

@@ -149,9 +149,28 @@ def test_a_tracker_shows_its_files(tmp_path):
 
     tracker = object.__new__(Wandb)
     tracker._directory, tracker._wandb = tmp_path, SimpleNamespace(Html=lambda path: ("Html", path))
-    assert tracker._shown(Shown("notes", "songs/0.mid", SONG)) == ("Html", str(tmp_path / "songs/0.mid"))
-    assert (tmp_path / "songs/0.mid").read_bytes() == SONG
-    assert tracker._shown(Shown("notes", "songs/0.txt", SONG)) is None
+    assert tracker._shown(Shown("notes", "songs/0/0.mid", SONG)) == ("Html", str(tmp_path / "songs/0/0.mid"))
+    assert (tmp_path / "songs/0/0.mid").read_bytes() == SONG
+    assert tracker._shown(Shown("notes", "songs/0/0.txt", SONG)) is None
+
+
+def test_a_pack_counts_what_its_processes_read_of_it(tmp_path, monkeypatch):
+    """The process that adds up has parsed no sample, and still knows the modality."""
+    from omni_train import plugins
+    from omni_train.data_pipelines.pack.statistics import Statistics
+
+    (tmp_path / "scores_plugin.py").write_text(
+        "from omni_train.data.samples.kinds import MediumKind, register_medium\n"
+        "register_medium(type('Scores', (MediumKind,), {'name': 'scores', 'modalities': ('scores',)}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(plugins.VARIABLE, "scores_plugin")
+    plugins.load.cache_clear()
+    try:
+        statistics = Statistics()
+    finally:
+        plugins.load.cache_clear()
+    assert "scores" in statistics.lengths
 
 
 def test_a_name_is_given_once():
