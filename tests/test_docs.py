@@ -38,8 +38,8 @@ def prose(path: Path) -> str:
     if path.suffix == ".md":
         return BLOCK.sub("", text)
     said = [one.string for one in tokenize.generate_tokens(io.StringIO(text).readline) if one.type == tokenize.COMMENT]
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    said += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+    expressions = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+    said += [one.value for one in expressions if isinstance(one, ast.Constant) and isinstance(one.value, str)]
     return "\n".join(said)
 
 
