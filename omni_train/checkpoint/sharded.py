@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from omni_train import platform
-from omni_train.checkpoint.integrity import Digests, damaged, digests_of, read_digests, reading
+from omni_train.checkpoint.integrity import Digests, digests_of, read_digests, reading
 from omni_train.checkpoint.plain import is_plain, load_from_plain, read_plain_progress
+from omni_train.checkpoint.random_state import random_state, restore_random_state
 from omni_train.checkpoint.state_files import read_state, write_state
 from omni_train.checkpoint.store import Store, attempt, describe, step_of
 from omni_train.errors import UserError, first_line
@@ -340,41 +339,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def random_state() -> dict:
-    """States of all random generators of this process, in plain containers."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    kind, words, *rest = np.random.get_state()
-    return {
-        "ranks": platform.world_size(),
-        "python": random.getstate(),
-        "numpy": (kind, words.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def restore_random_state(checkpoint: Path) -> None:
-    """Restore the random generators of this rank from a checkpoint, where a run of the same layout wrote it.
-
-    Raises:
-        DamagedCheckpoint: their states are not there, or cannot be read.
-    """
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    files = [checkpoint / f"random_{rank:05d}.pt" for rank in (platform.rank(), 0)]
-    path = next(filter(Path.exists, files), files[-1])
-    state = read_state(path)
-    if path != files[0] and state.get("ranks") == platform.world_size():
-        raise damaged(checkpoint, f"{files[0].name} is missing")
-    tracker = get_cuda_rng_tracker()
-    if path != files[0] or set(tracker.get_states()) != set(state["tracker"]):
-        return  # written in another layout: the generators keep their fresh seeds
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    tracker.set_states(state["tracker"])

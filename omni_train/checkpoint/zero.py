@@ -20,7 +20,8 @@ from omni_train.checkpoint.plain import (
     tensors_of,
     write_networks,
 )
-from omni_train.checkpoint.sharded import described, random_state, restore_random_state
+from omni_train.checkpoint.random_state import random_state, restore_random_state
+from omni_train.checkpoint.sharded import described
 from omni_train.checkpoint.state_files import check_extra_states, load_plain, write_state
 from omni_train.checkpoint.store import Store, attempt, step_of
 from omni_train.errors import UserError

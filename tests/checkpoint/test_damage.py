@@ -11,7 +11,8 @@ import pytest
 
 from omni_train import platform
 from omni_train.checkpoint.integrity import DIGESTS, find_damage, require_intact
-from omni_train.checkpoint.sharded import read_model_config, read_progress, restore_random_state
+from omni_train.checkpoint.random_state import restore_random_state
+from omni_train.checkpoint.sharded import read_model_config, read_progress
 from omni_train.checkpoint.store import DamagedCheckpoint, Store, newest
 from omni_train.recipe.schema import CheckpointConfig, Verify
 from tests.support.runs import logged, run

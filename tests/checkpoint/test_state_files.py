@@ -74,7 +74,7 @@ def draw() -> list:
 
 def random_states(rank, world_size, folder):
     from omni_train import platform
-    from omni_train.checkpoint.sharded import random_state, restore_random_state
+    from omni_train.checkpoint.random_state import random_state, restore_random_state
 
     platform.parallel.initialize(ParallelConfig(), 5)
     file = folder / "random_00000.pt"
