@@ -18,10 +18,11 @@ WIDTH = 80
 _HEADER = """\
 omni-train train [group=option …] [key=value …] [--cfg job]
 
-Trains what the recipe says; the same command again goes on with the run.
+Trains what the recipe says; the same command again goes on with the run. The
+other commands are pipeline, launch, data and convert: omni-train --help.
 
   omni-train train data.path=DIR schedule.steps=100 seed=7
-  launchers/local.sh 4 train parallel.tensor=2 parallel.pipeline=2 run=layout
+  omni-train launch 4 train parallel.tensor=2 parallel.pipeline=2 run=layout
   omni-train train --multirun seed=1,2,3        (one run after the other)
   omni-train train stage=s2_general --cfg job   (checks the recipe and shows it)
 """
