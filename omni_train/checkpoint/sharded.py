@@ -67,14 +67,20 @@ def check_sharding(chunks: list[torch.nn.Module]) -> None:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    ways, expert_ways = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    if ways == expert_ways == 1:
         return
     states = model_state(chunks)
     for key, chunk in _keyed(chunks).items():
         for name, parameter in chunk.named_parameters():
+            of_expert = not getattr(parameter, "allreduce", True)  # as Megatron marks them
+            split = getattr(parameter, "tensor_model_parallel", False) and (expert_ways if of_expert else ways) > 1
             entry = states[key].get(name)
             whole = isinstance(entry, ShardedTensor) and tuple(entry.global_shape) == tuple(parameter.shape)
-            if whole and getattr(parameter, "tensor_model_parallel", False):
+            if whole and split:
                 raise TypeError(
                     f"{name}: is split among tensor-parallel ranks, and sharded_state_dict of {type(chunk).__name__} "
                     "says that it is not; give the module that holds it a sharded_state_dict"
