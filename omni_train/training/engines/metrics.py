@@ -40,11 +40,14 @@ class Totals:
         names = self._agreed(rows if last else (), training)
         sums = torch.zeros(len(names), dtype=self.precision, device=platform.device())
         weights = torch.zeros(len(names), dtype=torch.float64, device=platform.device())
+        none = torch.zeros(
+            (), dtype=torch.float64, device=weights.device
+        )  # made there: a number would have to get there
         for row in rows if last else ():
             pairs = [row[name] for name, _ in names]
             sums += torch.stack([torch.as_tensor(total).to(sums) for total, _ in pairs])
             weights += torch.stack(
-                [torch.as_tensor(0.0 if weight is None else weight).to(weights) for _, weight in pairs]
+                [none if weight is None else torch.as_tensor(weight).to(none) for _, weight in pairs]
             )
         totals = torch.cat([sums.double(), weights])
         torch.distributed.all_reduce(totals, group=self.ranks)
