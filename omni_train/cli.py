@@ -38,6 +38,10 @@ Exit codes: 0 done; 1 a crash; 2 something given is wrong; 75 asked to stop, all
 130 ended at once by a second Ctrl-C, or another command by its first. The last line says why a run ended."""
 
 
+_SHOWS = {"-h", "--help", "--hydra-help", "--cfg", "-c", "--version"}
+"""Flags with which a command writes a page and does nothing else."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a ``UserError`` becomes one line on stderr and its status.
 
@@ -80,7 +84,14 @@ def _as_process(arguments: list[str]) -> int:
         stopping.hold()  # they are for the ranks
     else:
         stopping.let_go()
-    code = main(arguments)
+    try:
+        code = main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _SHOWS & set(arguments):
+            raise
+        code = int(Exit.finished)  # whoever reads, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     stopping.over()
     lines.flush()
     return code

@@ -154,3 +154,12 @@ def test_what_failed_the_run_is_one_line_and_exits_1_as_another_try_may_help(tra
     training.outcome = RunFailed("runs/a: no space")
     assert main(["train"]) == 1
     assert capsys.readouterr().err == "error: runs/a: no space\n"
+
+
+def test_a_reader_may_close_before_a_page_is_read():
+    """As `head` does; here before the first line is written, which takes the command a while."""
+    command = [sys.executable, "-m", "omni_train", "train", "--cfg", "job"]
+    shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    shown.stdout.close()
+    assert shown.stderr.read() == ""
+    assert shown.wait(60) == 0
