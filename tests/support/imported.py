@@ -14,14 +14,15 @@ from tests.support.thinker import small_recipe
 
 def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     """Import; the first row's loss, and its gradients as a checkpoint; the rows' logits of real tokens (last stage)."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import get_attr_wrapped_model
+
+    from megatron.core import parallel_state
 
     from omni_train import platform
     from omni_train.checkpoint.sharded import CheckpointStore, load_model, read_model_config
     from omni_train.checkpoint.store import resolve
     from omni_train.interop.convert import import_checkpoint
-    from omni_train.models.row import LocalRow
+    from omni_train.objectives.base import GlobalBatch
+    from omni_train.training.engines.base import global_sums
     from omni_train.training.engines.megatron import MegatronEngine
 
     import_checkpoint(format, Path(hf), folder / "imported", parallel)
@@ -30,29 +31,22 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
     recipe = small_recipe(parallel, row_tokens=row_tokens)
     recipe.model = read_model_config(checkpoint)
     recipe.model.thinker.router_aux_loss_coef = 0.0
-    window = recipe.model.audio.eval_window_frames if recipe.model.audio else 0
+    if recipe.model.audio:
+        recipe.model.audio.train_window_frames = [recipe.model.audio.eval_window_frames]
     platform.parallel.initialize(parallel, 1)
     engine = MegatronEngine(recipe)
     load_model(engine.chunks, checkpoint, recipe.model)
 
     def forward(iterator, chunk):
-        media = get_attr_wrapped_model(chunk, "encodes_media")
-        row = LocalRow.from_batch(next(iterator), media=media, audio_window_frames=window)
-        return chunk(row), lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
+        hidden = chunk(chunk.module.local_row(next(iterator), 0, training=False))
+        return hidden, lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
 
     with torch.no_grad():
-        logits = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(rows),
-            model=engine.chunks[0],
-            num_microbatches=len(rows),
-            seq_length=engine.seq_length,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        logits = engine._schedule(forward, engine.chunks, rows, forward_only=True, collect_non_loss_data=True)
     engine.chunks[0].zero_grad_buffer()
-    metrics = engine._schedule(rows[:1], engine._global_sums(rows[:1]), forward_only=False)
+    group = parallel_state.get_data_parallel_group()
+    batch = GlobalBatch(global_sums(engine.objective, rows[:1], group).weight, 0, training=True)
+    metrics = engine._totals.over(engine._go_over(rows[:1], batch), training=True)
     with torch.no_grad():
         for parameter in engine.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
