@@ -24,6 +24,7 @@ from omni_train.processes import Exit
 
 USAGE = "omni-train launch N COMMAND …, N being a number of processes, at least 1"
 _SAID = (Exit.wrong, Exit.stopped, Exit.interrupted)  # codes of which the rank has said why
+_MOST_OF_A_CORE = 32  # processes; more are a slip of the finger, and take a machine down
 _GLANCE = 0.1  # seconds between two looks at the ranks
 # Seconds that the ranks have to end by themselves: when one was stopped, failed, or all were interrupted twice.
 _GRACE = {Exit.stopped: 60.0, Exit.failed: 10.0, Exit.interrupted: 1.0}
@@ -42,6 +43,8 @@ def main(arguments: list[str], commands: Collection[str]) -> int:
     count, *command = arguments or [""]
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"launch {count or 'has no number'}: write {USAGE}")
+    if int(count) > (most := _MOST_OF_A_CORE * (os.cpu_count() or 1)):
+        raise UserError(f"launch {count}: must be at most {most} processes, {_MOST_OF_A_CORE} for each core")
     if not command or command[0] not in commands:
         raise UserError(f"launch {count} {' '.join(command[:1])}: needs one of {', '.join(commands)}")
     os.environ["PYTHONSAFEPATH"] = "1"  # modules in the folder that this is started in are not ours

@@ -25,7 +25,7 @@ def load() -> None:
     for name in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"{VARIABLE}: {name} cannot be imported: {type(error).__name__}: {first_line(error)}; mend it, put its "
                 "folder on PYTHONPATH, or leave it out"

@@ -441,6 +441,18 @@ def test_metrics_that_change_from_row_to_row_are_refused(distributed, world, tmp
         distributed(1, fickle, world, ["engine=deepspeed", f"runs_dir={tmp_path}", "run=fickle"])
 
 
+def test_rows_that_prepare_loses_are_missed(distributed, world, tmp_path):
+    with pytest.raises(RankFailed, match=r"Imitation\.prepare returned 1 rows of 2; it must return each"):
+        distributed(1, forgetful, world, ["engine=deepspeed", f"runs_dir={tmp_path}", "schedule.global_batch=2"])
+
+
+def forgetful(rank, world_size, world, overrides):
+    from unittest.mock import patch
+
+    with patch.object(Imitation, "prepare", lambda self, engine, rows: rows[:1]):
+        train(rank, world_size, world, overrides)
+
+
 def fickle(rank, world_size, world, overrides):
     from unittest.mock import patch
 

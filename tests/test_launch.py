@@ -213,6 +213,7 @@ def test_a_rank_whose_launcher_was_killed_before_its_first_line_ends_too(tmp_pat
     [
         ([], "launch has no number: write omni-train launch N COMMAND …"),
         (["two", "train"], "launch two: write omni-train launch N COMMAND …"),
+        (["99999999", "train"], "launch 99999999: must be at most"),
         (["0", "train"], "launch 0: write omni-train launch N COMMAND …"),
         (["2"], "launch 2 : needs one of train, pipeline, data, convert"),
         (["2", "launch", "2", "train"], "launch 2 launch: needs one of train, pipeline, data, convert"),

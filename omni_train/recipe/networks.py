@@ -50,11 +50,17 @@ def register(network: NetworkKeys) -> None:
     """Add a network to the table, and its keys to the recipe's.
 
     Raises:
-        ValueError: there is another network of this name, or one of its groups has a name that is taken.
+        ValueError: there is another network of this name, one of its groups has a name that is taken, or it has a part
+            that no model has.
     """
     for group, schema in network.keys.items():
         if group in described(Recipe) or any(one.keys.get(group, schema) is not schema for one in _TABLE.values()):
             raise ValueError(f"network {network.name}: the recipe has a {group} already")
+    for part in (*network.parts, *network.optional_parts):
+        if f"model.{part}" not in described(Recipe) and f"model.{part}" not in network.keys:
+            raise ValueError(
+                f"network {network.name}: there is no model.{part}; name a part of a model, or add it to keys"
+            )
     if _TABLE.setdefault(network.name, network) is not network:
         raise ValueError(f"a network of the name {network.name} is registered already")
 

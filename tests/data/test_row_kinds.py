@@ -149,7 +149,10 @@ def test_a_name_is_given_once():
         register(kind_of("chats"))
 
 
-@pytest.mark.parametrize(("body", "why"), [(None, "ModuleNotFoundError: No module"), ("1 / 0", "ZeroDivisionError: ")])
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [(None, "ModuleNotFoundError: No module"), ("1 / 0", "ZeroDivisionError: "), ("exit(0)", "SystemExit: 0")],
+)
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path, monkeypatch, body, why):
     if body:
         (tmp_path / "broken_of_a_test.py").write_text(body)

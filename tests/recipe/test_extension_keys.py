@@ -193,3 +193,8 @@ def test_a_plugin_that_the_environment_names_brings_its_keys(tmp_path):
         check=False,
     )
     assert done.stdout.endswith("  model.toy.width=8  (integer, at least 1)\n      channels of the toy\n"), done.stderr
+
+
+def test_a_part_that_no_model_has_is_refused():
+    with pytest.raises(ValueError, match=r"network toyy: there is no model\.toyy"):
+        register(replace(TOY, name="toyy", parts=("toyy",), keys={}))

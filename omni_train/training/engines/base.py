@@ -116,6 +116,18 @@ class Engine(ABC):
     ) -> list[dict[str, torch.Tensor]]:
         """See :class:`omni_train.objectives.base.Forward`."""
 
+    def prepared(self, rows: list) -> list:
+        """Rows as the objective prepares them.
+
+        Raises:
+            RuntimeError: it returned fewer or more: the batch would be another than its weight says.
+        """
+        found = self.objective.prepare(self, rows)
+        if len(found) != len(rows):
+            name = type(self.objective).__name__
+            raise RuntimeError(f"{name}.prepare returned {len(found)} rows of {len(rows)}; it must return each")
+        return found
+
     def evaluation(self, held_out: list, refused: Counter[str]) -> Callable[[], Evaluated]:
         """The network's evaluation on held-out data, to be called whenever one is due.
 

@@ -99,7 +99,7 @@ class MegatronEngine(Engine):
     def train_step(self, rows: list, learning_rate: float, step: int = 0) -> StepResult:
         sums = global_sums(self.objective, rows, parallel_state.get_data_parallel_group())
         batch = GlobalBatch(max(sums.weight, 1.0), step, training=True)
-        rows = self.objective.prepare(self, rows)
+        rows = self.prepared(rows)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -126,7 +126,7 @@ class MegatronEngine(Engine):
     @torch.no_grad()
     def evaluate(self, rows: list) -> dict[str, float]:
         sums = global_sums(self.objective, rows, parallel_state.get_data_parallel_group())
-        rows = self.objective.prepare(self, rows)
+        rows = self.prepared(rows)
         for chunk in self.chunks:
             chunk.eval()
         metrics = self._totals.over(self._go_over(rows, GlobalBatch(max(sums.weight, 1.0), 0, False)), training=False)

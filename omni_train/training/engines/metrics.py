@@ -10,6 +10,8 @@ import torch
 from omni_train import platform
 from omni_train.objectives.base import Metric
 
+_OF_THE_RUN = {"step", "lr", "tokens", "grad_norm"}
+
 
 class Totals:
     """Sums of metrics over rows and ranks.
@@ -70,6 +72,11 @@ class Totals:
                 source = torch.distributed.get_global_rank(self.pipeline, self.pipeline.size() - 1)
                 torch.distributed.broadcast_object_list(told, src=source, group=self.pipeline)
             self._names[training] = told[0]
+            said = {name for name, _ in told[0]}
+            if training and "loss" not in said:
+                raise RuntimeError(f"the objective's metrics are {sorted(said)}; loss must be among them")
+            if taken := said & _OF_THE_RUN:
+                raise RuntimeError(f"the objective has a metric {min(taken)}, which the run logs itself; rename it")
         names = self._names[training]
         if other := next((kind for kind in kinds if kind != names), None):
             raise RuntimeError(f"rows name different metrics: {dict(names)} and {dict(other)}")

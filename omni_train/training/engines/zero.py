@@ -114,7 +114,7 @@ class ZeroEngine(Engine):
         world = torch.distributed.get_world_size()
         sums = global_sums(self.objective, rows)
         batch = GlobalBatch(max(sums.weight, 1.0), step, training=True)
-        rows = self.objective.prepare(self, rows)
+        rows = self.prepared(rows)
         for engine in self.engines.values():
             engine.train()
             set_learning_rate(engine.optimizer.param_groups, learning_rate, self.recipe.optimizer.weight_decay)
@@ -155,7 +155,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def evaluate(self, rows: list) -> dict[str, float]:
         batch = GlobalBatch(max(global_sums(self.objective, rows).weight, 1.0), 0, training=False)
-        rows = self.objective.prepare(self, rows)
+        rows = self.prepared(rows)
         for engine in self.engines.values():
             engine.eval()
         outcomes = [self.objective.run(self.engines, to_device(row), batch) for row in rows]

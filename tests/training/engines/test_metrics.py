@@ -39,6 +39,18 @@ def test_every_rank_has_the_same_and_names_are_learned(distributed, ranks, paral
         assert held_out == {"seen": 0.25}
 
 
+@pytest.mark.parametrize(
+    ("metrics", "why"),
+    [
+        ({"right": (1.0, 1.0)}, "loss must be among them"),
+        ({"loss": (1.0, None), "step": (1.0, 1.0)}, "has a metric step, which the run logs itself"),
+    ],
+)
+def test_metrics_without_a_loss_or_with_the_runs_own_are_refused(distributed, metrics, why):
+    with pytest.raises(RankFailed, match=why):
+        distributed(1, totals_of, ParallelConfig(), [metrics])
+
+
 def test_rows_of_a_batch_that_name_other_metrics_are_refused(distributed):
     with pytest.raises(RankFailed, match="rows name different metrics"):
         distributed(1, totals_of, ParallelConfig(), [ROWS[0], {"loss": ROWS[1]["loss"]}])
