@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from omni_train.recipe.extensions import recipe_type
 from omni_train.recipe.keys import Change, described
-from omni_train.recipe.networks import unused_groups
+from omni_train.recipe.networks import in_groups, unused_groups
 from omni_train.recipe.schema import EngineName, Recipe
 
 _OWN_PLACE = ("run", "runs_dir")  # of a run that was moved: nothing to tell
@@ -35,7 +35,7 @@ def differences(now: Recipe, before: Recipe) -> Iterator[Difference]:
         mine, its = ours.get(key), theirs.get(key)
         if mine == its or key in _OWN_PLACE or (key.startswith("init_") and not mine):  # unused by a resumed run
             continue
-        if any(f"{key}.".startswith(f"{group}.") for group in unused):
+        if in_groups(key, unused):
             continue
         kind = described(recipe_type())[key].change
         if key == "precision" and now.engine is EngineName.deepspeed:  # DeepSpeed's optimizers differ by precision

@@ -126,7 +126,9 @@ def _help(tree: Tree, words: Sequence[str]) -> str:
 
 def _yaml(composed: DictConfig, package: str | None, resolve: bool) -> str:
     """YAML of a composed recipe, or of a part of it."""
-    part = OmegaConf.select(used(composed), package) if package else used(composed)
+    part = used(composed)
+    if package:
+        part = OmegaConf.select(part, package)
     if part is None:
         _refuse_flag(f"--package {package}: no such part of the recipe")
     return OmegaConf.to_yaml(part, resolve=resolve) if OmegaConf.is_config(part) else f"{part}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from omni_train import plugins
@@ -95,3 +95,8 @@ def unused_groups(network: str) -> list[str]:
         settings.add("zero")
     used = {f"model.{part}" for part in (*mine.parts, *mine.optional_parts)} | {*mine.settings, *mine.keys}
     return sorted((parts | settings) - used)
+
+
+def in_groups(key: str, groups: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these groups, or within one."""
+    return any(f"{key}.".startswith(f"{group}.") for group in groups)

@@ -10,7 +10,7 @@ from math import lcm
 
 from omni_train.errors import UserError
 from omni_train.recipe.keys import values
-from omni_train.recipe.networks import network_of, unused_groups
+from omni_train.recipe.networks import in_groups, network_of, unused_groups
 from omni_train.recipe.refusals import divides, refuse, value
 from omni_train.recipe.schema import (
     ChatTemplate,
@@ -64,7 +64,7 @@ def _values(recipe: Recipe) -> None:
     """Refuse values out of the schema's bounds, of all keys that the run uses."""
     unused = unused_groups(recipe.network)
     for name, said, found in values(recipe):
-        if any(f"{name}.".startswith(f"{group}.") for group in unused):
+        if in_groups(name, unused):
             continue
         if problem := said.problem(found):
             raise UserError(f"{name}={found}: {problem}")

@@ -11,7 +11,7 @@ from omni_train.data.rows.base import Reading, RowKind
 from omni_train.data.rows.batch import PackedBatch, WaveRow
 from omni_train.data.rows.chats import prompt, sequences_of
 from omni_train.data.rows.crops import Crop, pack_crops, read_crop
-from omni_train.data.rows.packing import pack
+from omni_train.data.rows.packing import packer
 from omni_train.data.rows.questions import Question, held_out_questions
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.rows.transcripts import transcript_prompt, transcript_sequence
@@ -21,7 +21,7 @@ from omni_train.data.samples.chat_template import check_template
 from omni_train.data.samples.sample import Sample
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Positions, Recipe
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Recipe
 
 
 class Sequences(RowKind):
@@ -30,13 +30,7 @@ class Sequences(RowKind):
     row = PackedBatch
 
     def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list[TokenSequence]], PackedBatch]:
-        return functools.partial(
-            pack,
-            row_tokens=data.row_tokens,
-            alignment=data.alignment,
-            padding_token=tokenizer.end_of_text,
-            float_positions=data.media.positions is Positions.qwen3_omni,
-        )
+        return packer(data, tokenizer.end_of_text)
 
 
 class Chats(Sequences):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.data.rows.sequences import TokenSequence
+from omni_train.recipe.schema import DataConfig, Positions
 
 
 def aligned(length: int, alignment: int) -> int:
@@ -31,6 +33,17 @@ def best_fit(lengths: Sequence[int], row_tokens: int) -> list[int]:
         chosen.append(-index)
         room -= length
     return chosen
+
+
+def packer(data: DataConfig, padding_token: int) -> Callable[[Sequence[TokenSequence]], PackedBatch]:
+    """Function that packs sequences into a row as a recipe's data say, for training and for evaluation alike."""
+    return functools.partial(
+        pack,
+        row_tokens=data.row_tokens,
+        alignment=data.alignment,
+        padding_token=padding_token,
+        float_positions=data.media.positions is Positions.qwen3_omni,
+    )
 
 
 def pack(

@@ -11,13 +11,13 @@ from typing import Any
 
 from omni_train.data.rows.batch import PackedBatch
 from omni_train.data.rows.chats import sequences_of
-from omni_train.data.rows.packing import aligned, best_fit, pack
+from omni_train.data.rows.packing import aligned, best_fit, packer
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.samples.sample import Chat, Medium, SampleError, one_sample
 from omni_train.data.samples.sources import ShardFolder, first_samples, open_sources
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, LossOn, ModelConfig, Positions
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, LossOn, ModelConfig
 
 
 @dataclass
@@ -153,19 +153,12 @@ def _partner(chats: list[tuple[Chat, Callable]], place: int) -> tuple[Chat, Call
 def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: int) -> list[PackedBatch]:
     """Rows of all sequences; one row of padding where there is none."""
     rows: list[PackedBatch] = []
+    to_row = packer(data, padding_token)
     while sequences or not rows:
         chosen = (
             best_fit([aligned(len(one), data.alignment) for one in sequences], data.row_tokens) if sequences else []
         )
-        rows.append(
-            pack(
-                [sequences[index] for index in chosen],
-                row_tokens=data.row_tokens,
-                alignment=data.alignment,
-                padding_token=padding_token,
-                float_positions=data.media.positions is Positions.qwen3_omni,
-            )
-        )
+        rows.append(to_row([sequences[index] for index in chosen]))
         sequences = [one for index, one in enumerate(sequences) if index not in chosen]
     return rows
 
