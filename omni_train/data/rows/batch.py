@@ -1,11 +1,13 @@
 """Rows of the package: the types that data code gives to model code.
 
-Axis letters: T tokens of the row, N sequences, F mel frames, M mel bins, P patches, D values of a patch.
+Axis letters: T tokens of the row, N sequences, F mel frames, M mel bins, P patches, D values of a patch; U positions of
+the Talker's row, Q codebooks, K states that the Talker reads, H width of the Thinker.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -74,3 +76,41 @@ class WaveRow(Row):
     lengths: torch.Tensor  # (B,) int64: samples of speech in each, from 1 to S
     draws: torch.Tensor  # (B,) int64: a number drawn for each crop, whatever is random about it in training
     codes: torch.Tensor | None = None  # (B, N, frames) int64: what a codec made of it; zeros after its end
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Any:
+    return field(default_factory=lambda: torch.zeros(*shape, dtype=dtype))
+
+
+@dataclass
+class SpeechRow(PackedBatch):
+    """Row of the Talker, of U positions, with the row of the Thinker whose states enter it, in the fields above.
+
+    What enters at a position is the sum of what is there: a token of the text by its embedding (`text_ids`), a state of
+    the Thinker (`sources`), a frame, or a control code, by the embeddings of its codes (`codes`). All of it is decided
+    where the row is made, so that the model only gathers.
+
+    The Talker's sequences lie one after the other as the Thinker's do, padded alike, the last one perhaps of padding.
+    A sample that reads no states has no sequence in the Thinker's row, which may have no tokens at all.
+    """
+
+    text_ids: torch.Tensor = _empty(0)  # (U,) int64: token of the text tokenizer, −1: none
+    sources: torch.Tensor = _empty(0)  # (U,) int64: index of a state among the K, −1: none
+    codes: torch.Tensor = _empty(0, 0)  # (U, Q) int64, −1: none; of a control code there is the first alone
+    speech_labels: torch.Tensor = _empty(0)  # (U,) int64: code of codebook 0, or control code, IGNORE: no loss
+    label_codes: torch.Tensor = _empty(0, 0)  # (U, Q−1) int64: residual codes of the frame that is predicted, or IGNORE
+    speech_positions: torch.Tensor = _empty(3, 0)  # (3, U) int64 or float32: rotary ids
+    speech_cu_seqlens: torch.Tensor = _empty(1, dtype=torch.int32)  # (N+1,) int32, from 0 to U
+    speech_padding: torch.Tensor = _empty(0, dtype=torch.bool)  # (U,) bool
+    speech_kinds: torch.Tensor = _empty(0, dtype=torch.uint8)  # (U,) uint8: index into KINDS
+    draws: torch.Tensor = _empty(0, dtype=torch.float32)  # (U,) uniform from [0, 1): which frames the predictor learns
+    context: torch.Tensor = _empty(0)  # (K,) int64: positions in the Thinker's row whose states are read
+    states: torch.Tensor = _empty(0, 0, dtype=torch.float32)  # (K, H) of stored states; empty where the Thinker runs
+    KINDS = ("text", "context", "speech", "control")
+    MODALITIES = KINDS
+    MEDIA = (*PackedBatch.MEDIA, "states")
+
+    def tokens_by_modality(self) -> torch.Tensor:
+        """See :class:`Row`: positions of the Talker's row."""
+        positions = torch.zeros(len(self.KINDS), dtype=torch.float64)
+        return positions.index_add_(0, self.speech_kinds.long(), (~self.speech_padding).double())

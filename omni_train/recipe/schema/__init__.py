@@ -36,6 +36,17 @@ from omni_train.recipe.schema.run import (
     Verify,
     WandbMode,
 )
+from omni_train.recipe.schema.speech import (
+    Context,
+    ScheduleKind,
+    SpeechConfig,
+    SpeechScheduleConfig,
+    States,
+    SwitchLabel,
+    TalkerTrainingConfig,
+)
+from omni_train.recipe.schema.stack import StackConfig
+from omni_train.recipe.schema.talker import CodePredictorConfig, TalkerConfig, TalkerStyle, TextEmbedding
 from omni_train.recipe.schema.training import (
     AdversarialLoss,
     CodecTrainingConfig,
@@ -59,8 +70,10 @@ __all__ = [
     "ChatTemplate",
     "CheckpointConfig",
     "Code2WavConfig",
+    "CodePredictorConfig",
     "CodecConfig",
     "CodecTrainingConfig",
+    "Context",
     "DataConfig",
     "Decay",
     "DiscriminatorConfig",
@@ -83,7 +96,17 @@ __all__ = [
     "Recompute",
     "SafetyConfig",
     "ScheduleConfig",
+    "ScheduleKind",
     "SourceConfig",
+    "SpeechConfig",
+    "SpeechScheduleConfig",
+    "StackConfig",
+    "States",
+    "SwitchLabel",
+    "TalkerConfig",
+    "TalkerStyle",
+    "TalkerTrainingConfig",
+    "TextEmbedding",
     "ThinkerConfig",
     "TrackingConfig",
     "Verify",

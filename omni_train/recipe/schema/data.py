@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from omni_train.recipe.keys import Change, key
+from omni_train.recipe.schema.speech import SpeechConfig
 
 
 class LossOn(StrEnum):
@@ -120,7 +121,7 @@ class DataConfig:
     codec: str | None = key(
         None,
         linkable=True,
-        help="crops come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made "
+        help="samples come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made "
         "them, or its content hash, and codes of another are refused; null: waveforms alone",
     )
     # The same whatever the layout, so that all layouts see the same rows.
@@ -134,6 +135,7 @@ class DataConfig:
         "template in the tokenizer's folder must agree",
     )
     media: MediaConfig = key(MediaConfig)
+    speech: SpeechConfig = key(SpeechConfig)  # of rows=speech
     augmentation: AugmentationConfig | None = key(None)  # of transcribed clips; null: they are heard as they are
     # A run's rows depend on it, and not on workers or the number of data ranks.
     streams: int = key(

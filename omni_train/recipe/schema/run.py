@@ -8,6 +8,7 @@ from enum import StrEnum
 from omni_train.recipe.keys import Change, key
 from omni_train.recipe.schema.data import DataConfig
 from omni_train.recipe.schema.model import ModelConfig
+from omni_train.recipe.schema.speech import TalkerTrainingConfig
 from omni_train.recipe.schema.training import (
     CodecTrainingConfig,
     EvaluationConfig,
@@ -130,11 +131,14 @@ class Recipe:
         first=True,
         help="arithmetic of the forward and backward pass; master weights are always fp32",
     )
-    network: str = key("thinker", help="what is trained: thinker, recognizer, codec, code2wav, or one of one's own")
+    network: str = key(
+        "thinker", help="what is trained: thinker, talker, recognizer, codec, code2wav, or one of one's own"
+    )
     engine: EngineName = key(EngineName.megatron, help="who owns sharding and the optimizer step; deepspeed: ZeRO")
     zero: ZeroConfig = key(ZeroConfig)  # of engine=deepspeed
     recognition: RecognitionConfig = key(RecognitionConfig, resume=Change.learned)  # of network=recognizer
     codec_training: CodecTrainingConfig = key(CodecTrainingConfig, resume=Change.learned)  # of codec and code2wav
+    talker_training: TalkerTrainingConfig = key(TalkerTrainingConfig, resume=Change.learned)  # of network=talker
     init_from: str | None = key(
         None, checkpoint=True, first=True, help="where parameters start: a checkpoint, or a run, whose latest is taken"
     )
