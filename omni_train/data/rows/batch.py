@@ -78,7 +78,8 @@ class WaveRow(Row):
     codes: torch.Tensor | None = None  # (B, N, frames) int64: what a codec made of it; zeros after its end
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Any:
+def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Any:
+    """Field of a row whose default is a tensor without elements."""
     return field(default_factory=lambda: torch.zeros(*shape, dtype=dtype))
 
 
@@ -94,18 +95,18 @@ class SpeechRow(PackedBatch):
     A sample that reads no states has no sequence in the Thinker's row, which may have no tokens at all.
     """
 
-    text_ids: torch.Tensor = _empty(0)  # (U,) int64: token of the text tokenizer, −1: none
-    sources: torch.Tensor = _empty(0)  # (U,) int64: index of a state among the K, −1: none
-    codes: torch.Tensor = _empty(0, 0)  # (U, Q) int64, −1: none; of a control code there is the first alone
-    speech_labels: torch.Tensor = _empty(0)  # (U,) int64: code of codebook 0, or control code, IGNORE: no loss
-    label_codes: torch.Tensor = _empty(0, 0)  # (U, Q−1) int64: residual codes of the frame that is predicted, or IGNORE
-    speech_positions: torch.Tensor = _empty(3, 0)  # (3, U) int64 or float32: rotary ids
-    speech_cu_seqlens: torch.Tensor = _empty(1, dtype=torch.int32)  # (N+1,) int32, from 0 to U
-    speech_padding: torch.Tensor = _empty(0, dtype=torch.bool)  # (U,) bool
-    speech_kinds: torch.Tensor = _empty(0, dtype=torch.uint8)  # (U,) uint8: index into KINDS
-    draws: torch.Tensor = _empty(0, dtype=torch.float32)  # (U,) uniform from [0, 1): which frames the predictor learns
-    context: torch.Tensor = _empty(0)  # (K,) int64: positions in the Thinker's row whose states are read
-    states: torch.Tensor = _empty(0, 0, dtype=torch.float32)  # (K, H) of stored states; empty where the Thinker runs
+    text_ids: torch.Tensor = empty(0)  # (U,) int64: token of the text tokenizer, −1: none
+    sources: torch.Tensor = empty(0)  # (U,) int64: index of a state among the K, −1: none
+    codes: torch.Tensor = empty(0, 0)  # (U, Q) int64, −1: none; of a control code there is the first alone
+    speech_labels: torch.Tensor = empty(0)  # (U,) int64: code of codebook 0, or control code, IGNORE: no loss
+    label_codes: torch.Tensor = empty(0, 0)  # (U, Q−1) int64: residual codes of the predicted frame, or IGNORE
+    speech_positions: torch.Tensor = empty(3, 0)  # (3, U) int64 or float32: rotary ids
+    speech_cu_seqlens: torch.Tensor = empty(1, dtype=torch.int32)  # (N+1,) int32, from 0 to U
+    speech_padding: torch.Tensor = empty(0, dtype=torch.bool)  # (U,) bool
+    speech_kinds: torch.Tensor = empty(0, dtype=torch.uint8)  # (U,) uint8: index into KINDS
+    draws: torch.Tensor = empty(0, dtype=torch.float32)  # (U,) uniform from [0, 1): which frames the predictor learns
+    context: torch.Tensor = empty(0)  # (K,) int64: positions in the Thinker's row whose states are read
+    states: torch.Tensor = empty(0, 0, dtype=torch.float32)  # (K, H) of stored states; empty where the Thinker runs
     KINDS = ("text", "context", "speech", "control")
     MODALITIES = KINDS
     MEDIA = (*PackedBatch.MEDIA, "states")
