@@ -37,7 +37,7 @@ def matrices(model: torch.nn.Module) -> dict[torch.nn.Parameter, FusedRows]:
 
 
 def _fused(model: torch.nn.Module) -> dict[torch.nn.Parameter, FusedRows]:
-    fused = {}
+    fused = {p: p.fused_rows for p in model.parameters() if hasattr(p, "fused_rows")}  # of our own layers
     for module in model.modules():
         if isinstance(module, Attention) and hasattr(module, "linear_qkv"):
             config = module.config
