@@ -1,7 +1,6 @@
 """The Thinker below a Talker: frozen, forward only, and only as many layers as are read.
 
-Axis letters: T tokens of the row on this context-parallel rank, S this rank's part of them under sequence parallelism, K
-states that are read, H hidden.
+Axis letters: T tokens of the row on this context-parallel rank, K states that are read, H hidden.
 """
 
 from __future__ import annotations

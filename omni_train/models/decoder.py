@@ -1,4 +1,4 @@
-"""A pipeline stage of a decoder-only network: its part of the hybrid stack, rotary ids, and the norm behind the last."""
+"""A pipeline stage of a decoder-only network: its part of the hybrid stack, rotary ids, the norm behind the last."""
 
 from __future__ import annotations
 

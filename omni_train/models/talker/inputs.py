@@ -1,4 +1,4 @@
-"""What enters the Talker, and its head: text and states of the Thinker by projections, frames by the embeddings of their codes.
+"""What enters the Talker: text and the Thinker's states by projections, frames by embeddings of codes; and its head.
 
 All of it is replicated over the tensor-parallel ranks, but the table of text; each rank embeds its own positions.
 """

@@ -1,7 +1,7 @@
 """A rank's part of a row of the Talker, on its device.
 
-Axis letters: U positions of the row; T of them on this context-parallel rank, S on this rank under sequence parallelism;
-Q codebooks, K states that are read, H width of the Thinker.
+Axis letters: T positions of this context-parallel rank, S this rank's part of them under sequence parallelism, Q
+codebooks, K states that are read, H width of the Thinker.
 """
 
 from __future__ import annotations
