@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,10 +173,15 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
 
 def _group(kind: Any, values: dict[str, Any]) -> Any:
     """Group of a model from what a checkpoint holds of it, with the groups inside."""
-    groups = {key: entry.group for key, entry in keys_of(kind).items() if entry.group}
-    return kind(
-        **{key: _group(groups[key], value) if groups.get(key) and value else value for key, value in values.items()}
-    )
+    found = {}
+    for key, value in values.items():
+        entry = keys_of(kind).get(key)
+        if entry is not None and entry.group and value:
+            value = _group(entry.group, value)
+        elif entry is not None and isinstance(entry.type, type) and issubclass(entry.type, StrEnum):
+            value = entry.type(value)
+        found[key] = value
+    return kind(**found)
 
 
 def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] | None = None) -> None:
@@ -224,7 +230,15 @@ def described(model: ModelConfig) -> dict[str, Any]:
     """Model as a checkpoint describes it; `layers` is the same however the pattern is written."""
     stacks = {name: getattr(model, part) for name, part in _STACKS.items()}
     layers = {name: "" if one is None else one.pattern.replace("|", "") * one.repeats for name, one in stacks.items()}
-    return asdict(model) | layers
+    return _plain(asdict(model)) | layers
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with the names of enumerations in the place of their members, which checkpoints do not hold."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else str(value) if isinstance(value, StrEnum) else value
+        for key, value in values.items()
+    }
 
 
 class CheckpointStore(Store):

@@ -6,7 +6,7 @@ Axis letters: T tokens of the row on this context-parallel rank, K states that a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ class FrozenThinker:
     Args:
         checkpoint: a checkpoint of network=thinker.
         recipe: recipe of the Talker; its layout, its encoders, and `model.talker.accept_hidden_layer`.
+        check: function that refuses a recipe with a Thinker that the layout cannot split.
 
     Raises:
         UserError: the checkpoint is damaged, or its Thinker does not fit the Talker.
     """
 
-    def __init__(self, checkpoint: Path, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Path, recipe: Recipe, check: Callable[[Recipe], None]) -> None:
         model = read_model_config(checkpoint)
         talker = required(recipe.model.talker)
         if model.thinker is None:
@@ -55,7 +56,9 @@ class FrozenThinker:
                 "model.talker.thinker_hidden_size and model.vocab_size of that Thinker"
             )
         model.thinker = _first_layers(model.thinker, talker.accept_hidden_layer, recipe, checkpoint)
-        self.stages: list[Thinker] = build_chunks(replace(recipe, model=model, recompute=Recompute.none), head=False)
+        below = replace(recipe, model=model, recompute=Recompute.none)
+        check(below)
+        self.stages: list[Thinker] = build_chunks(below, head=False)
         state = load_sharded(model_state(self.stages), checkpoint)
         apply_model_state(self.stages, state)
         for stage in self.stages:
@@ -78,7 +81,7 @@ class FrozenThinker:
         return [found["states"] for found in engine.forward(self.modules, rows, _read)]
 
 
-def open_thinker(path: str, recipe: Recipe) -> FrozenThinker:
+def open_thinker(path: str, recipe: Recipe, check: Callable[[Recipe], None]) -> FrozenThinker:
     """The Thinker of a checkpoint, or of a run's latest. Collective; process groups must exist.
 
     Raises:
@@ -86,7 +89,7 @@ def open_thinker(path: str, recipe: Recipe) -> FrozenThinker:
     """
     checkpoint = resolve(path)
     require_intact(checkpoint, recipe.checkpoint.verify)
-    return FrozenThinker(checkpoint, recipe)
+    return FrozenThinker(checkpoint, recipe, check)
 
 
 def _first_layers(thinker: ThinkerConfig, layers: int, recipe: Recipe, checkpoint: Path) -> ThinkerConfig:

@@ -1,6 +1,6 @@
 """The Talker: from text, the Thinker's states and frames so far to codes of speech.
 
-Axis letters: T positions of this context-parallel rank, S this rank's part of them under sequence parallelism, H hidden.
+Axis letters: T positions of this context-parallel rank, S this rank's part under sequence parallelism, H hidden.
 """
 
 from __future__ import annotations

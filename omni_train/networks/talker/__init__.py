@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omni_train.networks.base import Frozen, Networks, NetworkSpec
@@ -19,20 +18,11 @@ def _thinker(recipe: Recipe) -> Frozen:
     """The Thinker below, where it runs."""
     if recipe.data.speech.states is not States.live:
         return {}
-    from omni_train.checkpoint.sharded import read_model_config
-    from omni_train.checkpoint.store import resolve
     from omni_train.frozen.thinker import open_thinker
 
     path = recipe.talker_training.thinker
     assert path is not None, "validation refuses live states without a Thinker"
-    below = read_model_config(resolve(path)).thinker
-    if below is not None:  # else it is refused where it is opened
-        check_stack(replace(recipe, model=replace(recipe.model, thinker=replace(below, **_UNSPLIT))), "model.thinker")
-    return {"thinker": open_thinker(path, recipe)}
-
-
-_UNSPLIT = {"pattern": "*E", "repeats": 1}
-"""Layers in place of the Thinker's own, which are cut for the run's stages where they are built."""
+    return {"thinker": open_thinker(path, recipe, lambda below: check_stack(below, "model.thinker"))}
 
 
 def _build(recipe: Recipe, frozen: Frozen) -> Networks:
