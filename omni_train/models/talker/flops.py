@@ -1,12 +1,13 @@
 """FLOPs of a training step of the Talker and of the Thinker below it, for TFLOP/s and model FLOPs utilisation.
 
-Counted as in :mod:`omni_train.models.thinker.flops`: the backward pass costs twice the forward, and the Thinker has none.
+Counted as in :mod:`omni_train.models.thinker.flops`: a backward pass costs twice the forward, and the Thinker has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from omni_train.data.rows.batch import IGNORE, SpeechRow
 from omni_train.models.thinker.flops import attention_flops, audio_flops, stack_flops, vision_flops
@@ -59,4 +60,4 @@ def _lengths(boundaries: list[int], padding) -> list[int]:
     """Lengths of a row's sequences without padding."""
     real = [0, *(~padding).cumsum(0).tolist()]
     counts = [real[end] for end in boundaries]
-    return [after - before for before, after in zip(counts[:-1], counts[1:], strict=True)]
+    return [after - before for before, after in pairwise(counts)]
