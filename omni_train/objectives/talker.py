@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from omni_train.data.rows.batch import IGNORE, SpeechRow
-from omni_train.models.talker.codec_head import drawable_codes, masked_cross_entropy
+from omni_train.data.rows.schedules import drawable
+from omni_train.models.talker.codec_head import masked_cross_entropy
 from omni_train.models.talker.row import LocalSpeechRow
 from omni_train.objectives.base import Forward, GlobalBatch, Objective, Outcome
 from omni_train.recipe.schema import Recipe, States, required
@@ -42,7 +43,10 @@ class TalkerObjective(Objective):
         self.live = recipe.data.speech.states is States.live
         # Experts of several data ranks work together, and interleaved stages take their rows in equal numbers.
         self.all_rows = recipe.parallel.expert > 1 or recipe.parallel.virtual_pipeline > 1
-        self.drawable = drawable_codes(self.talker, recipe.data.speech.switch_label)
+        switch = recipe.data.speech.switch_label
+        self.drawable = {
+            ended: torch.from_numpy(drawable(self.talker, switch, text_ended=ended)) for ended in (False, True)
+        }
 
     def weight(self, row: SpeechRow) -> float:
         """Weight of a row: its labels of codebook 0."""
@@ -74,14 +78,7 @@ class TalkerObjective(Objective):
             batch: the global batch that the row is of.
         """
         hidden_SH, labels_S = hidden[:, 0], row.labels
-        first, first_S = masked_cross_entropy(
-            hidden_SH,
-            model.codec_head.weight,
-            labels_S,
-            (labels_S != IGNORE).float() / batch.weight,
-            self.drawable.to(hidden.device),
-            chunk_tokens=self.chunk_tokens,
-        )
+        first, first_S = self._first(model, hidden_SH, labels_S, row.text_ended, batch)
         fraction = self.training.predictor_fraction if batch.training else 1.0
         learned_S = row.label_codes[:, 0] != IGNORE
         if fraction < 1:
@@ -113,3 +110,23 @@ class TalkerObjective(Objective):
             "loss_residual": (of_residual, codes),
         }
         return Outcome(losses={"model": loss}, metrics=metrics)
+
+    def _first(
+        self, model: Any, hidden_SH: torch.Tensor, labels_S: torch.Tensor, ended_S: torch.Tensor, batch: GlobalBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of codebook 0 and the control codes: its part of the loss, and that of each position.
+
+        What may be drawn is another before the end of the text and after it.
+        """
+        loss, losses_S = hidden_SH.new_zeros((), dtype=torch.float32), torch.zeros_like(labels_S, dtype=torch.float32)
+        for ended, drawable_V in self.drawable.items():
+            part, part_S = masked_cross_entropy(
+                hidden_SH,
+                model.codec_head.weight,
+                torch.where(ended_S == ended, labels_S, IGNORE),
+                (labels_S != IGNORE).float() / batch.weight,
+                drawable_V.to(hidden_SH.device),
+                chunk_tokens=self.chunk_tokens,
+            )
+            loss, losses_S = loss + part, losses_S + part_S
+        return loss, losses_S

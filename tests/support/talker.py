@@ -96,6 +96,7 @@ def speech_row(lengths: list[int], seed: int, recipe: Recipe, thinker: SpeechRow
     text, sources, labels = (torch.full((U,), fill) for fill in (-1, -1, IGNORE))
     codes, label_codes = torch.full((U, CODEBOOKS), -1), torch.full((U, CODEBOOKS - 1), IGNORE)
     padding, kinds = torch.ones(U, dtype=torch.bool), torch.zeros(U, dtype=torch.uint8)
+    ended = torch.zeros(U, dtype=torch.bool)
     positions, boundaries, start = torch.zeros(3, U, dtype=torch.long), [0], 0
     context: list[int] = []
     for index, length in enumerate(lengths):
@@ -117,6 +118,7 @@ def speech_row(lengths: list[int], seed: int, recipe: Recipe, thinker: SpeechRow
         labels[predicts] = draw(talker.codebook_size, len(predicts))
         residual = predicts[draw(4, len(predicts)) > 0]
         label_codes[residual] = draw(talker.codebook_size, len(residual), CODEBOOKS - 1)
+        ended[here[length // 2 :]] = True
         labels[here[-1]], label_codes[here[-1]] = talker.codec_eos_id, IGNORE
         padded = -(-length // alignment) * alignment
         positions[:, start : start + padded] = torch.arange(padded)
@@ -133,6 +135,7 @@ def speech_row(lengths: list[int], seed: int, recipe: Recipe, thinker: SpeechRow
         codes=codes,
         speech_labels=labels,
         label_codes=label_codes,
+        text_ended=ended,
         speech_positions=positions,
         speech_cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         speech_padding=padding,

@@ -100,6 +100,7 @@ class SpeechRow(PackedBatch):
     sources: torch.Tensor = empty(0)  # (U,) int64: index of a state among the K, −1: none
     codes: torch.Tensor = empty(0, 0)  # (U, Q) int64, −1: none; of a control code there is the first alone
     speech_labels: torch.Tensor = empty(0)  # (U,) int64: code of codebook 0, or control code, IGNORE: no loss
+    text_ended: torch.Tensor = empty(0, dtype=torch.bool)  # (U,) bool: the text has ended, so that speech may end
     label_codes: torch.Tensor = empty(0, 0)  # (U, Q−1) int64: residual codes of the predicted frame, or IGNORE
     speech_positions: torch.Tensor = empty(3, 0)  # (3, U) int64 or float32: rotary ids
     speech_cu_seqlens: torch.Tensor = empty(1, dtype=torch.int32)  # (N+1,) int32, from 0 to U

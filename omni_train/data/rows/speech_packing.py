@@ -77,6 +77,7 @@ def pack_speech(
         codes=torch.from_numpy(row.codes),
         speech_labels=torch.from_numpy(row.labels),
         label_codes=torch.from_numpy(row.label_codes),
+        text_ended=torch.from_numpy(row.text_ended),
         speech_positions=torch.from_numpy(ids),
         speech_cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         speech_padding=torch.from_numpy(padding_U),

@@ -32,6 +32,7 @@ class Plan:
     codes: np.ndarray  # (n, Q) int64
     labels: np.ndarray  # (n,) int64
     label_codes: np.ndarray  # (n, Q−1) int64
+    text_ended: np.ndarray  # (n,) bool
 
     @classmethod
     def blank(cls, length: int, codebooks: int, kind: int) -> Plan:
@@ -43,6 +44,7 @@ class Plan:
             np.full((length, codebooks), NONE, np.int64),
             np.full(length, IGNORE, np.int64),
             np.full((length, codebooks - 1), IGNORE, np.int64),
+            np.zeros(length, bool),
         )
 
     def __len__(self) -> int:
@@ -137,6 +139,7 @@ class Planner:
         elif self.switch_label is SwitchLabel.code:
             plan.labels[switches] = talker.codec_text_id
         plan.labels[-1] = talker.codec_eos_id
+        plan.text_ended[np.flatnonzero(~speaks)[-1] :] = True
         return plan
 
     def dual_track_head(self, first: int, speaker: int) -> Plan:
@@ -162,6 +165,7 @@ class Planner:
         last = len(head) - 1
         plan.labels[last:] = [*codes[0], self.talker.codec_eos_id]
         plan.label_codes[last : last + M] = codes[1:].T
+        plan.text_ended[last:] = True  # speech may end at any frame
         return plan
 
     def _code(self, code: int) -> Plan:

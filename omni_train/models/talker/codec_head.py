@@ -1,4 +1,4 @@
-"""Loss over the codes that may be drawn: one rule for training, generation and preferences.
+"""Loss over the codes that may be drawn, which are those of :func:`omni_train.data.rows.schedules.drawable`.
 
 Axis letters: S positions, H hidden, V codec vocabulary.
 """
@@ -10,16 +10,6 @@ from torch import Tensor
 
 from omni_train.data.rows.batch import IGNORE
 from omni_train.nn.cross_entropy import chunked_cross_entropy
-from omni_train.recipe.schema import SwitchLabel, TalkerConfig
-
-
-def drawable_codes(talker: TalkerConfig, switch_label: SwitchLabel) -> Tensor:
-    """Codes that the Talker may draw, (V,) bool: codewords, the end of speech and, where it is trained, the ask for
-    text."""
-    mask = torch.arange(talker.codec_vocab_size) < talker.codebook_size
-    mask[talker.codec_eos_id] = True
-    mask[talker.codec_text_id] |= switch_label is SwitchLabel.code
-    return mask
 
 
 def masked_cross_entropy(

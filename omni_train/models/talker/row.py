@@ -26,6 +26,7 @@ class LocalSpeechRow:
     codes: torch.Tensor  # (S, Q) int64
     labels: torch.Tensor  # (S,) int64
     label_codes: torch.Tensor  # (S, Q−1) int64
+    text_ended: torch.Tensor  # (S,) bool
     draws: torch.Tensor  # (S,) float32
     position_ids: torch.Tensor  # (3, T)
     padding: torch.Tensor  # (S,) bool
@@ -63,6 +64,7 @@ class LocalSpeechRow:
             codes=part("codes"),
             labels=part("speech_labels"),
             label_codes=part("label_codes"),
+            text_ended=part("text_ended"),
             draws=part("draws"),
             position_ids=whole("speech_positions")[:, mine],
             padding=part("speech_padding"),
