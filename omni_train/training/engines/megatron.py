@@ -76,8 +76,9 @@ class MegatronEngine(Engine):
         return CheckpointStore(directory, self.recipe.checkpoint, held(self.recipe))
 
     def initialize(self, store: CheckpointStore) -> None:
-        if self.recipe.init_from or self.recipe.init_parts:
-            start = initialize(self.chunks, self.recipe)
+        recipe = self.spec.starting(self.recipe)
+        if recipe.init_from or recipe.init_parts:
+            start = initialize(self.chunks, recipe)
             if start is not None:
                 store.carry_from(start)
             self.optimizer.reload_model_params()
