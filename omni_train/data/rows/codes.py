@@ -1,7 +1,8 @@
 """Codes beside speech in the shards: how they are read, and which codec made them.
 
-``omni-train data codes`` writes ``key.codes.npy`` and, in the folder, ``codec.json``: the content hash of the codec
-that made them, for the folder and for each of its shards.
+``omni-train data codes`` writes ``key.codes.npy``, of a sample's speech, ``key.voice.codes.npy``, of the reference
+utterance of its voice, and, in the folder, ``codec.json``: the content hash of the codec that made them, for the folder
+and for each of its shards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, ModelConfig, required
 
 CODES = "codes.npy"
-"""Name of the file of a key that holds its codes: (N, frames) uint16."""
+"""Name of the file of a key that holds the codes of its speech: (N, frames) uint16."""
+VOICE_CODES = "voice.codes.npy"
+"""The same of its voice's reference utterance."""
+REASONS = {CODES: "", VOICE_CODES: "voice_"}
+"""What the reasons for which codes are missing or refused begin with, by the name of their file."""
 RECORD = "codec.json"
 MAX_SECONDS = 600.0
 """Longest speech that is encoded by default, in seconds: the codec takes it in one piece, ten minutes in 8 GB."""
@@ -79,11 +84,29 @@ def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np
     Raises SampleError: ``no_codes``, ``codes_unreadable``, or ``codes_mismatch`` where they are not as many codebooks
     or frames as the speech would have, or beyond the codebook.
     """
-    codes = _array(parts)
     code2wav = required(model.code2wav)
-    shape = (code2wav.num_quantizers, -(-samples // codec_frame_samples(model)))
-    if codes.shape != shape or not 0 <= codes.min() <= codes.max() < code2wav.codebook_size:
+    codes = stored_codes(parts, code2wav.num_quantizers, code2wav.codebook_size)
+    if codes.shape[1] != -(-samples // codec_frame_samples(model)):
         raise SampleError("codes_mismatch")
+    return codes
+
+
+def stored_codes(parts: Mapping[str, bytes], codebooks: int, codebook_size: int, *, of: str = CODES) -> np.ndarray:
+    """Codes (codebooks, frames) int64 of a file of a sample, of at least one frame.
+
+    Args:
+        parts: the sample's files by their names.
+        codebooks: how many there must be.
+        codebook_size: what every code must be below.
+        of: ``CODES``, its speech's, or ``VOICE_CODES``, its voice's.
+
+    Raises:
+        SampleError: ``no_codes``, ``codes_unreadable``, ``codes_mismatch`` (other codebooks, or codes beyond them); of
+            a voice ``voice_no_codes`` and so on.
+    """
+    codes = _array(parts, of)
+    if len(codes) != codebooks or not codes.size or not 0 <= codes.min() <= codes.max() < codebook_size:
+        raise SampleError(f"{REASONS[of]}codes_mismatch")
     return codes.astype(np.int64)
 
 
@@ -96,24 +119,24 @@ def coded_samples(parts: Mapping[str, bytes], model: ModelConfig) -> int:
     return _array(parts).shape[1] * codec_frame_samples(model)
 
 
-def _array(parts: Mapping[str, bytes]) -> np.ndarray:
-    """Codes of a sample, integers of two axes as ``numpy.save`` writes them.
+def _array(parts: Mapping[str, bytes], of: str = CODES) -> np.ndarray:
+    """Codes in a file of a sample, integers of two axes as ``numpy.save`` writes them.
 
     ``numpy.load`` would allocate any shape that a header names before it looks for the numbers.
 
     Raises:
-        SampleError: ``no_codes``, or ``codes_unreadable``.
+        SampleError: ``no_codes``, or ``codes_unreadable``, with the prefix of that file in ``REASONS``.
     """
-    if CODES not in parts:
-        raise SampleError("no_codes")
-    data = parts[CODES]
+    if of not in parts:
+        raise SampleError(f"{REASONS[of]}no_codes")
+    data, unreadable = parts[of], f"{REASONS[of]}codes_unreadable"
     file = io.BytesIO(data)
-    with refused_as("codes_unreadable"):
+    with refused_as(unreadable):
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](file)
         if dtype.kind not in "iu" or len(shape) != 2 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-            raise SampleError("codes_unreadable")
+            raise SampleError(unreadable)
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
 
 
