@@ -1,4 +1,4 @@
-"""``omni-train data codes``: a codec's codes beside the speech of every sample, in new shards."""
+"""``omni-train data codes``: a codec's codes beside the speech of every sample and its voice's, in new shards."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
-from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
-from omni_train.data.rows.crops import read_speech
+from omni_train.data.rows.codes import CODES, MAX_SECONDS, REASONS, RECORD, VOICE_CODES
+from omni_train.data.rows.crops import read_speech, read_voice
 from omni_train.data.samples.files import open_regular
 from omni_train.data.samples.members import members, read_files
 from omni_train.data.samples.parsing import sample_in
-from omni_train.data.samples.sample import SampleError, describe, one_sample
+from omni_train.data.samples.sample import SampleError, describe, one_sample, voice_of
 from omni_train.data.samples.tokenizer import copy_tokenizer
 from omni_train.data_pipelines.making import Making, write_json
 from omni_train.data_pipelines.shards import index_shards, write_files
@@ -67,7 +67,8 @@ def extract(
     max_sample_bytes: int = DataConfig.max_sample_bytes,
     max_text_bytes: int = DataConfig.max_text_bytes,
 ) -> None:
-    """Write the shards of a folder anew, with the codes of every sample's speech as ``key.codes.npy``.
+    """Write the shards of a folder anew, with ``key.codes.npy`` and ``key.voice.codes.npy``, the codes of every
+    sample's speech and of the reference utterance of its voice.
 
     See ``docs/data.md``. Stopped at any moment, the same call goes on where it was, and the shards become the same,
     whatever the number of processes. A sample without speech, or whose speech cannot be read, is kept without codes;
@@ -127,11 +128,7 @@ def _write(shard: str) -> None:
 
     def files() -> Iterator[tuple[str, bytes]]:
         for key, parts in _samples(_job.data / shard, _job.max_sample_bytes, _job.max_text_bytes, left_out):
-            try:
-                with one_sample():
-                    parts[CODES] = _codes(parts)
-            except SampleError as error:
-                missing[error.reason] += 1
+            parts |= _coded(parts, missing)
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
 
     write_files(partial, files())
@@ -145,7 +142,7 @@ def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> 
         with open_regular(shard) as file:
             files = (member for member in members(file) if member.key is not None)
             for key, group in itertools.groupby(files, key=lambda member: member.key):
-                others = (member for member in group if member.name != CODES)  # of another codec, which these replace
+                others = (member for member in group if member.name not in REASONS)  # but another codec's codes
                 try:
                     parts = read_files(file, others, most=most, most_text=most_text)
                 except SampleError as error:
@@ -159,13 +156,27 @@ def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> 
         raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
 
 
-def _codes(parts: dict[str, bytes]) -> bytes:
+def _coded(parts: dict[str, bytes], missing: Counter[str]) -> dict[str, bytes]:
+    """Files of codes of a sample by their names; ``missing`` counts what has none by reason."""
     media = MediaConfig(max_audio_seconds=_job.max_seconds)
-    waveform = read_speech(sample_in(parts), parts, media, _codec.sampling_rate)
-    codes = np.asarray(_codec.encode(waveform))
-    buffer = io.BytesIO()
-    np.save(buffer, codes.astype(np.uint16))
-    return buffer.getvalue()
+    coded: dict[str, bytes] = {}
+    try:
+        with one_sample():
+            sample = sample_in(parts)
+    except SampleError as error:
+        missing[error.reason] += 1
+        return coded
+    readers = {CODES: read_speech} | ({VOICE_CODES: read_voice} if voice_of(sample) is not None else {})
+    for name, read in readers.items():
+        try:
+            with one_sample():
+                buffer = io.BytesIO()
+                codes = np.asarray(_codec.encode(read(sample, parts, media, _codec.sampling_rate)))
+                np.save(buffer, codes.astype(np.uint16))
+                coded[name] = buffer.getvalue()
+        except SampleError as error:
+            missing[REASONS[name] + error.reason] += 1
+    return coded
 
 
 def _finish(job: Job, shards: list[str]) -> None:

@@ -15,7 +15,7 @@ from omni_train.data.rows.batch import WaveRow
 from omni_train.data.rows.codes import coded_samples, codes_of
 from omni_train.data.samples.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
 from omni_train.data.samples.media import audio_seconds, read_audio
-from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_of
+from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_of, voice_of
 from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
 
 AROUND = 0.1
@@ -54,6 +54,15 @@ def read_speech(
     return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate, most)
 
 
+def read_voice(sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int) -> np.ndarray:
+    """Waveform (n,) float32 of the reference utterance of a sample's voice.
+
+    Raises SampleError: ``no_voice``, ``media_missing``, and as ``read_audio``.
+    """
+    voice = _in(parts, voice_of(sample), "no_voice")
+    return read_audio(parts[voice.file], media, sampling_rate=sampling_rate)
+
+
 def read_coded_speech(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, model: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -87,12 +96,15 @@ def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, mode
 
 
 def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
-    speech = speech_of(sample)
-    if speech is None:
-        raise SampleError("no_speech")
-    if speech.file not in parts:
+    return _in(parts, speech_of(sample), "no_speech")
+
+
+def _in(parts: Mapping[str, bytes], medium: Medium | None, otherwise: str) -> Medium:
+    if medium is None:
+        raise SampleError(otherwise)
+    if medium.file not in parts:
         raise SampleError("media_missing")
-    return speech
+    return medium
 
 
 def _cut(

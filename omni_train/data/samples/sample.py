@@ -132,3 +132,8 @@ def speech_of(sample: Sample) -> Medium | None:
     if sample.speech is not None:
         return Medium("audio", sample.speech)
     return next((medium for medium in getattr(sample, "media", ()) if medium.kind == "audio"), None)
+
+
+def voice_of(sample: Sample) -> Medium | None:
+    """Other utterance of whoever speaks in a sample, where it has one."""
+    return Medium("audio", sample.voice.speech) if sample.voice and sample.voice.speech is not None else None
