@@ -150,7 +150,7 @@ def load_pipeline(
             recipes[stage] = load_recipe([*last.values()], config_dir)
     if not recipes:
         raise UserError(f"{path}: no stage trains; `omni-train data` alone makes data")
-    directory = Path(next(iter(recipes.values())).runs_dir, run)
+    folder = Path(next(iter(recipes.values())).runs_dir, run)
     stages: dict[str, Recipe | DataStage] = {}
     for stage, its_own in listed.items():
         with about(stage):
@@ -158,9 +158,9 @@ def load_pipeline(
                 stages[stage] = recipe = _started(recipes[stage], stages)
                 validate(recipe, world_size)
             else:
-                made = data_stage([*its_own, *for_one[stage]], str(directory / stage), commands)
+                made = data_stage([*its_own, *for_one[stage]], str(Path(f"{folder}/{stage}")), commands)
                 stages[stage] = made.with_inputs(_within(stages))
-    return Pipeline(directory, stages)
+    return Pipeline(folder, stages)
 
 
 def _find(name: str, known: dict[str, Path]) -> Path:
