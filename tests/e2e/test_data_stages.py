@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -65,19 +66,20 @@ def write_pipeline(folder: Path, spoken: Path) -> Path:
     return path
 
 
-def start(path: Path, *words: str) -> subprocess.Popen:
+def start(path: Path, ranks: int) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(ROOT / "launchers" / "local.sh"), "2", "pipeline", f"name={path}", f"runs_dir={path.parent}", *words]
+    launch = [sys.executable, "-m", "omni_train", "launch", str(ranks)]
+    words = ["pipeline", f"name={path}", f"runs_dir={path.parent}", "codes.workers=1"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        [*launch, *words], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
 
 def test_stopped_while_it_makes_data_it_goes_on_and_trains_on_them(spoken, world, tmp_path):
     path = write_pipeline(tmp_path, spoken)
     codes = tmp_path / "speech" / "codes"
-    process = start(path, "codes.workers=2")
+    process = start(path, ranks=2)
     try:
         Runs(world, tmp_path).wait((codes / ".coded" / "settings.json").exists, process)
         started = psutil.Process(process.pid).children(recursive=True)
@@ -91,14 +93,14 @@ def test_stopped_while_it_makes_data_it_goes_on_and_trains_on_them(spoken, world
     assert re.search(r"stopped by SIGTERM in stage 2 of 3, codes; the same command goes on from here$", err.strip())
     assert not (codes / "codec.json").exists()
 
-    process = start(path, "codes.workers=2")
+    process = start(path, ranks=1)
     try:
         out, err = process.communicate(timeout=150)
     finally:
         kill(process)
     assert process.returncode == 0, err + out
     assert "stage 1 of 3, codec: complete, skipped" in err
-    command = f"omni-train data codes data={spoken} codec=.*/codec/checkpoints/step_00000002 max_seconds=7 workers=2"
+    command = f"omni-train data codes data={spoken} codec=.*/codec/checkpoints/step_00000002 max_seconds=7 workers=1"
     assert re.search(f"stage 2 of 3, codes: {command} out={codes}", err)
     checkpoint = tmp_path / "speech" / "codec" / "checkpoints" / "step_00000002"
     assert json.loads((codes / "codec.json").read_text())["codec"] == codec_hash(str(checkpoint))

@@ -126,6 +126,11 @@ def test_a_stage_that_is_no_command_is_refused(tmp_path, stage, message):
         load_pipeline(write(tmp_path, {**STAGES, "late": stage}), 2, commands=COMMANDS)
 
 
+def test_a_stage_writes_nowhere_else_whatever_it_is_called(tmp_path):
+    stages = load_pipeline(write(tmp_path, {"/etc/x": STAGES["world"], **STAGES}), 2, commands=COMMANDS).stages
+    assert stages["/etc/x"].out == "/r/speech/etc/x"
+
+
 def test_a_pipeline_trains_something(tmp_path):
     with pytest.raises(UserError, match=r"speech\.yaml: no stage trains"):
         load_pipeline(write(tmp_path, {"world": STAGES["world"]}), 2, commands=COMMANDS)
