@@ -6,9 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -16,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -153,14 +152,15 @@ def test_more_processes_give_the_same_bytes(speech, codec, coded, tmp_path):
 def test_killed_and_started_again_it_gives_the_same_bytes(speech, codec, coded, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "omni_train", "data", "codes", f"data={speech}", f"codec={codec}", f"out={out}"]
-    process = subprocess.Popen(
-        [*command, "workers=1"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    assert started
+    assert not psutil.wait_procs(started, timeout=60)[1]  # a worker would write beside those of the next command
     made = {file.name: file.stat().st_mtime_ns for file in (out / ".coded").glob("*.tar.json")}
     assert not (out / "codec.json").exists()
     write_codes(speech, str(codec), out, workers=2)

@@ -36,7 +36,7 @@ class SourceConfig:
     """One folder of energon-indexed WebDataset shards in the blend."""
 
     path: str = key(
-        not_empty=True, help="local folder, or an object-store URL that energon understands (msc://, s3://…)"
+        not_empty=True, data=True, help="local folder, or an object-store URL that energon understands (msc://, s3://…)"
     )
     weight: float = key(1.0, gt=0, remedy="leave the source out instead", help="share of the tokens drawn")
 
@@ -107,12 +107,15 @@ class DataConfig:
     name: str = key(resume=Change.free, help="name of the data")
     path: str = key(
         not_empty=True,
+        data=True,
         resume=Change.free,  # what refers to it says where the data are
         first=True,
         help="folder, or object-store URL, that sources and tokenizer refer to",
     )
     sources: list[SourceConfig] = key([], not_empty=True, linkable=True)
-    tokenizer: str = key(not_empty=True, linkable=True, help="folder with tokenizer.json (and tokenizer_config.json)")
+    tokenizer: str = key(
+        not_empty=True, data=True, linkable=True, help="folder with tokenizer.json (and tokenizer_config.json)"
+    )
     rows: str = key("chats", help="kind of row, which the network decides")
     row_tokens: int = key(
         ge=1, first=True, help="T, tokens of one packed row; frames of the codec where rows are crops"
@@ -120,6 +123,7 @@ class DataConfig:
     crop_seconds: float = key(12.0, gt=0, help="seconds of speech in a crop, a whole number of the codec's frames")
     codec: str | None = key(
         None,
+        checkpoint=True,
         linkable=True,
         help="samples come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made "
         "them, or its content hash, and codes of another are refused; null: waveforms alone",
