@@ -12,7 +12,9 @@ from omni_train.recipe.schema.data import (
     LossOn,
     MediaConfig,
     Positions,
+    QualityConfig,
     SourceConfig,
+    StratumConfig,
 )
 from omni_train.recipe.schema.model import (
     AudioEncoderConfig,
@@ -77,6 +79,7 @@ __all__ = [
     "ParamGroupConfig",
     "Positions",
     "Precision",
+    "QualityConfig",
     "Recipe",
     "RecognitionConfig",
     "RecognizerConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "SafetyConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StratumConfig",
     "ThinkerConfig",
     "TrackingConfig",
     "Verify",
