@@ -22,10 +22,11 @@ omni-train <command> [arguments]
                omni-train train --help
   pipeline   train several stages, each from the one before
                omni-train pipeline name=smoke
-  data       write a data set: our own small one, the samples of a manifest, or a codec's codes beside speech
+  data       write a data set: our own small one, the samples of a manifest, a codec's codes or scores beside speech
                omni-train data rehearsal out=DIR
                omni-train data pack manifest=FILE.jsonl out=DIR tokenizer=DIR
                omni-train data codes data=DIR codec=CHECKPOINT
+               omni-train data strata data=DIR
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
   launch     run one of these commands on N processes of this machine, with the settings that suit it

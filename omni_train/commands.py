@@ -24,5 +24,16 @@ def _codes() -> Callable[..., Any]:
     return write_codes
 
 
-DATA: Mapping[str, Callable[[], Callable[..., Any]]] = {"rehearsal": _rehearsal, "pack": _pack, "codes": _codes}
+def _strata() -> Callable[..., Any]:
+    from omni_train.evaluation.strata import write_strata
+
+    return write_strata
+
+
+DATA: Mapping[str, Callable[[], Callable[..., Any]]] = {
+    "rehearsal": _rehearsal,
+    "pack": _pack,
+    "codes": _codes,
+    "strata": _strata,
+}
 """Name -> loader of the function, importable by name, that makes the data in the folder that its ``out`` names."""

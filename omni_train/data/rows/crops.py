@@ -50,7 +50,7 @@ def read_speech(
 
     Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and as ``read_audio``.
     """
-    speech = _speech(sample, parts)
+    speech = spoken_file(sample, parts)
     return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate, most)
 
 
@@ -95,7 +95,8 @@ def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, mode
     return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
 
 
-def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
+def spoken_file(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
+    """Speech of a sample, whose file is there. Raises SampleError ``no_speech`` or ``media_missing``."""
     return _in(parts, speech_of(sample), "no_speech")
 
 
@@ -111,7 +112,7 @@ def _cut(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, rate: int, samples: int, draw: int
 ) -> np.ndarray:
     """Cut of at most ``samples`` of a sample's speech, at the place that ``draw`` says; little more is decoded."""
-    speech = _speech(sample, parts)
+    speech = spoken_file(sample, parts)
     file, begin = parts[speech.file], speech.start or 0.0
     seconds = audio_seconds(file)
     end = seconds if speech.end is None else min(speech.end, seconds)

@@ -22,6 +22,7 @@ OTHERS = {
 _ADVICE = dict(OTHERS.values()) | {
     "media_outside": "media that lie outside the manifest's folder: name theirs with roots=FOLDER,FOLDER",
     "unwritten_reasoning": "ChatML has no place for reasoning_content: set chat_template=qwen3_5",
+    "unscored": "data.strata asks for scores: run omni-train data strata, or add a stratum without bounds",
 }
 
 _log = logging.getLogger(__name__)

@@ -42,6 +42,35 @@ class SourceConfig:
 
 
 @dataclass
+class QualityConfig:
+    """Bounds of scores that `omni-train data strata` wrote, each [least, greatest], null where there is none.
+
+    A sample is within all that are given; empty, the default, asks for nothing.
+    """
+
+    snr_db: list[float | None] = key([], help="signal-to-noise ratio, in dB (WADA)")
+    dnsmos: list[float | None] = key([], help="DNSMOS P.835 of the whole, 1 to 5")
+    clipping: list[float | None] = key([], help="fraction of the samples at full scale")
+    silence: list[float | None] = key([], help="fraction of the frames below -50 dB of full scale")
+    seconds: list[float | None] = key([], help="length of the speech")
+    seconds_per_token: list[float | None] = key([], help="length per token of its text")
+    error_rate: list[float | None] = key(
+        [], help="word errors of a recognizer, or of characters without spaces between words"
+    )
+
+
+@dataclass
+class StratumConfig:
+    """Samples of like quality; a training sample belongs to the first that it matches."""
+
+    name: str = key(not_empty=True, help="name in metrics: letters, digits and _")
+    when: QualityConfig = key(QualityConfig)
+    weight: float = key(
+        1.0, ge=0, help="how often its samples are drawn, relative to those of the others; 0 leaves them out"
+    )
+
+
+@dataclass
 class MediaConfig:
     """How sound, images and video become tokens. Sizes of patches and rates of tokens are the model's."""
 
@@ -113,6 +142,7 @@ class DataConfig:
         help="folder, or object-store URL, that sources and tokenizer refer to",
     )
     sources: list[SourceConfig] = key([], not_empty=True, linkable=True)
+    strata: list[StratumConfig] = key([])
     tokenizer: str = key(
         not_empty=True, data=True, linkable=True, help="folder with tokenizer.json (and tokenizer_config.json)"
     )
