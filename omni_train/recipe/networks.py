@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from omni_train import plugins
 from omni_train.errors import UserError
@@ -85,7 +86,8 @@ def held(recipe: Recipe) -> ModelConfig:
     if holds is None:
         return recipe.model
     parts = {name for name, entry in described(type(recipe.model)).items() if entry.group and "." not in name}
-    return replace(recipe.model, **dict.fromkeys(parts - {*holds}))
+    without: dict[str, Any] = dict.fromkeys(parts - {*holds})
+    return replace(recipe.model, **without)
 
 
 def registered() -> Mapping[str, NetworkKeys]:
