@@ -10,6 +10,7 @@ import pytest
 
 from omni_train.data.rows.batch import IGNORE, SpeechRow
 from omni_train.data.rows.chats import prompt
+from omni_train.data.rows.speech_plans import Planner
 from omni_train.data.samples.parsing import sample_of
 from omni_train.recipe.schema import (
     ChatTemplate,
@@ -285,7 +286,7 @@ def test_rotary_ids_of_both_tracks_count_on_from_the_turns_that_are_left(tokeniz
     frames = np.random.default_rng(3).integers(0, 255, (13, 64, 96, 3), dtype=np.uint8)
     film = {"role": "user", "content": [{"type": "video", "video": "2.mp4", "sound": True}]}
     said, spoken = {"role": "assistant", "content": "77"}, {"role": "assistant", "content": "123"}
-    parts = files(5, sounds=SOUNDS) | {"2.mp4": video_file(frames, fps=8, sound=tone(1.5))}
+    parts = files(5, sounds=SOUNDS) | {"2.mp4": video_file(frames, fps=7, sound=tone(1.5))}
     fields = {"messages": [film, said, heard(0.5, "8"), spoken], "voice": {"name": "anna"}}
     sequence = sequence_of(fields, parts, tokenizer, data, model)
     left = sample_of({"messages": [film, heard(0.5, "8"), spoken]})
@@ -311,6 +312,24 @@ def test_an_answer_is_spoken_without_its_thinking(tokenizer, tokenizer_folder):
         fields = {"messages": [asked, {"role": "assistant"} | turn]}
         sequence = sequence_of(fields, files(5), tokenizer, data, INTERLEAVED)
         assert told(sequence, tokenizer) == [*text(*head(tokenizer, "assistant")), *answer(1, 3)]
+
+
+def test_edges_of_a_stream(tokenizer):
+    """No sample has them, but a stream that is cut or generated may: no frames, no text, neither."""
+    end, eos = tokenizer.token_id(END), EOS
+    planner = Planner(INTERLEAVED.talker, tokenizer)
+    for tokens, number, entering, labels in (
+        ([7, 8], 0, [7, 8, end], [IGNORE, IGNORE, eos]),
+        ([], 2, [end, 0, 1], [0, 1, eos]),
+        ([], 0, [end], [eos]),
+        ([7], 1, [7, end, 0], [IGNORE, 0, eos]),
+    ):
+        plan = planner.interleaved(tokens, codes(number).astype(np.int64), SpeechScheduleConfig())
+        assert np.maximum(plan.text_ids, plan.codes[:, 0]).tolist() == entering
+        assert plan.labels.tolist() == labels
+        assert (plan.label_codes[:, 0] != IGNORE).tolist() == [0 <= label < 20 for label in labels]
+    silent = Planner(DUAL.talker, tokenizer).dual_track([7, 8], codes(0).astype(np.int64), ANNA)
+    assert silent.labels[-1] == EOS and (silent.labels[:-1] == IGNORE).all() and (silent.label_codes == IGNORE).all()
 
 
 def test_codes_are_those_of_the_file(tokenizer, tokenizer_folder):
