@@ -16,7 +16,8 @@ setup: .venv/.installed ## make .venv with everything pinned in constraints.txt
 	@test -n "$(PYTHON)" || { echo "omni_train needs Python 3.12 or newer: no python3.12 or python3 of that age is on PATH" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; torch is large, so the first time takes minutes"
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,dev]'
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,speech,dev]'
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps resemblyzer # see pyproject.toml
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pesq]' || \
 		echo "pesq was not installed, for want of a C compiler: PESQ of the codec's speech will not be measured" >&2
 	@touch $@

@@ -194,10 +194,8 @@ def speaker_similarity(one: np.ndarray, other: np.ndarray, sampling_rate: int) -
     Raises:
         UserError: a package is missing.
     """
-    embeddings = [_embedding(waveform, sampling_rate) for waveform in (one, other)]
-    if any(embedding is None for embedding in embeddings):
-        return None
-    return float(np.dot(*embeddings))
+    one_E, other_E = (_embedding(waveform, sampling_rate) for waveform in (one, other))
+    return None if one_E is None or other_E is None else float(one_E @ other_E)
 
 
 def _embedding(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | None:

@@ -15,7 +15,6 @@ from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data_pipelines.strata import Speech, score
 from omni_train.errors import UserError
 from omni_train.evaluation import speech_measures
-from omni_train.frozen.recognizer import SAMPLING_RATE, open_transcriber
 from omni_train.recipe.schema import DataConfig
 from omni_train.rollout.scoring import Tally
 from omni_train.rollout.scoring import score as score_answer
@@ -37,7 +36,11 @@ class QualityJudge:
         if recognizer is not None and tokenizer is None:
             raise UserError("recognizer= needs the tokenizer that it was trained with, in the folder `tokenizer`")
         self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
-        self.recognizer = None if recognizer is None else open_transcriber(recognizer, str(tokenizer))
+        self.recognizer = None
+        if recognizer is not None:
+            from omni_train.frozen.recognizer import open_transcriber  # with Megatron, which takes seconds to import
+
+            self.recognizer = open_transcriber(recognizer, str(tokenizer))
         self.settings = {"recognizer": None if self.recognizer is None else self.recognizer.content_hash}
 
     def __call__(self, speech: Speech) -> dict[str, float | str]:
@@ -67,7 +70,9 @@ class QualityJudge:
         assert self.recognizer is not None and self.tokenizer is not None
         if not speech.text:
             return "no_text"
-        heard = soxr.resample(speech.waveform, speech.sampling_rate, SAMPLING_RATE).astype(np.float32, copy=False)
+        heard = soxr.resample(speech.waveform, speech.sampling_rate, speech_measures.RATE).astype(
+            np.float32, copy=False
+        )
         (transcript,) = self.recognizer.transcribe([heard])
         return error_rate(speech.text, transcript, speech.meta)
 

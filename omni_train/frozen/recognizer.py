@@ -23,8 +23,6 @@ from omni_train.models.recognizer import SpeechRecognizer
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ParallelConfig, Precision, Recipe, Recompute
 from omni_train.rollout.transcribe import transcribe
 
-SAMPLING_RATE = 16000
-"""Sampling rate in Hz of the waveforms that a recognizer hears."""
 WHOLE_CLIPS = 0
 LONGEST_TRANSCRIPT = 2048  # tokens: ten minutes of quick speech
 SHORTEST = 0.2  # seconds; a shorter clip is padded with silence
@@ -91,7 +89,7 @@ class FrozenRecognizer:
         return [split_tag(tokens, self.tokenizer)[1] for tokens in words]
 
     def _mel(self, waveform: np.ndarray) -> np.ndarray:
-        missing = max(0, round(SHORTEST * SAMPLING_RATE) - len(waveform))
+        missing = max(0, round(SHORTEST * 16000) - len(waveform))
         return log_mel(np.pad(waveform, (0, missing)), self.audio.num_mel_bins)
 
 

@@ -245,6 +245,32 @@ REFUSED = [
         None,
         "schedule.decay_fraction=0.8: with schedule.warmup_fraction=0.3 more than the whole run; lower one",
     ),
+    # strata
+    (
+        "data.strata=[{name:a},{name:b}]",
+        None,
+        "data.strata[0]: takes every sample, and b behind it gets none; put it last",
+    ),
+    (
+        "data.strata=[{name:a,when:{snr_db:[9,null]}},{name:a}]",
+        None,
+        "data.strata[1].name=a: must be letters, digits and _, and another for each stratum",
+    ),
+    (
+        "data.strata=[{name:a,when:{dnsmos:[3,2]}}]",
+        None,
+        "data.strata[0].when.dnsmos=[3.0, 2.0]: must be [least, greatest], null where there is none",
+    ),
+    (
+        "data.strata=[{name:a,when:{dnsmos:[3]}}]",
+        None,
+        "data.strata[0].when.dnsmos=[3.0]: must be [least, greatest], null where there is none",
+    ),
+    (
+        "data.strata=[{name:a,weight:0}]",
+        None,
+        "data.strata: all weights are 0, and nothing is left to read; raise one",
+    ),
     # the world
     (
         "parallel.tensor=2 parallel.pipeline=2",
