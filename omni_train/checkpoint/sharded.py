@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from omni_train.checkpoint.sharded_write import Plan, Write
 
+_STACKS = {"layers": "thinker", "talker_layers": "talker"}
+"""Name of the layers of each stack in descriptions of a model -> the part that has them."""
 # Errors that libraries raise on damaged files.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError)
 
@@ -164,7 +167,20 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     for key, entry in keys_of(kind).items():
         if key in written:  # no dotted one is
             value = written[key]
-            found[key] = entry.group(**value) if entry.group and value else value
+            found[key] = _group(entry.group, value) if entry.group and value else value
+    return kind(**found)
+
+
+def _group(kind: Any, values: dict[str, Any]) -> Any:
+    """Group of a model from what a checkpoint holds of it, with the groups inside."""
+    found = {}
+    for key, value in values.items():
+        entry = keys_of(kind).get(key)
+        if entry is not None and entry.group and value:
+            value = _group(entry.group, value)
+        elif entry is not None and isinstance(entry.type, type) and issubclass(entry.type, StrEnum):
+            value = entry.type(value)
+        found[key] = value
     return kind(**found)
 
 
@@ -180,9 +196,10 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
     written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
     compared: tuple[str, ...]
     if modules is None:
-        compared = ("vocab_size", "layers", "thinker", "audio", "vision")
+        compared = ("vocab_size", "layers", "thinker", "talker", "talker_layers", "audio", "vision")
     else:  # for other modules the shapes of their tensors are checked
-        compared = ("vocab_size", "layers", "thinker") if "decoder" in modules else ()
+        stack = ("layers", "thinker") if wanted["talker"] is None else ("talker_layers", "talker")
+        compared = ("vocab_size", *stack) if "decoder" in modules else ()
         compared += tuple(name for name in ("audio", "vision") if f"{name}_encoder" in modules and written[name])
     keys = {key for key in written | wanted if key.partition(".")[0] in compared}
     if modules is not None:
@@ -201,8 +218,9 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
     for name, value in described(model).items():
         flat[name] = "there" if isinstance(value, dict) else value
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
-    flat.pop("thinker.pattern", None)  # `layers` says the same however it is written
-    flat.pop("thinker.repeats", None)
+    for part in _STACKS.values():  # `layers` says the same however it is written
+        flat.pop(f"{part}.pattern", None)
+        flat.pop(f"{part}.repeats", None)
     # A key that may change when a run goes on changes no tensor's shape or meaning.
     keys = keys_of(recipe_type())
     return {key: flat[key] for key in flat if f"model.{key}" not in keys or keys[f"model.{key}"].change is Change.kept}
@@ -210,8 +228,17 @@ def _comparable(model: ModelConfig) -> dict[str, Any]:
 
 def described(model: ModelConfig) -> dict[str, Any]:
     """Model as a checkpoint describes it; `layers` is the same however the pattern is written."""
-    layers = "" if model.thinker is None else model.thinker.pattern.replace("|", "") * model.thinker.repeats
-    return asdict(model) | {"layers": layers}
+    stacks = {name: getattr(model, part) for name, part in _STACKS.items()}
+    layers = {name: "" if one is None else one.pattern.replace("|", "") * one.repeats for name, one in stacks.items()}
+    return _plain(asdict(model)) | layers
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with the names of enumerations in the place of their members, which checkpoints do not hold."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else str(value) if isinstance(value, StrEnum) else value
+        for key, value in values.items()
+    }
 
 
 class CheckpointStore(Store):

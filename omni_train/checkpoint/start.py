@@ -14,6 +14,7 @@ from omni_train.checkpoint.sharded import apply_model_state, check_architecture,
 from omni_train.checkpoint.store import resolve
 from omni_train.errors import UserError
 from omni_train.platform.logs import say
+from omni_train.recipe.networks import held
 from omni_train.recipe.schema import Recipe
 
 RANDOM = "random"
@@ -40,7 +41,7 @@ def initialize(chunks: list[torch.nn.Module], recipe: Recipe) -> Path | None:
     state = model_state(chunks)
     keys = {entry.key for chunk in state.values() for entry in chunk.values()}
     for checkpoint, taken in _sources(recipe, _of_all_ranks(keys)):
-        check_architecture(checkpoint, recipe.model, {key.partition(".")[0] for key in taken})
+        check_architecture(checkpoint, held(recipe), {key.partition(".")[0] for key in taken})
         wanted = {
             name: {local: entry for local, entry in chunk.items() if entry.key in taken}
             for name, chunk in state.items()

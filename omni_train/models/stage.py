@@ -41,6 +41,14 @@ class PipelineStage(torch.nn.Module):
         """Length of what goes from stage to stage, before it is divided among ranks, for rows of `row_tokens`."""
         return row_tokens
 
+    def keep_frozen(self) -> None:
+        """Freeze parameters that never train, whatever the recipe's `trainable` says."""
+
+    def sum_shared_gradients(self) -> None:
+        """Sum the gradients of parameters that several pipeline stages hold, in each one's `main_grad`, before they are
+        summed over the data ranks. Collective over those stages.
+        """
+
     def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """`named_parameters`, by the names that they have where one rank holds the whole model."""
         return self.named_parameters()

@@ -2,8 +2,9 @@
 
 from omni_train.networks.codec import CODE2WAV, CODEC
 from omni_train.networks.recognizer import RECOGNIZER
+from omni_train.networks.talker import TALKER
 from omni_train.networks.thinker import THINKER
 from omni_train.recipe.networks import register
 
-for network in (THINKER, RECOGNIZER, CODEC, CODE2WAV):
+for network in (THINKER, TALKER, RECOGNIZER, CODEC, CODE2WAV):
     register(network)

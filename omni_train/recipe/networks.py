@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omni_train import plugins
 from omni_train.errors import UserError
@@ -26,6 +26,8 @@ class NetworkKeys:
     """Parts of ``model`` that it needs."""
     optional_parts: tuple[str, ...] = ()
     """Parts of ``model`` that it may have."""
+    holds: tuple[str, ...] | None = None
+    """Parts of ``model`` that its checkpoints hold, of those that it has; None for all."""
     settings: tuple[str, ...] = ()
     """Groups of keys in the schema that are for this network and others that list them."""
     keys: Mapping[str, type] = field(default_factory=dict)
@@ -75,6 +77,15 @@ def network_of(name: str) -> NetworkKeys:
     if name not in networks:
         raise UserError(f"network={name}: no such network; choose one of {', '.join(networks)}")
     return networks[name]
+
+
+def held(recipe: Recipe) -> ModelConfig:
+    """The recipe's model without the parts that checkpoints of its network do not hold."""
+    holds = network_of(recipe.network).holds
+    if holds is None:
+        return recipe.model
+    parts = {name for name, entry in described(type(recipe.model)).items() if entry.group and "." not in name}
+    return replace(recipe.model, **dict.fromkeys(parts - {*holds}))
 
 
 def registered() -> Mapping[str, NetworkKeys]:

@@ -12,14 +12,14 @@ def stack(pattern, **changes):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from omni_train import platform
-    from omni_train.models.thinker.config import transformer_config
+    from omni_train.models.config import stack_config
     from omni_train.nn.backend import backend
     from omni_train.nn.layers import stack_submodules
 
     platform.parallel.initialize(ParallelConfig(), seed=3)
     recipe = small_recipe(pattern=pattern, repeats=1, linear_num_value_heads=64, intermediate_size=72, **changes)
     return HybridStack(
-        transformer_config(recipe),
+        stack_config(recipe, recipe.model.thinker),
         stack_submodules(backend()),
         layer_type_list=list(pattern),
         post_layer_norm=False,

@@ -7,7 +7,7 @@ loss; and 4 GiB for NCCL, the allocator and the kernels' workspaces. An H100 has
 
 from __future__ import annotations
 
-from omni_train.models.thinker.config import split_pattern
+from omni_train.models.config import split_pattern
 from omni_train.recipe.schema import ModelConfig, Recipe, Recompute
 
 _KEPT = {"G": 156_000, "*": 77_000, "E": 75_000}  # bytes a token of a layer 2,048 wide, bf16, flash_35b_a3b's shape

@@ -6,8 +6,9 @@ the Talker's row, Q codebooks, K states that the Talker reads, H width of the Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,9 +44,9 @@ class PackedBatch(Row):
     patches: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))  # (P, D) uint8
     grid_thw: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))  # patches each way
     vision_slots: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    MODALITIES = MODALITIES
+    MODALITIES: ClassVar[Sequence[str]] = MODALITIES
     TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding", "modality")
-    MEDIA = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
+    MEDIA: ClassVar[tuple[str, ...]] = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
 
     def __post_init__(self) -> None:
         if self.modality is None:
@@ -99,6 +100,7 @@ class SpeechRow(PackedBatch):
     sources: torch.Tensor = empty(0)  # (U,) int64: index of a state among the K, −1: none
     codes: torch.Tensor = empty(0, 0)  # (U, Q) int64, −1: none; of a control code there is the first alone
     speech_labels: torch.Tensor = empty(0)  # (U,) int64: code of codebook 0, or control code, IGNORE: no loss
+    text_ended: torch.Tensor = empty(0, dtype=torch.bool)  # (U,) bool: the text has ended, so that speech may end
     label_codes: torch.Tensor = empty(0, 0)  # (U, Q−1) int64: residual codes of the predicted frame, or IGNORE
     speech_positions: torch.Tensor = empty(3, 0)  # (3, U) int64 or float32: rotary ids
     speech_cu_seqlens: torch.Tensor = empty(1, dtype=torch.int32)  # (N+1,) int32, from 0 to U

@@ -1,1 +1,5 @@
-"""The Talker: from text and the Thinker's states to codes of speech."""
+"""The Talker, which speaks what the Thinker writes."""
+
+from omni_train.models.talker.model import Talker, build_chunks
+
+__all__ = ["Talker", "build_chunks"]

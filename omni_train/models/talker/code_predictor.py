@@ -30,11 +30,8 @@ Cache = list[tuple[Tensor, Tensor]]
 """Keys and values, (F, heads, codebooks so far, D), of each layer."""
 
 
-class CodePredictor(MegatronModule):
-    """Code predictor. Each tensor-parallel rank holds all of it and runs it on its own frames.
-
-    Residual code i has embedding i − 1 and head i − 1. The embeddings have the Talker's width, which adds them to its
-    own input; where the predictor is narrower, one projection takes them, e0 and the hidden state to its width.
+class ResidualEmbedding(MegatronModule):
+    """Embeddings of the residual codes: all that the first pipeline stage needs of the code predictor.
 
     Args:
         talker: sizes.
@@ -43,22 +40,17 @@ class CodePredictor(MegatronModule):
 
     def __init__(self, talker: TalkerConfig, config) -> None:
         super().__init__(config)
-        sizes, where = talker.code_predictor, {"dtype": config.params_dtype, "device": platform.device()}
         self.num_residuals, self.codebook_size = talker.num_code_groups - 1, talker.codebook_size
-        table = (self.num_residuals, self.codebook_size)
-        self.embeddings = torch.nn.Parameter(torch.empty(*table, talker.hidden_size, **where))
-        self.heads = torch.nn.Parameter(torch.empty(*table, sizes.hidden_size, **where))
-        self.input_projection: torch.nn.Module = torch.nn.Identity()
-        if talker.hidden_size != sizes.hidden_size:
-            self.input_projection = torch.nn.Linear(talker.hidden_size, sizes.hidden_size, **where)
-        self.layers = torch.nn.ModuleList(Layer(sizes, config) for _ in range(sizes.num_hidden_layers))
-        self.norm = backend().plain_norm(config, sizes.hidden_size, sizes.rms_norm_eps)
-        self.rotary = TMRotaryEmbedding(sizes.head_dim, sizes.rope_theta, (sizes.head_dim // 2, 0, 0))
+        shape = (self.num_residuals, self.codebook_size, talker.hidden_size)
+        self.embeddings = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=platform.device()))
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Draw initial values, and mark the parameters: replicated, but each rank sees frames of its own."""
         for name, parameter in self.named_parameters():
-            # Replicated, but each rank sees frames of its own: Megatron sums such gradients over the ranks.
-            parameter.sequence_parallel = config.sequence_parallel
-            if config.perform_initialization and "norm" not in name:
-                torch.nn.init.zeros_(parameter) if name.endswith("bias") else config.init_method(parameter)
+            parameter.sequence_parallel = self.config.sequence_parallel  # Megatron sums such gradients over the ranks
+            if self.config.perform_initialization and "norm" not in name:
+                torch.nn.init.zeros_(parameter) if name.endswith("bias") else self.config.init_method(parameter)
 
     def embed(self, codes_FQ: Tensor, first_FH: Tensor) -> Tensor:
         """Embeddings of frames as they enter the Talker: the sum over their codebooks.
@@ -77,6 +69,36 @@ class CodePredictor(MegatronModule):
             mode="sum",
             per_sample_weights=(residual_FG >= 0).to(self.embeddings.dtype),
         )
+
+    def _rows(self, codes: Tensor) -> Tensor:
+        """Rows of residual codes (F, g) in the table of all embeddings (G · K, H)."""
+        first_g = torch.arange(codes.shape[1], device=codes.device) * self.codebook_size
+        return codes.clamp(min=0) + first_g
+
+
+class CodePredictor(ResidualEmbedding):
+    """Code predictor. Each tensor-parallel rank holds all of it and runs it on its own frames.
+
+    Residual code i has embedding i − 1 and head i − 1. The embeddings have the Talker's width, which adds them to its
+    own input; where the predictor is narrower, one projection takes them, e0 and the hidden state to its width.
+
+    Args:
+        talker: sizes.
+        config: Megatron's configuration of the Talker.
+    """
+
+    def __init__(self, talker: TalkerConfig, config) -> None:
+        super().__init__(talker, config)
+        sizes, where = talker.code_predictor, {"dtype": config.params_dtype, "device": platform.device()}
+        heads = (self.num_residuals, self.codebook_size, sizes.hidden_size)
+        self.heads = torch.nn.Parameter(torch.empty(heads, **where))
+        self.input_projection: torch.nn.Module = torch.nn.Identity()
+        if talker.hidden_size != sizes.hidden_size:
+            self.input_projection = torch.nn.Linear(talker.hidden_size, sizes.hidden_size, **where)
+        self.layers = torch.nn.ModuleList(Layer(sizes, config) for _ in range(sizes.num_hidden_layers))
+        self.norm = backend().plain_norm(config, sizes.hidden_size, sizes.rms_norm_eps)
+        self.rotary = TMRotaryEmbedding(sizes.head_dim, sizes.rope_theta, (sizes.head_dim // 2, 0, 0))
+        self._initialize()
 
     def hidden(self, h_FH: Tensor, first_FH: Tensor, codes_FG: Tensor) -> Tensor:
         """States that predict the residual codes, by one causal pass over [h, e0(c0), e1(c1), …].
@@ -150,11 +172,6 @@ class CodePredictor(MegatronModule):
     def _angles(self, device: torch.device) -> Tensor:
         """Rotary cosines and sines of the positions, (Q, 1, D)."""
         return self.rotary(torch.arange(self.num_residuals + 1, device=device).expand(3, -1))
-
-    def _rows(self, codes: Tensor) -> Tensor:
-        """Rows of residual codes (F, g) in the table of all embeddings (G · K, H)."""
-        first_g = torch.arange(codes.shape[1], device=codes.device) * self.codebook_size
-        return codes.clamp(min=0) + first_g
 
 
 def _cross_entropy(hidden_FGP: Tensor, heads_GKP: Tensor, labels_FG: Tensor) -> Tensor:

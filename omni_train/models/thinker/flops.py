@@ -11,41 +11,57 @@ from collections.abc import Sequence
 
 from omni_train.data.rows.batch import PackedBatch
 from omni_train.data.samples.lengths import audio_tokens, convolved, window_tokens
-from omni_train.recipe.schema import ModelConfig
+from omni_train.recipe.schema import ModelConfig, StackConfig
+
+
+def stack_flops(stack: StackConfig) -> float:
+    """Forward FLOPs of one token in a stack's layers, without attention scores, which depend on the sequence."""
+    cost = _layer_flops(stack)
+    return float(sum(cost[layer] for layer in stack.pattern * stack.repeats))
+
+
+def attention_flops(stack: StackConfig, lengths: Sequence[int], more_layers: int = 0) -> float:
+    """Forward FLOPs of the attention scores and sums of a stack over sequences of these lengths."""
+    layers = (stack.pattern * stack.repeats).count("*") + more_layers
+    width = stack.num_attention_heads * stack.head_dim
+    # Position t meets t + 1 keys, in the scores and in the weighted sum.
+    return layers * sum(4 * width * length * (length + 1) / 2 for length in lengths)
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Forward FLOPs of one token, without attention scores, which depend on the length of the sequence."""
+    """Forward FLOPs of one token in the Thinker, without attention scores."""
     thinker = model.thinker
-    hidden = thinker.hidden_size
-    query, kv = thinker.num_attention_heads * thinker.head_dim, thinker.num_key_value_heads * thinker.head_dim
-    key = thinker.linear_num_key_heads * thinker.linear_key_head_dim
-    value = thinker.linear_num_value_heads * thinker.linear_value_head_dim
-    gates = query if thinker.attention_output_gate else 0
+    cost, head = _layer_flops(thinker), 2 * thinker.hidden_size * model.vocab_size
+    block = cost["*"] + cost["E" if thinker.num_experts else "-"]
+    mtp = thinker.mtp_num_hidden_layers * (4 * thinker.hidden_size**2 + block + head)
+    return stack_flops(thinker) + float(head + mtp)
+
+
+def _layer_flops(stack: StackConfig) -> dict[str, float]:
+    """Forward FLOPs of one token in each kind of layer."""
+    hidden = stack.hidden_size
+    query, kv = stack.num_attention_heads * stack.head_dim, stack.num_key_value_heads * stack.head_dim
+    key = stack.linear_num_key_heads * stack.linear_key_head_dim
+    value = stack.linear_num_value_heads * stack.linear_value_head_dim
+    gates = query if stack.attention_output_gate else 0
     attention = 2 * hidden * (query + gates + 2 * kv) + 2 * query * hidden
-    projections = 2 * hidden * (2 * key + 2 * value + 2 * thinker.linear_num_value_heads) + 2 * value * hidden
-    convolution = 2 * thinker.linear_conv_kernel_dim * (2 * key + value)
+    projections = 2 * hidden * (2 * key + 2 * value + 2 * stack.linear_num_value_heads) + 2 * value * hidden
+    convolution = 2 * stack.linear_conv_kernel_dim * (2 * key + value)
     # Per value head: decay the state, read it with k, write the correction, read it with q.
-    recurrence = 7 * thinker.linear_num_value_heads * thinker.linear_key_head_dim * thinker.linear_value_head_dim
+    recurrence = 7 * stack.linear_num_value_heads * stack.linear_key_head_dim * stack.linear_value_head_dim
     moe = (
-        2 * hidden * thinker.num_experts
-        + thinker.num_experts_per_tok * 6 * hidden * thinker.moe_intermediate_size
-        + 6 * hidden * thinker.shared_expert_intermediate_size
-        + (2 * hidden if thinker.shared_expert_intermediate_size else 0)
+        2 * hidden * stack.num_experts
+        + stack.num_experts_per_tok * 6 * hidden * stack.moe_intermediate_size
+        + 6 * hidden * stack.shared_expert_intermediate_size
+        + (2 * hidden if stack.shared_expert_intermediate_size else 0)
     )
-    cost = {
+    return {
         "*": attention,
         "G": projections + convolution + recurrence,
         "E": moe,
-        "-": 6 * hidden * thinker.intermediate_size,
+        "-": 6 * hidden * stack.intermediate_size,
         "|": 0,
     }
-    layers = thinker.pattern * thinker.repeats
-    head = 2 * hidden * model.vocab_size
-    mtp = thinker.mtp_num_hidden_layers * (
-        4 * hidden * hidden + attention + cost["E" if thinker.num_experts else "-"] + head
-    )
-    return float(sum(cost[layer] for layer in layers) + head + mtp)
 
 
 def audio_flops(model: ModelConfig, clips: list[int]) -> float:
@@ -92,8 +108,6 @@ def vision_flops(model: ModelConfig, grids: list[list[int]]) -> float:
 def step_flops(model: ModelConfig, rows: Sequence[PackedBatch]) -> float:
     """FLOPs of forward and backward of one training step over packed rows, padding excluded."""
     thinker, per_token = model.thinker, flops_per_token(model)
-    attention_layers = (thinker.pattern * thinker.repeats).count("*") + thinker.mtp_num_hidden_layers
-    width = thinker.num_attention_heads * thinker.head_dim
     total = 0.0
     for row in rows:
         real = (~row.padding).cumsum(0).tolist()
@@ -105,6 +119,5 @@ def step_flops(model: ModelConfig, rows: Sequence[PackedBatch]) -> float:
             total += audio_flops(model, row.mel_cu_seqlens.diff().tolist())
         if model.vision:
             total += vision_flops(model, row.grid_thw.tolist())
-        # Position t meets t + 1 keys, in the scores and in the weighted sum.
-        total += attention_layers * sum(4 * width * length * (length + 1) / 2 for length in lengths)
+        total += attention_flops(thinker, lengths, thinker.mtp_num_hidden_layers)
     return 3.0 * total

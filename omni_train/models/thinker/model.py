@@ -6,28 +6,26 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from omni_train import platform
 from omni_train.data.rows.batch import PackedBatch
 from omni_train.models.audio_encoder import AudioAdapter, AudioEncoder, drawn_window
+from omni_train.models.config import stack_config
+from omni_train.models.decoder import DecoderStage, build_stages
 from omni_train.models.row import LocalRow
-from omni_train.models.stage import PipelineStage, Read
+from omni_train.models.stage import Read
 from omni_train.models.thinker import media
-from omni_train.models.thinker.config import split_pattern, transformer_config
 from omni_train.models.thinker.mtp import MultiTokenPrediction
 from omni_train.models.vision_encoder import VisionAdapter, VisionEncoder
 from omni_train.nn.backend import backend
 from omni_train.nn.layers import stack_submodules
-from omni_train.nn.rotary import TMRotaryEmbedding
 from omni_train.recipe.schema import Recipe
 
 
-class Thinker(PipelineStage, LanguageModule):
+class Thinker(DecoderStage, LanguageModule):
     """The part of the Thinker that one pipeline stage, or virtual stage, computes.
 
     Axis letters: T tokens of this context-parallel rank, S this tensor-parallel rank's part of them under sequence
@@ -38,15 +36,15 @@ class Thinker(PipelineStage, LanguageModule):
         config: Megatron's configuration of the same model.
         stage: index of this part in the order of the model, from 0 to pipeline·virtual_pipeline − 1.
         virtual_stage: index among this rank's parts, None without virtual pipelining.
+        head: False for one that ends with its last layer, whose output it returns as it is.
     """
 
-    def __init__(self, recipe: Recipe, config, stage: int, virtual_stage: int | None) -> None:
+    def __init__(self, recipe: Recipe, config, stage: int, virtual_stage: int | None, head: bool = True) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
         thinker = recipe.model.thinker
-        segments = split_pattern(thinker, recipe.parallel)
-        self.vp_stage = virtual_stage
-        self.pre_process, self.post_process = stage == 0, stage == len(segments) - 1
+        self.set_stage(thinker, recipe.parallel, stage, virtual_stage)
+        self.has_head = head
         self.mtp_process = self.post_process and thinker.mtp_num_hidden_layers > 0
         self.share_embeddings_and_output_weights = thinker.tie_word_embeddings
         self._audio, self._seed = recipe.model.audio, recipe.seed
@@ -72,29 +70,14 @@ class Thinker(PipelineStage, LanguageModule):
         if self.pre_process and recipe.model.vision:
             self.vision_encoder = VisionEncoder(recipe.model.vision, config)
             self.vision_adapter = VisionAdapter(recipe.model.vision, config)
-        self.rotary = TMRotaryEmbedding(
-            rotary_dim=int(thinker.head_dim * thinker.partial_rotary_factor),
-            base=thinker.rope_theta,
-            sections=thinker.mrope_section,
-        )
-        self.decoder = HybridStack(
-            config,
-            submodules,
-            pre_process=self.pre_process,
-            layer_type_list=list(segments[stage]),
-            pp_layer_offset=sum(len(segment) for segment in segments[:stage]),
-            post_layer_norm=False,  # the stock final norm needs Transformer Engine
-            post_process=self.post_process,
-            pg_collection=groups,
-        )
+        self.add_stack(thinker, submodules, groups, final_norm=self.has_head)
         if self.pre_process and recipe.model.vision:
-            for level in range(len(recipe.model.vision.deepstack_visual_indexes)):
-                block_end = self.decoder.layers[2 * level + 1]  # a block is a mixer and a feed-forward
+            # A block is a mixer and a feed-forward. The state that is read of the last block is without its features.
+            levels = len(recipe.model.vision.deepstack_visual_indexes)
+            for level in range(levels if self.has_head else min(levels, config.num_layers // 2 - 1)):
+                block_end = self.decoder.layers[2 * level + 1]
                 block_end.register_forward_hook(partial(self._add_deepstack, level), with_kwargs=True)
-        if self.post_process:
-            self.final_norm = backend().norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+        if self.post_process and self.has_head:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 recipe.model.vocab_size,
@@ -106,7 +89,7 @@ class Thinker(PipelineStage, LanguageModule):
             )
         if self.mtp_process:
             self.mtp = MultiTokenPrediction(config, submodules, groups)
-        if self.pre_process or self.post_process:
+        if self.has_head and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
 
     def local_row(self, row: PackedBatch, step: int, training: bool) -> LocalRow:
@@ -122,20 +105,22 @@ class Thinker(PipelineStage, LanguageModule):
 
     def global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Names and parameters of this stage; the names are those of the whole model on one rank."""
-        for name, parameter in self.named_parameters():
-            words = name.split(".")
-            if words[:2] == ["decoder", "layers"]:
-                words[2] = str(self.decoder.layers[int(words[2])].layer_number - 1)
-            elif words[0] == "output_layer" and self.share_embeddings_and_output_weights:
-                words = ["embedding", "word_embeddings", "weight"]  # the last stage's copy of the first's
-            yield ".".join(words), parameter
+        for name, parameter in super().global_parameters():
+            if name.startswith("output_layer.") and self.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy of the first's
+            yield name, parameter
 
     def set_input_tensor(self, input_tensor) -> None:
         """Set the input of this stage to the output of the stage before, as Megatron's schedules do."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.carries_embeddings and received is not None:
             received, self._carried = received.chunk(2)
-        self.decoder.set_input_tensor(received)
+        super().set_input_tensor(received)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """See :class:`PipelineStage`; Megatron's language module looks for a head on the last stage."""
+        whose = super() if self.has_head else super(LanguageModule, self)
+        return whose.sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def head_weight(self) -> torch.Tensor:
         """Weight of the output projection, (V/tp, H) rows of this tensor-parallel rank."""
@@ -164,16 +149,11 @@ class Thinker(PipelineStage, LanguageModule):
             hidden = self._embed_row(row)
         else:
             row.next_embedding, self._carried = self._carried, None
-        hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary(row.position_ids),
-            packed_seq_params=row.packed,
-            padding_mask=row.padding[None],
-        )
+        hidden = self.run_stack(hidden, row.position_ids, row.packed, row.padding)
         if not self.post_process:
             return torch.cat([hidden, row.next_embedding]) if self.carries_embeddings else hidden
-        hidden = self.final_norm(hidden)
+        if self.has_head:
+            hidden = self.final_norm(hidden)
         if objective is None:
             return hidden
         if self.mtp_process and row.next_embedding is None:
@@ -231,16 +211,13 @@ class Thinker(PipelineStage, LanguageModule):
         return out[:, 0]
 
 
-def build_chunks(recipe: Recipe) -> list[Thinker]:
+def build_chunks(recipe: Recipe, head: bool = True) -> list[Thinker]:
     """The model chunks of this rank: one, or one per virtual pipeline stage. Process groups must exist.
 
     Args:
         recipe: a validated recipe.
+        head: see :class:`Thinker`.
     """
-    config = transformer_config(recipe)
-    rank, parallel = parallel_state.get_pipeline_model_parallel_rank(), recipe.parallel
-    stages = [(rank, None)]
-    if parallel.virtual_pipeline > 1:
-        stages = [(virtual * parallel.pipeline + rank, virtual) for virtual in range(parallel.virtual_pipeline)]
-    # Megatron makes some tensors on the CPU, its routers among them.
-    return [Thinker(recipe, config, stage, virtual).to(platform.device()) for stage, virtual in stages]
+    thinker = recipe.model.thinker
+    config = stack_config(recipe, thinker, thinker.mtp_num_hidden_layers)
+    return build_stages(lambda stage, virtual: Thinker(recipe, config, stage, virtual, head), recipe.parallel)

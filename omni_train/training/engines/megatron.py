@@ -19,6 +19,7 @@ from omni_train.checkpoint.start import initialize
 from omni_train.models.stage import PipelineStage
 from omni_train.nn import balance
 from omni_train.objectives.base import GlobalBatch, Metric, Objective
+from omni_train.recipe.networks import held
 from omni_train.recipe.schema import OptimizerName, Recipe
 from omni_train.training.engines.base import Engine, StepResult, global_sums
 from omni_train.training.engines.gradients import Arrivals
@@ -40,6 +41,8 @@ class MegatronEngine(Engine):
         self.objective: Objective = objective
         named = [pair for module in modules for pair in module.global_parameters()]
         freeze(named, recipe.trainable)
+        for module in modules:
+            module.keep_frozen()
         self._arrivals: Arrivals | None = Arrivals(named)
         if recipe.optimizer.name is OptimizerName.muon:
             for module in modules:
@@ -59,9 +62,7 @@ class MegatronEngine(Engine):
         for chunk in self.chunks:
             chunk.broadcast_params()
         # Gradients are sums of terms already divided by the global batch: nothing to divide at the end.
-        self.config.finalize_model_grads_func = lambda model, _tokens=None, **options: finalize_model_grads(
-            model, None, **options
-        )
+        self.config.finalize_model_grads_func = _finalize
         check_sharding(self.chunks)
         self.optimizer = build_optimizer(recipe, self.chunks, named)
         self._run = get_forward_backward_func()
@@ -72,7 +73,7 @@ class MegatronEngine(Engine):
         )
 
     def open_store(self, directory: Path) -> CheckpointStore:
-        return CheckpointStore(directory, self.recipe.checkpoint, self.recipe.model)
+        return CheckpointStore(directory, self.recipe.checkpoint, held(self.recipe))
 
     def initialize(self, store: CheckpointStore) -> None:
         if self.recipe.init_from or self.recipe.init_parts:
@@ -174,3 +175,10 @@ class MegatronEngine(Engine):
             micro_batch_size=1,
             **options,
         )
+
+
+def _finalize(chunks: list[DistributedDataParallel], _tokens: Any = None, **options: Any) -> None:
+    """Sum the gradients of a step over the ranks that hold a parameter."""
+    for chunk in chunks:
+        unwrap_model(chunk).sum_shared_gradients()
+    finalize_model_grads(chunks, None, **options)

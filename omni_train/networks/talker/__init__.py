@@ -1,0 +1,59 @@
+"""Specification of the Talker: codes of speech from the frozen Thinker's states, on the Megatron engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omni_train.networks.base import Frozen, Networks, NetworkSpec
+from omni_train.networks.stack import check_stack
+from omni_train.networks.talker.checks import check_talker
+from omni_train.recipe.schema import EngineName, Recipe, States
+
+if TYPE_CHECKING:
+    from omni_train.objectives.talker import TalkerObjective
+
+
+def _thinker(recipe: Recipe) -> Frozen:
+    """The Thinker below, where it runs."""
+    if recipe.data.speech.states is not States.live:
+        return {}
+    from omni_train.frozen.thinker import open_thinker
+
+    path = recipe.talker_training.thinker
+    assert path is not None, "validation refuses live states without a Thinker"
+    return {"thinker": open_thinker(path, recipe, lambda below: check_stack(below, "model.thinker"))}
+
+
+def _build(recipe: Recipe, frozen: Frozen) -> Networks:
+    from omni_train.models.talker import build_chunks
+
+    return {"model": build_chunks(recipe)}
+
+
+def _objective(recipe: Recipe, networks: Networks, frozen: Frozen) -> TalkerObjective:
+    from omni_train.objectives.talker import TalkerObjective
+
+    return TalkerObjective(recipe, frozen.get("thinker"))
+
+
+def _flops(recipe: Recipe, rows: Sequence[Any], tokens: float, parameters: int) -> float:
+    from omni_train.models.talker.flops import step_flops
+
+    return step_flops(recipe, rows)
+
+
+TALKER = NetworkSpec(
+    name="talker",
+    engines=(EngineName.megatron,),
+    rows="speech",
+    parts=("talker", "code2wav"),
+    optional_parts=("thinker", "audio", "vision", "codec"),
+    holds=("talker",),
+    settings=("talker_training", "data.speech"),
+    check=check_talker,
+    frozen=_thinker,
+    build=_build,
+    objective=_objective,
+    flops=_flops,
+)
