@@ -54,40 +54,6 @@ def chunked_cross_entropy(
     )
 
 
-def masked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, drawable: Tensor, *, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the cross-entropy among the words that can be drawn, as if the others had logits of −∞.
-
-    The head is whole on every rank. Where positions differ in what can be drawn, call once for each set of words, with
-    the labels of the other positions ignored.
-
-    Args:
-        hidden: (T, H).
-        weight: (V, H); rows that cannot be drawn get a gradient of zeros.
-        labels: (T,) int64 in [0, V), or IGNORE.
-        loss_weights: (T,), see :func:`chunked_cross_entropy`.
-        drawable: (V,) bool.
-        chunk_tokens: positions whose logits exist at once.
-
-    Returns:
-        The sum and the loss of every position, as :func:`chunked_cross_entropy` returns them.
-
-    Raises:
-        ValueError: a label cannot be drawn.
-    """
-    rows = drawable.nonzero().squeeze(1)
-    place_V = torch.full_like(drawable, -1, dtype=torch.int64)
-    place_V[rows] = torch.arange(len(rows), device=rows.device)
-    learned = labels != IGNORE
-    places = place_V[labels.where(learned, 0)]
-    if (never := learned & (places < 0)).any():
-        raise ValueError(f"labels {labels[never].unique().tolist()} are of words that cannot be drawn")
-    return chunked_cross_entropy(
-        hidden, weight.index_select(0, rows), places.where(learned, IGNORE), loss_weights, chunk_tokens=chunk_tokens
-    )
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from omni_train.data.rows.batch import IGNORE
-from omni_train.nn.cross_entropy import chunked_cross_entropy, masked_cross_entropy
+from omni_train.nn.cross_entropy import chunked_cross_entropy
 
 
 def problem(tokens=37, words=53, hidden_size=11, dtype=torch.float32, ignored=0.3, seed=7):
@@ -73,37 +73,6 @@ def test_a_frozen_weight_gets_no_gradient_and_evaluation_builds_no_graph():
     with torch.no_grad():
         evaluated, _ = chunked_cross_entropy(hidden, weight, labels, loss_weights, chunk_tokens=8)
     assert not evaluated.requires_grad and evaluated == total
-
-
-def masked_problem():
-    """A problem with every third word out of reach, no label among them, and the words that can be drawn."""
-    hidden, weight, labels, loss_weights = problem()
-    drawable = torch.arange(len(weight)) % 3 != 1
-    labels[(labels != IGNORE) & ~drawable[labels.clamp(min=0)]] = 5
-    return hidden, weight, labels, loss_weights, drawable
-
-
-def test_words_that_cannot_be_drawn_have_no_share_in_the_loss_and_no_gradient():
-    hidden, weight, labels, loss_weights, drawable = masked_problem()
-    ours = [value.clone().requires_grad_() for value in (hidden, weight)]
-    total, losses = masked_cross_entropy(*ours, labels, loss_weights, drawable, chunk_tokens=8)
-    total.backward()
-
-    theirs = [value.clone().requires_grad_() for value in (hidden, weight)]
-    log_probs = (theirs[0] @ theirs[1].T).masked_fill(~drawable, -torch.inf).log_softmax(1)
-    expected = F.nll_loss(log_probs, labels, reduction="none", ignore_index=IGNORE)
-    (expected * loss_weights).sum().backward()
-    torch.testing.assert_close(losses, expected.detach())
-    torch.testing.assert_close(total, (expected * loss_weights).sum())
-    torch.testing.assert_close([value.grad for value in ours], [value.grad for value in theirs])
-    assert not ours[1].grad[~drawable].any() and ours[1].grad[drawable].any(1).all()
-
-
-def test_a_label_that_cannot_be_drawn_is_refused():
-    hidden, weight, labels, loss_weights, drawable = masked_problem()
-    labels[11] = 4
-    with pytest.raises(ValueError, match=r"labels \[4\] are of words that cannot be drawn"):
-        masked_cross_entropy(hidden, weight, labels, loss_weights, drawable, chunk_tokens=8)
 
 
 def test_a_second_backward_is_refused():
