@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from rich.progress import track
 
 from omni_train.errors import UserError
 from omni_train.locks import DirectoryLock
+from omni_train.processes import Exit, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,25 @@ class Making:
                     f"out={self.out}: {self.done} there with another {key}; name another folder, or remove it"
                 )
 
-    def make(self, write: Callable, jobs: dict[str, tuple], processes: int, **pool) -> None:
+    def make(
+        self,
+        write: Callable,
+        jobs: dict[str, tuple],
+        processes: int,
+        *,
+        initializer: Callable | None = None,
+        initargs: tuple = (),
+        **pool,
+    ) -> None:
         """Call ``write(*arguments)`` for every shard that has no record yet; the call writes it last.
 
         Args:
             write: function, importable by name.
             jobs: shard -> arguments of the function.
-            processes: number of processes; 0 for one per core.
-            pool: options of ``ProcessPoolExecutor``.
+            processes: number of processes; 0 for one per core. They end with this one, however that ends.
+            initializer: called first in each process, importable by name.
+            initargs: its arguments.
+            pool: other options of ``ProcessPoolExecutor``.
 
         Raises:
             UserError: a process was killed, or the same command is still running elsewhere.
@@ -69,6 +82,7 @@ class Making:
                 leftover.unlink()
             todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
             try:
+                pool |= {"initializer": _begin, "initargs": (initializer, initargs)}
                 with ProcessPoolExecutor(processes or os.cpu_count(), **pool) as executor:
                     futures = [executor.submit(write, *arguments) for arguments in todo]
                     for future in track(as_completed(futures), "shards", total=len(futures)):
@@ -99,6 +113,14 @@ class Making:
 
     def _record(self, shard: str) -> Path:
         return self._notes / f"{shard}.json"
+
+
+def _begin(initializer: Callable | None, initargs: tuple) -> None:
+    die_with_parent()
+    if not multiprocessing.parent_process().is_alive():  # since before that
+        os._exit(Exit.failed)
+    if initializer is not None:
+        initializer(*initargs)
 
 
 def write_json(file: Path, fields: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from omni_train import __version__, lines, machine, stopping
+from omni_train import __version__, commands, lines, machine, stopping
 from omni_train.errors import RankFailed, UserError, announce, described
 from omni_train.processes import Exit, die_with_parent
 from omni_train.threads import keep_awake
@@ -22,10 +22,11 @@ omni-train <command> [arguments]
                omni-train train --help
   pipeline   train several stages, each from the one before
                omni-train pipeline name=smoke
-  data       write a data set: our own small one, the samples of a manifest, or a codec's codes beside speech
+  data       write a data set: our own small one, the samples of a manifest, a codec's codes or scores beside speech
                omni-train data rehearsal out=DIR
                omni-train data pack manifest=FILE.jsonl out=DIR tokenizer=DIR
                omni-train data codes data=DIR codec=CHECKPOINT
+               omni-train data strata data=DIR
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
   launch     run one of these commands on N processes of this machine, with the settings that suit it
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         return _as_process(sys.argv[1:])
     arguments = list(argv)
-    commands = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert, "launch": _launch}
+    known = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert, "launch": _launch}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE)
@@ -59,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] == "--version":
             print(f"omni_train {__version__}")
             return 0
-        if arguments[0] not in commands:
-            raise UserError(f"{arguments[0]} is not a command; choose one of {', '.join(commands)}")
-        return commands[arguments[0]](arguments[1:])
+        if arguments[0] not in known:
+            raise UserError(f"{arguments[0]} is not a command; choose one of {', '.join(known)}")
+        return known[arguments[0]](arguments[1:])
     except UserError as error:
         announce(error)
         return error.status
@@ -139,28 +140,13 @@ def _pipeline(arguments: list[str]) -> int:
 
         return run_pipeline(stages)
 
-    return pipeline.run(arguments, job)
+    return pipeline.run(arguments, job, commands.DATA)
 
 
 def _data(arguments: list[str]) -> int:
     from omni_train.options import call
 
-    def rehearsal():
-        from omni_train.data_pipelines.rehearsal import build
-
-        return build
-
-    def pack():
-        from omni_train.data_pipelines.pack import pack
-
-        return pack
-
-    def codes():
-        from omni_train.frozen.codec import write_codes
-
-        return write_codes
-
-    return call("omni-train data", {"rehearsal": rehearsal, "pack": pack, "codes": codes}, arguments)
+    return call("omni-train data", commands.DATA, arguments)
 
 
 def _convert(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from omni_train import lines
 
@@ -23,6 +24,16 @@ class UserError(Exception):
 
     announced = False
     status = 2
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Context in which the message of a ``UserError`` gets before it what it is about."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{what}: {error}",)
+        raise
 
 
 class RunFailed(UserError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -41,12 +41,12 @@ def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments:
     if wants_help:
         print(f"{program} {_usage(name, function)}\n\n{inspect.getdoc(function) or ''}")
         return 0
-    function(**_parse(f"{program} {_usage(name, function)}", function, pairs))
+    function(**parse(f"{program} {name}", function, pairs))
     return 0
 
 
-def _usage(name: str, function: Callable) -> str:
-    words, types = [name], _types(function)
+def _usage(command: str, function: Callable) -> str:
+    words, types = [command], _types(function)
     for key, parameter in inspect.signature(function).parameters.items():
         if dataclasses.is_dataclass(types[key]):
             words.append(f"[{key}.{{{','.join(get_type_hints(types[key]))}}}=…]")
@@ -55,7 +55,18 @@ def _usage(name: str, function: Callable) -> str:
     return " ".join(words)
 
 
-def _parse(usage: str, function: Callable, pairs: Sequence[str]) -> dict[str, Any]:
+def parse(command: str, function: Callable, pairs: Iterable[str]) -> dict[str, Any]:
+    """Arguments of a function that ``key=value`` words give it.
+
+    Args:
+        command: words before them, for messages.
+        function: as :func:`call` describes it; it is not called.
+        pairs: the ``key=value`` words.
+
+    Raises:
+        UserError: a key is unknown, given twice or missing, or a value is of another type.
+    """
+    usage = _usage(command, function)
     parameters = inspect.signature(function).parameters
     types = _types(function)
     groups = {key: kind for key, kind in types.items() if dataclasses.is_dataclass(kind)}

@@ -11,6 +11,7 @@ wakeup pipe and does not block them, so that programs that the run starts inheri
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -34,6 +35,7 @@ _told = False
 _doing: str | None = None  # what is finished before the run stops; None: nothing, it ends at once
 _where = "at the start, nothing new to save"
 _lost: Callable[[], tuple[int, str] | None] = lambda: None  # noqa: E731
+_end_others: Callable[[], None] = lambda: None  # noqa: E731
 
 
 def hold() -> None:
@@ -106,6 +108,12 @@ def unless_lost(lost: Callable[[], tuple[int, str] | None]) -> None:
     _lost = lost
 
 
+def end_too(others: Callable[[], None]) -> None:
+    """Set the function that ends other programs of this run, before a signal ends this process at once."""
+    global _end_others
+    _end_others = others
+
+
 def over() -> None:
     """Ignore a scheduler's signals from here on: the run has ended, and its exit code stands."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -120,6 +128,8 @@ def end(code: int, line: str) -> NoReturn:
         line: the reason.
     """
     _last_word.acquire(timeout=_LINE_SECONDS)
+    with contextlib.suppress(OSError):
+        _end_others()
     if _is_first():
         lines.show_cursor()
         lines.write(line)

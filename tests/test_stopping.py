@@ -71,6 +71,16 @@ def test_a_question_that_hangs_keeps_no_second_ctrl_c_from_ending_the_process():
     assert code == Exit.interrupted
 
 
+def test_other_programs_of_the_run_are_ended_before_its_last_line():
+    code, err = run(
+        "stopping.at_once('in stage 2')\n"
+        "stopping.end_too(lambda: print('the other ends', file=sys.stderr, flush=True))\n"
+        "ask('SIGTERM')\ntime.sleep(60)"
+    )
+    assert code == Exit.stopped
+    assert err == "the other ends\nstopped by SIGTERM in stage 2; the same command goes on from here\n"
+
+
 def test_the_line_that_says_why_a_process_ended_is_its_last():
     code, err = run(
         "write = stopping.lines.write\nstopping.lines.write = lambda line: (write(line), time.sleep(1))\n"

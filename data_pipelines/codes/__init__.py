@@ -1,9 +1,8 @@
-"""``omni-train data codes``: a codec's codes beside the speech of every sample, in new shards."""
+"""``omni-train data codes``: a codec's codes beside the speech of every sample and its voice's, in new shards."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import multiprocessing
 import os
 from collections import Counter
@@ -14,13 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
-from omni_train.data.rows.crops import read_speech
-from omni_train.data.samples.files import open_regular
-from omni_train.data.samples.members import members, read_files
+from omni_train.data.rows.codes import CODES, MAX_SECONDS, REASONS, RECORD, VOICE_CODES
+from omni_train.data.rows.crops import read_speech, read_voice
 from omni_train.data.samples.parsing import sample_in
-from omni_train.data.samples.sample import SampleError, describe, one_sample
+from omni_train.data.samples.sample import SampleError, describe, one_sample, voice_of
 from omni_train.data.samples.tokenizer import copy_tokenizer
+from omni_train.data_pipelines.copying import samples_of, shards_of
 from omni_train.data_pipelines.making import Making, write_json
 from omni_train.data_pipelines.shards import index_shards, write_files
 from omni_train.errors import UserError
@@ -67,7 +65,8 @@ def extract(
     max_sample_bytes: int = DataConfig.max_sample_bytes,
     max_text_bytes: int = DataConfig.max_text_bytes,
 ) -> None:
-    """Write the shards of a folder anew, with the codes of every sample's speech as ``key.codes.npy``.
+    """Write the shards of a folder anew, with ``key.codes.npy`` and ``key.voice.codes.npy``, the codes of every
+    sample's speech and of the reference utterance of its voice.
 
     See ``docs/data.md``. Stopped at any moment, the same call goes on where it was, and the shards become the same,
     whatever the number of processes. A sample without speech, or whose speech cannot be read, is kept without codes;
@@ -88,14 +87,8 @@ def extract(
     """
     if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
         raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
-    shards = sorted(file.name for file in data.glob("*.tar"))
-    if not shards:
-        raise UserError(f"data={data}: no shards (*.tar) here; give a folder of shards")
-    if workers < 0:
-        raise UserError(f"workers={workers}: must be at least 0, one per core")
     out = out or data.with_name(f"{data.name}_codes")
-    if out.resolve() == data.resolve():
-        raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
+    shards = shards_of(data, out, workers)
     making = Making(out, "coded")
     limits = {"max_seconds": max_seconds, "max_sample_bytes": max_sample_bytes, "max_text_bytes": max_text_bytes}
     job = Job(data, codec, making, open_codec, open_codec(codec).content_hash, **limits)
@@ -126,12 +119,10 @@ def _write(shard: str) -> None:
     partial = _job.making.partial(shard)
 
     def files() -> Iterator[tuple[str, bytes]]:
-        for key, parts in _samples(_job.data / shard, _job.max_sample_bytes, _job.max_text_bytes, left_out):
-            try:
-                with one_sample():
-                    parts[CODES] = _codes(parts)
-            except SampleError as error:
-                missing[error.reason] += 1
+        limits = (_job.max_sample_bytes, _job.max_text_bytes)
+        # Without the codes of another codec, which these replace.
+        for key, parts in samples_of(_job.data / shard, *limits, left_out, without=[*REASONS]):
+            parts |= _coded(parts, missing)
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
 
     write_files(partial, files())
@@ -139,33 +130,27 @@ def _write(shard: str) -> None:
     _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing, "left_out": left_out})
 
 
-def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and files of a shard, whose files stand together by key; ``left_out`` counts the others by reason."""
-    try:
-        with open_regular(shard) as file:
-            files = (member for member in members(file) if member.key is not None)
-            for key, group in itertools.groupby(files, key=lambda member: member.key):
-                others = (member for member in group if member.name != CODES)  # of another codec, which these replace
-                try:
-                    parts = read_files(file, others, most=most, most_text=most_text)
-                except SampleError as error:
-                    if error.reason in ("broken_shard", "truncated_shard"):
-                        raise
-                    left_out[error.reason] += 1
-                    continue
-                if parts:
-                    yield key, parts
-    except (SampleError, OSError) as error:
-        raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
-
-
-def _codes(parts: dict[str, bytes]) -> bytes:
+def _coded(parts: dict[str, bytes], missing: Counter[str]) -> dict[str, bytes]:
+    """Files of codes of a sample by their names; ``missing`` counts what has none by reason."""
     media = MediaConfig(max_audio_seconds=_job.max_seconds)
-    waveform = read_speech(sample_in(parts), parts, media, _codec.sampling_rate)
-    codes = np.asarray(_codec.encode(waveform))
-    buffer = io.BytesIO()
-    np.save(buffer, codes.astype(np.uint16))
-    return buffer.getvalue()
+    coded: dict[str, bytes] = {}
+    try:
+        with one_sample():
+            sample = sample_in(parts)
+    except SampleError as error:
+        missing[error.reason] += 1
+        return coded
+    readers = {CODES: read_speech} | ({VOICE_CODES: read_voice} if voice_of(sample) is not None else {})
+    for name, read in readers.items():
+        try:
+            with one_sample():
+                buffer = io.BytesIO()
+                codes = np.asarray(_codec.encode(read(sample, parts, media, _codec.sampling_rate)))
+                np.save(buffer, codes.astype(np.uint16))
+                coded[name] = buffer.getvalue()
+        except SampleError as error:
+            missing[REASONS[name] + error.reason] += 1
+    return coded
 
 
 def _finish(job: Job, shards: list[str]) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS
@@ -25,18 +25,20 @@ from omni_train.errors import UserError
 def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool:
     """Make the data set in ``out``: ``tokenizer/`` and a folder of train and val shards of each kind of sample.
 
-    The kinds are ``text`` (documents), ``chat``, and those with media (see ``kinds.KINDS``), of which ``samples`` says
-    what share is made. The same versions of Python and packages give the same bytes. ``out`` appears only when it is
-    complete; False when it was there already. Raises UserError when ``out`` is something else, ``vocab_size`` (control
+    The kinds are ``text`` (documents), ``chat``, those with media (``kinds.KINDS``) and those that speak
+    (``kinds.SPOKEN``), of which ``samples`` says what share is made. The same versions of Python and packages give the
+    same bytes. ``out`` appears only when it is complete; a set that was made before there were kinds that speak gets
+    them. False when all was there already. Raises UserError when ``out`` is something else, ``vocab_size`` (control
     tokens included) leaves no room for bytes, or the package that speaks is missing.
     """
     out = Path(out)
-    folders = ("text", "chat", *kinds.KINDS)
-    parts = ("tokenizer/tokenizer.json", *(f"{folder}/.nv-meta/dataset.yaml" for folder in folders))
-    if all((out / part).is_file() for part in parts):
+    heard = ("text", "chat", *kinds.KINDS)  # what the tokenizer learns from
+    missing = [name for name in (*heard, *kinds.SPOKEN) if not (out / name / ".nv-meta" / "dataset.yaml").is_file()]
+    there = (out / "tokenizer" / "tokenizer.json").is_file() and not set(heard) & set(missing)
+    if there and not missing:
         print(f"{out} already holds the rehearsal data set")
         return False
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not there and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} exists and is not a rehearsal data set; name another folder, or remove it")
     if vocab_size < 256 + len(CONTROL_TOKENS):
         raise UserError(
@@ -47,33 +49,39 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool
     if importlib.util.find_spec("espeakng_loader") is None:
         raise UserError("the rehearsal's speech needs espeakng-loader; pip install 'omni_train[rehearsal]'")
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
     try:
-        _render(building, samples)
-        for folder in folders:
+        _render(building, missing, samples)
+        for folder in missing:
             index_shards(building / folder)
-        tokenizer.train(_texts(building, folders), building / "tokenizer", vocab_size)
-        building.chmod(0o755)
-        try:
-            building.replace(out)
-        except OSError as error:
-            if not out.is_dir() or error.errno != errno.ENOTEMPTY:
-                raise
-            raise UserError(
-                f"out={out}: another command wrote there meanwhile; start again to see what it is"
-            ) from None
+        if not there:
+            tokenizer.train(_texts(building, heard), building / "tokenizer", vocab_size)
+            building.chmod(0o755)
+        for folder in missing if there else [""]:
+            _move(building / folder, out / folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"{out}: {', '.join(f'{folder} {_samples(out / folder):,}' for folder in folders)}; {vocab_size:,} tokens")
+    told = ", ".join(f"{folder} {_samples(out / folder):,}" for folder in missing)
+    print(f"{out}: {told}" + ("" if there else f"; {vocab_size:,} tokens"))
     return True
 
 
-def _render(folder: Path, samples: float) -> None:
-    """Write all shards, each with media by a process of its own, which makes espeak-ng's speech the same each time."""
+def _move(made: Path, out: Path) -> None:
+    try:
+        made.replace(out)
+    except OSError as error:
+        if not out.is_dir() or error.errno != errno.ENOTEMPTY:
+            raise
+        raise UserError(f"out={out}: another command wrote there meanwhile; start again to see what it is") from None
+
+
+def _render(folder: Path, names: Sequence[str], samples: float) -> None:
+    """Write all shards of the kinds of these names, each with media by a process of its own, which makes espeak-ng's
+    speech the same each time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([kinds.__name__])
-    waiting = [context.Process(target=kinds.write_text, args=(folder, samples))]
-    for kind in kinds.KINDS:
+    waiting = [context.Process(target=kinds.write_text, args=(folder, samples))] if "text" in names else []
+    for kind in (name for name in names if name not in ("text", "chat")):
         for split, shards in SHARDS.items():
             for shard in range(shards):
                 job = (folder, kind, split, shard, samples)

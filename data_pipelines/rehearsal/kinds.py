@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from omni_train.data_pipelines.rehearsal import conversations, lasting, listening, seeing, text, watching
+from omni_train.data_pipelines.rehearsal import conversations, lasting, listening, seeing, speaking, text, watching
 from omni_train.data_pipelines.rehearsal.world import HELD_OUT, SHARDS, Sample, World
 from omni_train.data_pipelines.shards import write_shard, write_shards
 
@@ -21,6 +21,11 @@ KINDS: dict[str, tuple[Callable[[World], Sample], int]] = {
     "images": (seeing.image, 2250),
     "image_questions": (seeing.image_question, 4500),
 }
+# The same of samples that speak. Their words are those of the others, from which alone the tokenizer learns.
+SPOKEN: dict[str, tuple[Callable[[World], Sample], int]] = {
+    "spoken_long": (speaking.spoken_long, 36),
+    "spoken": (speaking.spoken, 6750),
+}
 
 
 def write(folder: Path, kind: str, split: str, shard: int, share: float) -> None:
@@ -28,7 +33,7 @@ def write(folder: Path, kind: str, split: str, shard: int, share: float) -> None
 
     Always the same one in a process that has not spoken before (``speech.say``).
     """
-    make, samples = KINDS[kind]
+    make, samples = (KINDS | SPOKEN)[kind]
     world = World(f"{kind} {shard}", split)
     count = max(2, round(share * samples / sum(SHARDS.values())))
     keys = (f"{kind}-{split}-{shard:02d}-{number:05d}" for number in range(count))

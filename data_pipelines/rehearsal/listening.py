@@ -33,12 +33,15 @@ def audio_question(world: World) -> Sample:
     return conversation((given, answer), **meta, task="answer", twin=name, transcript=words), media
 
 
-def draw_utterance(world: World) -> tuple[str, str]:
-    """A language and words of the world's split; single words and commands are in both."""
+def draw_utterance(world: World, code: str | None = None, combined: bool = False) -> tuple[str, str]:
+    """A language, ``code`` if that is given, and words of the world's split.
+
+    Single words and commands are in both splits; with ``combined`` there are none.
+    """
     while True:
-        code, kind, words = phrases.utterance(world)
-        if kind not in COMBINED or world.admits((code, words)):
-            return code, words
+        drawn, kind, words = phrases.utterance(world, code)
+        if world.admits((drawn, words)) if kind in COMBINED else not combined:
+            return drawn, words
 
 
 def draw_question(world: World) -> phrases.Question:

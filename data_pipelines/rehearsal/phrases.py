@@ -32,7 +32,12 @@ class Language:
     larger: str  # a question about the digits {one} and {other}
     write_down: str  # the instruction to transcribe
     quoted: str  # the same about the text {text}
+    say: str  # the instruction to say {text}
+    repeat: str  # the instruction to say what is heard
+    see: str  # a question about a picture
     separator: str = " "  # between digits
+    comma: str = ", "  # between phrases
+    stop: str = ". "  # after a sentence
 
     def color(self, color: str, form: int = 0) -> str:
         forms = self.colors[COLORS.index(color)]
@@ -50,6 +55,10 @@ class Language:
     def number(self, digits: tuple[int, ...]) -> str:
         """Digits as they are read out."""
         return self.separator.join(self.digits[digit] for digit in digits)
+
+    def sentences(self, phrases: list[str]) -> str:
+        """Phrases as sentences, one after the other."""
+        return self.stop.join([*phrases, ""]).strip()
 
 
 LANGUAGES = {
@@ -73,6 +82,9 @@ LANGUAGES = {
         larger="which is larger, {one} or {other}?",
         write_down="Write down what you hear.",
         quoted="Somebody says: {text}. Write it down.",
+        say="Say: {text}",
+        repeat="Repeat what you hear.",
+        see="What do you see?",
     ),
     "de": Language(
         voice="de",
@@ -94,6 +106,9 @@ LANGUAGES = {
         larger="was ist größer, {one} oder {other}?",
         write_down="Schreib auf, was du hörst.",
         quoted="Jemand sagt: {text}. Schreib es auf.",
+        say="Sag: {text}",
+        repeat="Sprich nach, was du hörst.",
+        see="Was siehst du?",
     ),
     "fr": Language(
         voice="fr",
@@ -115,6 +130,9 @@ LANGUAGES = {
         larger="lequel est plus grand, {one} ou {other} ?",
         write_down="Écris ce que tu entends.",
         quoted="Quelqu'un dit : {text}. Écris-le.",
+        say="Dis : {text}",
+        repeat="Répète ce que tu entends.",
+        see="Que vois-tu ?",
     ),
     "es": Language(
         voice="es",
@@ -136,6 +154,9 @@ LANGUAGES = {
         larger="¿cuál es mayor, {one} o {other}?",
         write_down="Escribe lo que oyes.",
         quoted="Alguien dice: {text}. Escríbelo.",
+        say="Di: {text}",
+        repeat="Repite lo que oyes.",
+        see="¿Qué ves?",
     ),
     "it": Language(
         voice="it",
@@ -157,6 +178,9 @@ LANGUAGES = {
         larger="quale è maggiore, {one} o {other}?",
         write_down="Scrivi quello che senti.",
         quoted="Qualcuno dice: {text}. Scrivilo.",
+        say="Di': {text}",
+        repeat="Ripeti quello che senti.",
+        see="Cosa vedi?",
     ),
     "zh": Language(
         voice="cmn",
@@ -178,14 +202,19 @@ LANGUAGES = {
         larger="{one}和{other}哪个大？",
         write_down="写下你听到的话。",
         quoted="有人说：{text}。请写下来。",
+        say="请说：{text}",
+        repeat="重复你听到的话。",
+        see="你看到了什么？",
         separator="",
+        comma="，",
+        stop="。",
     ),
 }
 
 
-def utterance(random: Random) -> tuple[str, str, str]:
-    """A language, the kind of what is said, and its words."""
-    code = random.choice(list(LANGUAGES))
+def utterance(random: Random, code: str | None = None) -> tuple[str, str, str]:
+    """A language, the one that is given or else any, the kind of what is said, and its words."""
+    code = code or random.choice(list(LANGUAGES))
     language = LANGUAGES[code]
     kind = random.choices(("digit", "digits", "color", "name", "motion", "command"), (2, 3, 1, 2, 2, 1))[0]
     color, shape, direction = random.choice(COLORS), random.choice(SHAPES), random.choice(DIRECTIONS)

@@ -21,6 +21,7 @@ SEED = 20250923
 VARIANTS = ("", "+m3", "+m7", "+f2", "+f4")  # of every language's voice: a man by default
 PITCHES = (35, 45, 55, 65)  # of 100
 SPEEDS = (150, 170, 190)  # words a minute
+SPEAKERS = ("a man", "another man", "a third man", "a woman", "another woman")  # of VARIANTS, in words
 
 _SYNCHRONOUS, _DO_NOT_EXIT, _UTF8, _CHARACTER = 2, 0x8000, 1, 1
 _SPEED, _PITCH = 1, 3
@@ -37,6 +38,18 @@ class Voice:
 
     def __str__(self) -> str:
         return f"{self.variant or '+m0'} pitch {self.pitch} speed {self.speed}"
+
+    @property
+    def name(self) -> str:
+        """The speaker alone, whatever the pitch and speed: ``f2``."""
+        return self.variant[1:] or "m0"
+
+    @property
+    def description(self) -> str:
+        """The voice in words: ``a woman, high and fast``."""
+        speaker = SPEAKERS[VARIANTS.index(self.variant)]
+        pitch = ("very low", "low", "high", "very high")[PITCHES.index(self.pitch)]
+        return f"{speaker}, {pitch} and {('slow', 'steady', 'fast')[SPEEDS.index(self.speed)]}"
 
 
 def draw_voice(world: World) -> Voice:

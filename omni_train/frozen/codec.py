@@ -81,9 +81,9 @@ def write_codes(
     """Copy the shards of a folder, with a codec's codes beside the speech of every sample.
 
     Every sample whose speech can be read (its speech target, else the first sound of the chat) gets ``key.codes.npy``,
-    (codebooks, frames) uint16. The same folder and codec give the same shards, whatever the number of processes.
-    Stopped at any moment, the same command goes on where it was. The new folder is ready for ``data.codec=CHECKPOINT``,
-    which refuses codes of another codec.
+    (codebooks, frames) uint16, and one with a reference utterance of its voice ``key.voice.codes.npy``. The same folder
+    and codec give the same shards, whatever the number of processes. Stopped at any moment, the same command goes on
+    where it was. The new folder is ready for ``data.codec=CHECKPOINT``, which refuses codes of another codec.
 
     Args:
         data: folder of indexed shards; it stays as it is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,20 @@ from omni_train.checkpoint.integrity import require_intact
 from omni_train.checkpoint.plain import is_plain, read_network
 from omni_train.checkpoint.sharded import read_model_config
 from omni_train.checkpoint.store import resolve
+from omni_train.data.rows.codes import content_hash
 from omni_train.data.rows.transcripts import split_tag
 from omni_train.data.samples.features.mel import log_mel
 from omni_train.data.samples.lengths import audio_tokens_per_second
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
 from omni_train.models.recognizer import SpeechRecognizer
-from omni_train.recipe.schema import Precision, Recipe, Recompute
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ParallelConfig, Precision, Recipe, Recompute
 from omni_train.rollout.transcribe import transcribe
 
+SAMPLING_RATE = 16000
+"""Sampling rate in Hz of the waveforms that a recognizer hears."""
 WHOLE_CLIPS = 0
+LONGEST_TRANSCRIPT = 2048  # tokens: ten minutes of quick speech
 SHORTEST = 0.2  # seconds; a shorter clip is padded with silence
 
 
@@ -49,9 +53,15 @@ class FrozenRecognizer:
         self.model = SpeechRecognizer(settings)
         self.model.load_state_dict(read_network(checkpoint, "model"))
         self.model.eval().requires_grad_(False)
-        self.audio, self.max_new_tokens = model.audio, recipe.evaluation.max_new_tokens
-        self.tokenizer = Tokenizer(recipe.data.tokenizer)
+        self.audio, self.config, self.max_new_tokens = model.audio, model.recognizer, recipe.evaluation.max_new_tokens
+        self.tokenizer, self.vocab_size = Tokenizer(recipe.data.tokenizer), model.vocab_size
         self.rate, self.size = audio_tokens_per_second(model.audio), model.audio.hidden_size
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of its weights and sizes."""
+        tensors = {name: one for name, one in self.model.state_dict().items() if isinstance(one, torch.Tensor)}
+        return content_hash(tensors, {"audio": asdict(self.audio), "recognizer": asdict(self.config)})
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -81,7 +91,7 @@ class FrozenRecognizer:
         return [split_tag(tokens, self.tokenizer)[1] for tokens in words]
 
     def _mel(self, waveform: np.ndarray) -> np.ndarray:
-        missing = max(0, round(SHORTEST * 16000) - len(waveform))
+        missing = max(0, round(SHORTEST * SAMPLING_RATE) - len(waveform))
         return log_mel(np.pad(waveform, (0, missing)), self.audio.num_mel_bins)
 
 
@@ -94,3 +104,27 @@ def open_recognizer(checkpoint: str, recipe: Recipe) -> FrozenRecognizer:
     found = resolve(checkpoint)
     require_intact(found, recipe.checkpoint.verify, only=("model.pt", "model*.safetensors"))
     return FrozenRecognizer(found, recipe)
+
+
+def open_transcriber(checkpoint: str, tokenizer: str) -> FrozenRecognizer:
+    """The recognizer of a checkpoint, or of a run's latest, in a process that has no recipe and no other ranks.
+
+    Args:
+        checkpoint: as in :func:`open_recognizer`.
+        tokenizer: folder of the tokenizer that it was trained with.
+
+    Raises:
+        UserError: as :func:`open_recognizer`, or the tokenizer has more tokens than the recognizer.
+    """
+    platform.init_distributed()
+    platform.parallel.initialize(ParallelConfig(), seed=0)
+    recipe = Recipe(
+        data=DataConfig(tokenizer=tokenizer), evaluation=EvaluationConfig(max_new_tokens=LONGEST_TRANSCRIPT)
+    )
+    found = open_recognizer(checkpoint, recipe)
+    if found.tokenizer.size > found.vocab_size:
+        raise UserError(
+            f"{tokenizer} has {found.tokenizer.size} tokens, more than the {found.vocab_size} of {checkpoint}; give "
+            "the tokenizer that the recognizer was trained with"
+        )
+    return found

@@ -29,6 +29,11 @@ def no_frozen_models(recipe: Recipe) -> dict[str, FrozenModel]:
     return {}
 
 
+def as_it_says(recipe: Recipe) -> Recipe:
+    """The recipe itself: a network starts as `init_from` and `init_parts` say, by default."""
+    return recipe
+
+
 def six_per_parameter(recipe: Recipe, rows: Sequence[Any], tokens: float, parameters: int) -> float:
     """FLOPs of one training step, estimated as six per parameter and token (Kaplan et al. 2020, section 2.1)."""
     return 6.0 * parameters * tokens
@@ -44,6 +49,7 @@ class NetworkSpec(NetworkKeys):
         frozen: recipe -> frozen models beside the network. Collective.
         evaluation: (recipe, held-out data as the network's kind of rows reads them, how many samples could not be read
             by reason, frozen) -> the evaluation on them; None where the network has no evaluation.
+        starting: recipe -> recipe with what a fresh run of the network starts from beside what it says.
         flops: (recipe, rows, their tokens, parameters of the whole network) -> FLOPs of a training step over the rows.
     """
 
@@ -51,6 +57,7 @@ class NetworkSpec(NetworkKeys):
     objective: Callable[[Recipe, Networks, Frozen], NetworksObjective]
     frozen: Callable[[Recipe], Frozen] = no_frozen_models
     evaluation: Callable[[Recipe, list, Counter[str], Frozen], Evaluation] | None = None
+    starting: Callable[[Recipe], Recipe] = as_it_says
     flops: Callable[[Recipe, Sequence[Any], float, int], float] = six_per_parameter
 
     def validate(self, recipe: Recipe) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -88,6 +90,18 @@ def init_distributed(timeout_seconds: int = 1800) -> None:
         world_size=world_size(),
         timeout=timeout,
     )
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Context in which the ranks have joined; they leave again where they had not before."""
+    before = torch.distributed.is_initialized()
+    init_distributed()
+    try:
+        yield
+    finally:
+        if not before:
+            leave_distributed()
 
 
 def store() -> torch.distributed.Store:

@@ -1,7 +1,7 @@
 """Descriptions of the recipe's keys: each is given once, where the key is declared, and read from there.
 
 Validation takes its bound, a run that goes on what a change of it means, ``--help`` and docs/recipes.md its line, and
-pipelines whether it names a checkpoint::
+pipelines whether it names a checkpoint or data::
 
     steps: int = key(ge=0, first=True, help="optimizer steps of the run; 0 writes the initial checkpoint and ends")
 """
@@ -50,6 +50,8 @@ class Key:
     """Effect of a change on resume; None for that of the key's group, which at the top is `kept`."""
     checkpoint: bool = False
     """Whether the value is the path of a checkpoint or a run, or holds such paths."""
+    data: bool = False
+    """Whether the value is the path of a folder of data, or of what is in one, or holds such paths."""
     linkable: bool = False
     """Whether the value is a path of files that may be replaced by a link where they have moved."""
     first: bool = False

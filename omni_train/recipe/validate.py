@@ -5,6 +5,7 @@ Each refusal is one line: the key and its value, what is wrong, what to do. docs
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from math import lcm
 
@@ -48,6 +49,7 @@ def validate(recipe: Recipe, world_size: int | None) -> None:
         refuse(recipe, "data.rows", why)
     network.validate(recipe)
     _rows(recipe)
+    _strata(recipe)
     check_media(recipe)
     _optimization(recipe)
     if world_size is not None:
@@ -86,6 +88,25 @@ def _rows(recipe: Recipe) -> None:
             "with data.chat_template=qwen3_5 a chat is learned once for each of its questions; set "
             "data.loss_on=assistant",
         )
+
+
+def _strata(recipe: Recipe) -> None:
+    """Refuse strata of which some can never be drawn from."""
+    strata = recipe.data.strata
+    names = [stratum.name for stratum in strata]
+    for i, stratum in enumerate(strata):
+        where = f"data.strata[{i}]"
+        if not re.fullmatch(r"\w+", stratum.name, re.ASCII) or stratum.name in names[:i]:
+            raise UserError(f"{where}.name={stratum.name}: must be letters, digits and _, and another for each stratum")
+        given = {score: bounds for score, bounds in vars(stratum.when).items() if bounds}
+        for score, bounds in given.items():
+            least, greatest = bounds if len(bounds) == 2 else (1.0, 0.0)
+            if least is not None and greatest is not None and not least <= greatest:
+                raise UserError(f"{where}.when.{score}={bounds}: must be [least, greatest], null where there is none")
+        if not given and i + 1 < len(strata):
+            raise UserError(f"{where}: takes every sample, and {names[i + 1]} behind it gets none; put it last")
+    if strata and not any(stratum.weight for stratum in strata):
+        raise UserError("data.strata: all weights are 0, and nothing is left to read; raise one")
 
 
 def _optimization(recipe: Recipe) -> None:

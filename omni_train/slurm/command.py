@@ -35,9 +35,10 @@ def run_directory(command: Sequence[str], ranks: int | None) -> Path:
             f"submit an array with run=NAME-{TASK}"
         )
     if name == "pipeline":
+        from omni_train.commands import DATA
         from omni_train.recipe.pipeline import load_pipeline
 
-        return load_pipeline(words, ranks, config_dir).directory
+        return load_pipeline(words, ranks, config_dir, DATA).directory
     from omni_train.recipe.compose import load_recipe
     from omni_train.recipe.validate import validate
 

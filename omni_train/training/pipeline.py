@@ -12,10 +12,12 @@ from omni_train.data.rows.kinds import check_rows
 from omni_train.errors import cannot_write
 from omni_train.platform.logs import say, warn
 from omni_train.processes import Exit
+from omni_train.recipe.data_stage import DataStage
 from omni_train.recipe.keys import Change
-from omni_train.recipe.pipeline import Pipeline, with_sources
+from omni_train.recipe.pipeline import Pipeline, directory, with_sources
 from omni_train.recipe.schema import Recipe
 from omni_train.tracking.report import report
+from omni_train.training.data_stage import make_data
 from omni_train.training.resume import changes, refuse_change
 from omni_train.training.run import train
 from omni_train.training.run_lock import RunLock, holding
@@ -33,9 +35,10 @@ def run_pipeline(pipeline: Pipeline) -> int:
         UserError: a stage cannot work, or its directory holds a run of another recipe.
     """
     lines.begin_log()
-    for recipe in pipeline.stages.values():
+    for recipe in pipeline.recipes.values():
         check_rows(recipe)
-    directories = (pipeline.directory, *(Path(stage.runs_dir, stage.run) for stage in pipeline.stages.values()))
+    # Commands that make data hold the folders that they write themselves.
+    directories = (pipeline.directory, *(Path(directory(recipe)) for recipe in pipeline.recipes.values()))
     with holding(*directories, remedy="give another run=") as lock:
         return _run_stages(pipeline, lock)
 
@@ -49,22 +52,24 @@ def _run_stages(pipeline: Pipeline, lock: RunLock) -> int:
     names, number = list(pipeline.stages), 0
     while number < len(names):
         name = names[number]
-        recipe = _from_checkpoints(pipeline.stages[name], pipeline)
+        stage = _from_checkpoints(pipeline.stages[name], pipeline)
         title = f"stage {number + 1} of {len(names)}, {name}"
-        if is_complete(recipe):
-            say(f"{title}: complete, skipped")
-        else:
-            say(title)
-            stopping.at_once(f"at the start of {title}, nothing new to save")
-            try:
-                if not train(recipe, lock):
+        try:
+            if isinstance(stage, DataStage):
+                make_data(stage, name, title, lock)
+            elif is_complete(stage):
+                say(f"{title}: complete, skipped")
+            else:
+                say(title)
+                stopping.at_once(f"at the start of {title}, nothing new to save")
+                if not train(stage, lock):
                     return Exit.stopped
-            except DamagedCheckpoint as error:
-                number = _go_back(error, pipeline, number)
-                continue
+        except DamagedCheckpoint as error:
+            number = _go_back(error, pipeline, number)
+            continue
         number += 1
     stopping.at_once("before the report, all stages are complete")
-    if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.stages.values()):
+    if platform.rank() == 0 and any(recipe.schedule.steps for recipe in pipeline.recipes.values()):
         try:
             report(pipeline.directory)
         except OSError as error:
@@ -86,8 +91,8 @@ def _go_back(error: DamagedCheckpoint, pipeline: Pipeline, number: int) -> int:
     Raises:
         DamagedCheckpoint: the damaged checkpoint is not of an earlier stage.
     """
-    for before, (name, recipe) in enumerate([*pipeline.stages.items()][:number]):
-        folder = Path(recipe.runs_dir, recipe.run, "checkpoints").resolve()
+    for before, (name, stage) in enumerate([*pipeline.stages.items()][:number]):
+        folder = Path(directory(stage), "checkpoints").resolve()
         if error.checkpoint is not None and error.checkpoint.parent.resolve() == folder:
             say(f"stage {before + 1}, {name}: goes on from the checkpoint before")
             if platform.rank() == 0:
@@ -124,14 +129,14 @@ def is_complete(recipe: Recipe) -> bool:
     return True
 
 
-def _from_checkpoints(recipe: Recipe, pipeline: Pipeline) -> Recipe:
-    """Recipe that names the last checkpoints of earlier stages in the place of their directories.
+def _from_checkpoints(stage: Recipe | DataStage, pipeline: Pipeline) -> Recipe | DataStage:
+    """Stage that names the last checkpoints of earlier stages in the place of their directories.
 
     So the run can be repeated, and a stage notices that an earlier one was trained further.
     """
-    runs = {str(Path(stage.runs_dir, stage.run)) for stage in pipeline.stages.values()}
+    runs = {directory(recipe) for recipe in pipeline.recipes.values()}
 
     def checkpoint(source: str) -> str:
         return str(Path(source, "checkpoints", resolve(source).name)) if source in runs else source
 
-    return with_sources(recipe, checkpoint)
+    return stage.with_inputs(checkpoint) if isinstance(stage, DataStage) else with_sources(stage, checkpoint)

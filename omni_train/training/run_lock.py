@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
 from omni_train import platform
 from omni_train.errors import UserError, announce
 from omni_train.locks import DirectoryLock
@@ -56,14 +54,10 @@ def holding(*directories: Path, remedy: str, when_held: Callable[[], None] = lam
                 held.callback(lock.release)
             when_held()
 
-        joined = torch.distributed.is_initialized()
-        platform.init_distributed()
-        try:
-            on_first_rank(acquire)
-        except UserError as error:
-            announce(error)  # while the ranks can still agree on who prints it
-            raise
-        finally:
-            if not joined:
-                platform.leave_distributed()
+        with platform.joined():
+            try:
+                on_first_rank(acquire)
+            except UserError as error:
+                announce(error)  # while the ranks can still agree on who prints it
+                raise
         yield RunLock(locks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Trainer:
             "skipped_steps": 0,
             "skipped_samples": {},
             "tokens_by_modality": {},
+            "samples_by_stratum": {},
+            "left_out_samples": {},
             "nonfinite_in_a_row": 0,
         }
         self.feed: Feed | None = None
@@ -226,7 +228,8 @@ class Trainer:
             **result.metrics,
             "lr": learning_rate,
             "tokens": self.progress["tokens"],
-            **self._fractions(result.tokens_by_modality),
+            **self._fractions("fraction", "tokens_by_modality", result.tokens_by_modality),
+            **self._fractions("stratum", "samples_by_stratum", result.strata),
             "tokens_per_second": result.tokens / seconds,
             "data_wait_seconds": self.feed.wait_seconds,
             "step_seconds": seconds,
@@ -235,17 +238,26 @@ class Trainer:
             "skipped_steps": self.progress["skipped_steps"],
             "skipped_samples": sum(self.progress["skipped_samples"].values()),
         }
+        for reason, number in result.left_out.items():
+            self.progress["left_out_samples"][reason] = self.progress["left_out_samples"].get(reason, 0) + number
+            metrics[f"left_out_{reason}"] = self.progress["left_out_samples"][reason]
         peak = platform.peak_flops()
         if peak:
             metrics["mfu"] = rate / (peak * platform.world_size())
         return metrics
 
-    def _fractions(self, tokens: dict[str, float]) -> dict[str, float]:
-        """Each modality's fraction of the tokens since the run began; nothing for rows without modalities."""
-        counts = self.progress["tokens_by_modality"]
-        for name, number in tokens.items():
-            counts[name] = counts.get(name, 0.0) + number
-        return {f"fraction_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
+    def _fractions(self, metric: str, what: str, counted: Mapping[str, float]) -> dict[str, float]:
+        """Each one's fraction of what was counted since the run began; nothing for those of which there was nothing.
+
+        Args:
+            metric: metrics are named after it.
+            what: name of the counts in ``progress``.
+            counted: of this step, by name.
+        """
+        counts = self.progress[what]
+        for name, number in counted.items():
+            counts[name] = counts.get(name, 0) + number
+        return {f"{metric}_{name}": number / sum(counts.values()) for name, number in counts.items() if number}
 
     def _count_skipped(self, rows: list[Row]) -> None:
         """Add up the samples that the loaders of all data ranks refused, by reason, and say so. Collective."""

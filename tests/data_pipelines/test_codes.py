@@ -6,9 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -16,11 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
 from safetensors.torch import save_file
 
+from omni_train.data.rows.codes import CODES, VOICE_CODES, read_codes
+from omni_train.data.samples.sample import SampleError
 from omni_train.data.samples.sources import open_source
 from omni_train.data.stream.loader import build_loader
 from omni_train.data_pipelines.codes import extract
@@ -34,6 +35,7 @@ from tests.support.codec import CODE2WAV, CODEC, FRAME, MODEL, voice
 from tests.support.media import sound_file
 
 SAMPLES = [500 + 173 * n for n in range(23)]
+VOICES = {1: 700, 8: 1300, 19: 2500}  # samples whose voice has a reference utterance, and its length
 
 
 def checkpoint(folder: Path, seed: int, teacher_size: int = 0) -> Path:
@@ -56,18 +58,23 @@ def codec(tmp_path_factory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("codec") / "step_00000001", 1)
 
 
+def wave(length: int, seed: int) -> bytes:
+    return sound_file(voice(length, seed).numpy()[:, None], 24000, "WAV")
+
+
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory) -> Path:
-    """Speech in four shards, one sample without any and one that is damaged."""
+    """Speech in four shards, one sample without any, one that is damaged, and some with voices, good and bad."""
     folder = tmp_path_factory.mktemp("speech") / "speech"
     samples = [
-        (
-            f"s-{n:03d}",
-            {"text": f"word {n}", "speech": "0.wav"},
-            {"0.wav": sound_file(voice(length, n).numpy()[:, None], 24000, "WAV")},
-        )
+        (f"s-{n:03d}", {"text": f"word {n}", "speech": "0.wav"}, {"0.wav": wave(length, n)})
         for n, length in enumerate(SAMPLES)
     ]
+    for n, length in VOICES.items():
+        samples[n][1]["voice"], samples[n][2]["1.wav"] = {"speech": "1.wav"}, wave(length, 100 + n)
+    samples[5][1]["voice"] = {"name": "anna"}
+    samples[6][1]["voice"], samples[6][2]["1.wav"] = {"speech": "1.wav"}, b"RIFF who?"
+    samples[7][1]["voice"] = {"speech": "nowhere.wav"}
     samples.insert(4, ("t-000", {"text": "nobody says this"}))
     samples.insert(9, ("d-000", {"text": "x", "speech": "0.wav"}, {"0.wav": b"RIFF what?"}))
     write_shards(folder, "train", samples[:-6], 3)
@@ -102,15 +109,18 @@ def test_every_sample_keeps_its_files_and_its_speech_gets_the_codecs_codes(speec
         before, after = files_of(speech, split), files_of(coded, split)
         assert list(before) == list(after)
         for text, parts in after.items():
-            found = parts.pop("codes.npy", None)
+            found = {name: parts.pop(name) for name in (CODES, VOICE_CODES) if name in parts}
             assert parts == before[text]
-            assert (found is not None) == text.startswith("word")
-            if found is not None:
-                n = int(text.split()[1])
-                codes = np.load(io.BytesIO(found))
-                assert (codes.dtype, codes.shape) == (np.uint16, (4, -(-SAMPLES[n] // FRAME)))
-                heard, _ = soundfile.read(io.BytesIO(parts["0.wav"]), dtype="float32")
+            n = int(text.split()[1]) if text.startswith("word") else None
+            lengths = {CODES: SAMPLES[n]} if n is not None else {}
+            lengths |= {VOICE_CODES: VOICES[n]} if n in VOICES else {}
+            assert set(found) == set(lengths)
+            for name, length in lengths.items():
+                codes = np.load(io.BytesIO(found[name]))
+                assert (codes.dtype, codes.shape) == (np.uint16, (4, -(-length // FRAME)))
+                heard, _ = soundfile.read(io.BytesIO(parts["0.wav" if name == CODES else "1.wav"]), dtype="float32")
                 np.testing.assert_array_equal(codes, opened.codec.encode(torch.from_numpy(heard)[None])[0])
+                np.testing.assert_array_equal(codes, read_codes(found, 4, CODE2WAV.codebook_size, name))
 
 
 def test_the_folder_and_each_shard_say_whose_codes_they_are(codec, coded):
@@ -142,21 +152,65 @@ def test_more_processes_give_the_same_bytes(speech, codec, coded, tmp_path):
 def test_killed_and_started_again_it_gives_the_same_bytes(speech, codec, coded, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "omni_train", "data", "codes", f"data={speech}", f"codec={codec}", f"out={out}"]
-    process = subprocess.Popen(
-        [*command, "workers=1"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, "workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    assert started
+    assert not psutil.wait_procs(started, timeout=60)[1]  # a worker would write beside those of the next command
     made = {file.name: file.stat().st_mtime_ns for file in (out / ".coded").glob("*.tar.json")}
     assert not (out / "codec.json").exists()
     write_codes(speech, str(codec), out, workers=2)
     assert contents(out) == contents(coded)
     assert all((out / ".coded" / name).stat().st_mtime_ns == when for name, when in made.items())
     again = subprocess.run([*command, "workers=1"], capture_output=True, check=True, text=True)
-    assert again.stdout.splitlines()[-1].endswith("in 4 shards; without codes: audio_damaged 1, no_speech 1")
+    told = "audio_damaged 1, no_speech 1, voice_audio_damaged 1, voice_media_missing 1"
+    assert again.stdout.splitlines()[-1].endswith(f"in 4 shards; without codes: {told}")
+
+
+def test_a_reference_that_is_too_long_gets_no_codes_and_old_ones_are_replaced(codec, capsys, tmp_path):
+    most = max(SAMPLES) / 24000  # which one reference is longer than
+    lengths = {1: 4 * max(SAMPLES), 3: 900}
+    samples = [
+        (
+            f"s-{n}",
+            {"text": f"word {n}", "speech": "0.wav", "voice": {"speech": "1.wav"}},
+            {"0.wav": wave(SAMPLES[n], n), "1.wav": wave(length, 7), CODES: b"old", VOICE_CODES: b"old"},
+        )
+        for n, length in lengths.items()
+    ]
+    write_shards(tmp_path / "speech", "train", samples, 1)
+    index_shards(tmp_path / "speech")
+    write_codes(tmp_path / "speech", str(codec), workers=1, max_seconds=most)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("without codes: voice_audio_too_long 1")
+    found = files_of(tmp_path / "speech_codes", "train")
+    assert b"old" not in {data for parts in found.values() for data in parts.values()}
+    assert [text for text, parts in found.items() if VOICE_CODES in parts] == ["word 3"]
+
+
+@pytest.mark.parametrize("of", [CODES, VOICE_CODES])
+def test_codes_that_do_not_fit_are_refused_by_their_file(of):
+    def npy(codes: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, codes)
+        return buffer.getvalue()
+
+    name = "voice_codes" if of == VOICE_CODES else "codes"
+    for data, reason in (
+        (None, "no_codes"),
+        (b"old", "codes_unreadable"),
+        (npy(np.zeros((3, 5), np.uint16)), "codes_mismatch"),
+        (npy(np.full((4, 5), 11, np.uint16)), "codes_mismatch"),
+        (npy(np.full((4, 5), -1, np.int16)), "codes_mismatch"),
+    ):
+        with pytest.raises(SampleError) as refused:
+            read_codes({} if data is None else {of: data}, 4, 11, of, name)
+        assert refused.value.reason == reason.replace("codes", name)
+    read = read_codes({of: npy(np.full((4, 5), 10, np.uint16))}, 4, 11, of, name)
+    assert (read.dtype, read.shape, read.min(), read.max()) == (np.int64, (4, 5), 10, 10)
 
 
 def data(folder: Path, codec: str) -> DataConfig:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,8 +23,8 @@ from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.samples.sample import Chat, Document
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.data_pipelines import rehearsal
-from omni_train.data_pipelines.rehearsal import listening, phrases, seeing, watching
-from omni_train.data_pipelines.rehearsal.kinds import KINDS
+from omni_train.data_pipelines.rehearsal import listening, phrases, seeing, speaking, watching
+from omni_train.data_pipelines.rehearsal.kinds import KINDS, SPOKEN
 from omni_train.data_pipelines.rehearsal.pictures import COLORS
 from omni_train.data_pipelines.rehearsal.speech import RATE
 from omni_train.data_pipelines.rehearsal.world import World
@@ -85,7 +86,7 @@ def nearest_color(pixels: np.ndarray) -> str:
 
 
 def test_every_sample_is_of_the_schema_under_a_key_of_its_own(built):
-    for kind in ("text", "chat", *KINDS):
+    for kind in ("text", "chat", *KINDS, *SPOKEN):
         train, held_out = read(built / kind, "train"), read(built / kind, "val")
         assert len(held_out) >= 2
         assert 5 * len(held_out) < len(train) < 9 * len(held_out)
@@ -93,7 +94,7 @@ def test_every_sample_is_of_the_schema_under_a_key_of_its_own(built):
         for key, (fields, media) in (train | held_out).items():
             assert key.isascii()
             sample = parse_sample(json.dumps(fields).encode())
-            assert isinstance(sample, Document if kind == "text" else Chat)
+            assert isinstance(sample, Chat if kind in KINDS or "answer" in sample.meta else Document)
             assert {"language", "task", "source"} <= set(sample.meta), key
             if kind in KINDS:
                 assert [medium.file for medium in sample.media] == list(media)
@@ -110,7 +111,8 @@ def test_the_tokenizer_has_exactly_the_ids_asked_for_and_writes_all_languages(bu
         assert ours.decode(ours.encode(fields["text"])) == fields["text"]
         assert theirs(fields["text"])["input_ids"] == ours.encode(fields["text"])
     for language in phrases.LANGUAGES.values():
-        assert all(ours.decode(ours.encode(text)) == text for text in (*language.digits, language.write_down))
+        texts = (*language.digits, language.write_down, language.say, language.repeat, language.see)
+        assert all(ours.decode(ours.encode(text)) == text for text in texts)
 
 
 def test_the_chat_template_writes_chatml_and_the_slots_of_media(built):
@@ -194,12 +196,90 @@ def test_what_is_held_out_is_not_in_training():
             "sentence": {(code, words) for code, words in utterances if len(words.split()) > 5},
             "question": {q.name for q in (listening.draw_question(world) for _ in range(3000)) if "larger" in q.name},
             "scene": {seeing.draw_scene(world, "large") for _ in range(3000)},
+            "shape's name": {speaking.draw_sight(world, code)[1] for code in phrases.LANGUAGES for _ in range(60)},
             "event": {watching.draw_event(world, phrases.DIRECTIONS) for _ in range(1000)},
         }
     for what, train in seen["train"].items():
         held_out = seen["val"][what]
         assert held_out and len(held_out) < len(train) / 4, what
         assert not held_out & train, what
+    worlds = World("draws", "train"), World("draws", "val")
+    train, held_out = ({speaking.draw_text(world, "en", 2) for _ in range(3000)} for world in worlds)
+    assert held_out and not held_out & train
+
+
+def test_what_is_spoken_lasts_as_long_as_its_meta_says_in_the_voice_that_it_says(built):
+    """Speech and reference are of one voice and other words; a voice is described in half, and in one way."""
+    lengths, described, tasks, turns = [], Counter(), Counter(), Counter()
+    descriptions: dict[str, set] = {}
+    for kind in SPOKEN:
+        for fields, media in both(built / kind):
+            meta, voice = fields["meta"], fields["voice"]
+            given = (
+                [part[part["type"]] for part in parts(fields) if part["type"] != "text"] if "messages" in fields else []
+            )
+            assert [*given, fields["speech"], voice["speech"]] == list(media)
+            assert len(wave_of(media[fields["speech"]])) / RATE == meta["duration"]
+            text = fields["text"] if "text" in fields else fields["messages"][-1]["content"]
+            assert meta["reference"] not in text
+            assert 0.2 < len(wave_of(media[voice["speech"]])) / RATE < 4
+            assert meta["voice"].split()[0] == f"+{voice['name']}"
+            if "description" in voice:
+                descriptions.setdefault(voice["description"], set()).add(meta["voice"])
+            if kind == "spoken_long":
+                assert 30 <= meta["duration"] <= 60
+                continue
+            lengths.append(meta["duration"])
+            described["description" in voice] += 1
+            tasks[meta["task"]] += 1
+            turns[len(fields.get("messages", ()))] += 1
+    assert max(map(len, descriptions.values())) == 1 and len(set.union(*descriptions.values())) == len(descriptions)
+    assert 0.35 < described[True] / described.total() < 0.65
+    assert set(tasks) == {"read", "say", "repeat", "see"} and set(turns) == {0, 2, 4}
+    assert min(lengths) < 1 and np.median(lengths) > 1 and max(lengths) > 5
+
+
+def test_voices_that_speak_are_of_their_split(built):
+    for kind in SPOKEN:
+        held_out, train = (
+            {fields["meta"]["voice"] for fields, _ in read(built / kind, split).values()} for split in ("val", "train")
+        )
+        assert held_out and not held_out & train
+
+
+def test_a_reference_sounds_like_its_speech_and_not_like_other_voices(built):
+    """Median fundamental frequencies of the two agree, over voices that differ by more than an octave."""
+    pitches = [
+        [fundamental(wave_of(media[name])) for name in (fields["speech"], fields["voice"]["speech"])]
+        for fields, media in read(built / "spoken", "train").values()
+        if fields["meta"]["duration"] > 0.8
+    ]
+    heard, reference = np.log2(pitches).T
+    assert np.ptp(heard) > 1
+    assert np.corrcoef(heard, reference)[0, 1] > 0.8
+
+
+def fundamental(wave: np.ndarray) -> float:
+    """Median fundamental frequency of the loud frames of 64 ms, in Hz, by their autocorrelation."""
+    frames = np.lib.stride_tricks.sliding_window_view(wave, 1024)[::512]
+    loud = frames[np.square(frames).mean(1) > 0.3 * np.square(wave).mean()]
+    power = np.abs(np.fft.rfft(loud * np.hanning(1024), 2048)) ** 2
+    lags = np.fft.irfft(power)[:, RATE // 400 : RATE // 60]
+    return RATE / (float(np.median(lags.argmax(1))) + RATE // 400)
+
+
+def test_a_set_of_before_there_was_speech_gets_it(built, tmp_path, capsys):
+    """The folders are those of a new set, nothing else is touched, and a folder that was there already stays."""
+    old = shutil.copytree(built, tmp_path / "old")
+    for kind in SPOKEN:
+        shutil.rmtree(old / kind)
+    before = {file: file.stat().st_mtime_ns for file in old.rglob("*") if file.is_file()}
+    assert rehearsal.build(old, samples=SHARE)
+    assert all(name in capsys.readouterr().out for name in SPOKEN)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    files = sorted(str(file.relative_to(built)) for file in built.rglob("*") if file.is_file())
+    assert filecmp.cmpfiles(built, old, files, shallow=False) == (files, [], [])
+    assert sorted(path.name for path in old.iterdir()) == sorted(path.name for path in built.iterdir())
 
 
 def test_spoken_questions_have_their_text_twin_in_the_same_split(built):

@@ -180,3 +180,15 @@ def speech_batches(steps: int, recipe: Recipe) -> list[list[SpeechRow]]:
             rows.append(speech_row(lengths[number], 10 * i + j, recipe, below))
         batches.append(rows)
     return batches
+
+
+class FakeTokenizer:
+    """Tokenizer of letters, with the control tokens of the Talker's text."""
+
+    im_start, im_end, end_of_text = 100, 101, 102
+
+    def token_id(self, name: str) -> int:
+        return {"<tts_pad>": 103, "<tts_text_bos>": 104, "<tts_text_eod>": 105}[name]
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 90 for letter in text]

@@ -35,6 +35,8 @@ class Row:
 
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> samples refused since the stream's last row
     samples: int = 0  # that begin in this row
+    strata: dict[str, int] = field(default_factory=dict)  # stratum -> samples of it that this row begins with
+    left_out: dict[str, int] = field(default_factory=dict)  # like `skipped`, of samples that data.strata leave out
     # What the frozen models of an objective gave for this row, by name. It is made where it is used: a row that travels
     # leaves it behind.
     prepared: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -29,6 +29,8 @@ CODES = "codes.npy"
 """Name of the file of a key that holds its codes: (N, frames) uint16."""
 VOICE_CODES = "voice.codes.npy"
 """The same of the reference utterance that says who is to speak."""
+REASONS = {CODES: "", VOICE_CODES: "voice_"}
+"""What the reasons for which codes could not be made begin with, by the name of their file."""
 RECORD = "codec.json"
 MAX_SECONDS = 600.0
 """Longest speech that is encoded by default, in seconds: the codec takes it in one piece, ten minutes in 8 GB."""

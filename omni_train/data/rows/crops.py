@@ -15,7 +15,7 @@ from omni_train.data.rows.batch import WaveRow
 from omni_train.data.rows.codes import coded_samples, codes_of
 from omni_train.data.samples.lengths import codec_frame_samples, codec_sampling_rate, crop_frames
 from omni_train.data.samples.media import audio_seconds, read_audio
-from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_of
+from omni_train.data.samples.sample import Medium, Sample, SampleError, speech_of, voice_of
 from omni_train.recipe.schema import DataConfig, MediaConfig, ModelConfig
 
 AROUND = 0.1
@@ -50,8 +50,17 @@ def read_speech(
 
     Raises SampleError: ``no_speech``, ``media_missing`` (the sample names a file that it lacks), and as ``read_audio``.
     """
-    speech = _speech(sample, parts)
+    speech = spoken_file(sample, parts)
     return read_audio(parts[speech.file], media, speech.start, speech.end, sampling_rate, most)
+
+
+def read_voice(sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, sampling_rate: int) -> np.ndarray:
+    """Waveform (n,) float32 of the reference utterance of a sample's voice.
+
+    Raises SampleError: ``no_voice``, ``media_missing``, and as ``read_audio``.
+    """
+    voice = _in(parts, voice_of(sample), "no_voice")
+    return read_audio(parts[voice.file], media, sampling_rate=sampling_rate)
 
 
 def read_coded_speech(
@@ -86,20 +95,24 @@ def read_crop(sample: Sample, parts: Mapping[str, bytes], data: DataConfig, mode
     return Crop(np.pad(piece, (0, frames * per_frame - len(piece))), len(piece), frames, draw, codes)
 
 
-def _speech(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
-    speech = speech_of(sample)
-    if speech is None:
-        raise SampleError("no_speech")
-    if speech.file not in parts:
+def spoken_file(sample: Sample, parts: Mapping[str, bytes]) -> Medium:
+    """Speech of a sample, whose file is there. Raises SampleError ``no_speech`` or ``media_missing``."""
+    return _in(parts, speech_of(sample), "no_speech")
+
+
+def _in(parts: Mapping[str, bytes], medium: Medium | None, otherwise: str) -> Medium:
+    if medium is None:
+        raise SampleError(otherwise)
+    if medium.file not in parts:
         raise SampleError("media_missing")
-    return speech
+    return medium
 
 
 def _cut(
     sample: Sample, parts: Mapping[str, bytes], media: MediaConfig, rate: int, samples: int, draw: int
 ) -> np.ndarray:
     """Cut of at most ``samples`` of a sample's speech, at the place that ``draw`` says; little more is decoded."""
-    speech = _speech(sample, parts)
+    speech = spoken_file(sample, parts)
     file, begin = parts[speech.file], speech.start or 0.0
     seconds = audio_seconds(file)
     end = seconds if speech.end is None else min(speech.end, seconds)

@@ -131,7 +131,7 @@ def read_spoken(
     voice = sample.voice or Voice()
     spoken = Spoken(text, tokens, codes, Context())
     if dual:
-        if voice.name is None or voice.name not in planner.talker.speaker_ids:
+        if voice.name not in planner.talker.speaker_ids:
             raise SampleError("no_speaker")
         spoken.speaker = planner.talker.speaker_ids[voice.name]
     else:

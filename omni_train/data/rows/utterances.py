@@ -58,13 +58,13 @@ def _utterance(
     return Utterance(
         name,
         waveform[: frames * per_frame],
-        _transcript(sample) if whole else None,
+        transcript_of(sample) if whole else None,
         sample.meta,
         None if codes is None else codes[:, :frames],
     )
 
 
-def _transcript(sample: Sample) -> str | None:
+def transcript_of(sample: Sample) -> str | None:
     """Transcript of a sample's speech, None where it has none."""
     if isinstance(sample, Document):
         return sample.text if sample.speech else None

@@ -22,6 +22,7 @@ OTHERS = {
 _ADVICE = dict(OTHERS.values()) | {
     "media_outside": "media that lie outside the manifest's folder: name theirs with roots=FOLDER,FOLDER",
     "unwritten_reasoning": "ChatML has no place for reasoning_content: set chat_template=qwen3_5",
+    "unscored": "data.strata asks for scores: run omni-train data strata, or add a stratum without bounds",
 }
 
 _log = logging.getLogger(__name__)
@@ -132,3 +133,8 @@ def speech_of(sample: Sample) -> Medium | None:
     if sample.speech is not None:
         return Medium("audio", sample.speech)
     return next((medium for medium in getattr(sample, "media", ()) if medium.kind == "audio"), None)
+
+
+def voice_of(sample: Sample) -> Medium | None:
+    """Other utterance of whoever speaks in a sample, where it has one."""
+    return Medium("audio", sample.voice.speech) if sample.voice and sample.voice.speech is not None else None

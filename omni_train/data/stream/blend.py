@@ -12,10 +12,12 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from omni_train.data.rows.base import Piece
 from omni_train.data.samples.sample import describe
+from omni_train.data.samples.strata import PASSED_OVER, left_out_reasons
 from omni_train.errors import UserError
-from omni_train.recipe.schema import SourceConfig
+from omni_train.recipe.schema import DataConfig
 
 HOPELESS_SAMPLES = 1000  # of one source, refused one after the other
+HOPELESS_PASSES = 3  # over one source's share, of which data.strata leave out every sample
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Tokenized:
     __restore_key__: tuple
     sequence: Piece | None = None
     refused: str | None = None
+    stratum: str | None = None  # of the sample that begins with this sequence
 
 
 class TokenBlend(BaseWrapperDataset):
@@ -36,14 +39,20 @@ class TokenBlend(BaseWrapperDataset):
     Refused samples do not move the clock. A source that ends (only where samples are not repeated) or has no sample in
     this stream leaves its share to the others.
 
-    Iterating raises UserError when one source has ``HOPELESS_SAMPLES`` refused in a row.
+    Iterating raises UserError when one source has ``HOPELESS_SAMPLES`` refused in a row, or when the strata leave out
+    ``HOPELESS_PASSES`` times what it has here.
     """
 
     _savable_fields = ("_clocks", "_refused")
 
-    def __init__(self, datasets: Sequence[SavableDataset], sources: Sequence[SourceConfig], *, worker_config):
+    def __init__(self, datasets: Sequence[SavableDataset], data: DataConfig, *, worker_config):
         super().__init__(datasets, worker_config=worker_config)
-        self.sources = sources
+        self.sources, self.meant = data.sources, set(left_out_reasons(data.strata))
+        # A sample may wait in the shuffle buffer for some times its size.
+        self.patience = [
+            HOPELESS_SAMPLES + HOPELESS_PASSES * (dataset.len_worker() + 3 * data.shuffle_buffer)
+            for dataset in datasets
+        ]
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
@@ -67,11 +76,15 @@ class TokenBlend(BaseWrapperDataset):
             self._clocks[chosen] += len(item.sequence) / self.sources[chosen].weight
             refused.clear()
             return
+        if item.refused == PASSED_OVER:  # the source has samples, then
+            refused.clear()
+            return
         refused[item.refused] = refused.get(item.refused, 0) + 1
-        if sum(refused.values()) >= HOPELESS_SAMPLES:
+        left_out = sum(number for reason, number in refused.items() if reason in self.meant)
+        if sum(refused.values()) - left_out >= HOPELESS_SAMPLES or left_out >= self.patience[chosen]:
             raise UserError(
-                f"data.sources: {HOPELESS_SAMPLES:,} samples in a row of {self.sources[chosen].path} were refused "
-                f"({describe(refused)}); mend the shards, or leave the source out"
+                f"data.sources: {sum(refused.values()):,} samples in a row of {self.sources[chosen].path} were refused "
+                f"({describe(refused)}); mend the shards, widen data.strata, or leave the source out"
             )
 
     def len_worker(self, worker_idx: int | None = None) -> int:

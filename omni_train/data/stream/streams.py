@@ -9,6 +9,7 @@ of a run do not depend on how many data ranks and loader workers there are.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ from omni_train.data.rows.packing import aligned, best_fit
 from omni_train.data.samples.parsing import sample_in
 from omni_train.data.samples.sample import SampleError, one_sample
 from omni_train.data.samples.sources import ShardFolder, StreamConfig
+from omni_train.data.samples.strata import Strata, left_out_reasons
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.blend import TokenBlend, Tokenized
 from omni_train.data.stream.snapshots import read_snapshot, write_snapshot
@@ -57,6 +59,7 @@ class Packer(BaseWrapperDataset):
     def __init__(self, dataset: SavableDataset, config: DataConfig, kind: RowKind, make_row: Callable[[list], Row]):
         super().__init__(dataset, worker_config=dataset.worker_config)
         self.data, self.kind, self.bounds = config, kind, kind.bounds(config)
+        self.meant = left_out_reasons(config.strata)
         self.make_row = make_row
         self.reset_state_own()
 
@@ -85,11 +88,14 @@ class Packer(BaseWrapperDataset):
             if not lengths:
                 return
             chosen = best_fit(lengths, self.bounds)
-            row = self.make_row([self._buffer.buffer[index].sequence for index in chosen])
+            items = [self._buffer.buffer[index] for index in chosen]
+            row = self.make_row([item.sequence for item in items])
+            row.strata = dict(Counter(item.stratum for item in items if item.stratum is not None))
             for index in sorted(chosen, reverse=True):
                 self._buffer.pop(index)
                 lengths.pop(index)
                 sizes.pop(index)
+            row.left_out = {reason: self._refused.pop(reason) for reason in self.meant if reason in self._refused}
             row.skipped, self._refused = self._refused, {}
             yield row
 
@@ -150,7 +156,7 @@ def open_stream(
                 share = ShuffleBufferDataset(share, size=config.shuffle_buffer, worker_config=worker)
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
         samples_before += len(source)
-    blend = TokenBlend(shares, config.sources, worker_config=worker)
+    blend = TokenBlend(shares, config, worker_config=worker)
     kind = kind_of(config.rows)
     return Packer(blend, config, kind, kind.row_maker(tokenizer, config))
 
@@ -160,26 +166,33 @@ def sequence_reader(
 ) -> Callable[[dict], Iterator[Tokenized]]:
     """Function that makes the sequences of a sample from a source.
 
-    With a ``seed`` samples are augmented as the recipe says. It decides together with the sample's restore key what is
-    drawn: every epoch reads something else, and a restored stream the same again.
+    With a ``seed`` samples are augmented, and drawn by their strata, as the recipe says. It decides together with the
+    sample's restore key what is drawn: every epoch reads something else, and a restored stream the same again.
 
     Whatever one sample makes fail refuses that sample, as ``one_sample`` says.
     """
     kind, reading = kind_of(config.rows), Reading(tokenizer, config, model, seed)
+    strata = Strata(config.strata) if config.strata and seed is not None else None
 
-    def pieces(raw: dict) -> Sequence[Piece]:
-        parts = raw["open"]()
-        return [] if parts is None else kind.read(sample_in(parts), parts, replace(reading, key=raw["__restore_key__"]))
+    def pieces(raw: dict) -> tuple[Sequence[Piece], str | None]:
+        """Sequences of a sample, and the stratum that it was drawn from."""
+        parts, key = raw["open"](), raw["__restore_key__"]
+        if parts is None:
+            return [], None
+        sample, stratum = sample_in(parts), None
+        if strata is not None:
+            stratum = strata.draw(sample.meta, replace(reading, key=("stratum", *key)).draw)
+        return kind.read(sample, parts, replace(reading, key=key)), stratum
 
     def read(raw: dict) -> Iterator[Tokenized]:
         try:
             with one_sample():
-                found = pieces(raw)
+                found, stratum = pieces(raw)
         except SampleError as error:
             yield Tokenized(raw["__restore_key__"], refused=error.reason)
             return
-        for sequence in found:
-            yield Tokenized(raw["__restore_key__"], sequence)
+        for number, sequence in enumerate(found):
+            yield Tokenized(raw["__restore_key__"], sequence, stratum=None if number else stratum)
 
     return read
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from omni_train.networks.base import Frozen, Networks, NetworkSpec
 from omni_train.networks.stack import check_stack
 from omni_train.networks.talker.checks import check_talker
-from omni_train.recipe.schema import EngineName, Recipe, States
+from omni_train.recipe.schema import EngineName, Recipe, States, TextEmbedding, required
 
 if TYPE_CHECKING:
     from omni_train.objectives.talker import TalkerObjective
@@ -23,6 +25,15 @@ def _thinker(recipe: Recipe) -> Frozen:
     path = recipe.talker_training.thinker
     assert path is not None, "validation refuses live states without a Thinker"
     return {"thinker": open_thinker(path, recipe, lambda below: check_stack(below, "model.thinker"))}
+
+
+def _starting(recipe: Recipe) -> Recipe:
+    """The recipe with the table of text taken from the Thinker, whatever the rest starts from."""
+    thinker, table = recipe.talker_training.thinker, "embedding.word_embeddings.weight"
+    own = required(recipe.model.talker).text_embedding is TextEmbedding.own
+    if thinker is None or own or any(fnmatchcase(table, pattern) for pattern in recipe.init_parts):
+        return recipe
+    return replace(recipe, init_parts={**recipe.init_parts, table: thinker})
 
 
 def _build(recipe: Recipe, frozen: Frozen) -> Networks:
@@ -54,6 +65,7 @@ TALKER = NetworkSpec(
     check=check_talker,
     frozen=_thinker,
     build=_build,
+    starting=_starting,
     objective=_objective,
     flops=_flops,
 )

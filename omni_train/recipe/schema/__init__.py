@@ -12,7 +12,9 @@ from omni_train.recipe.schema.data import (
     LossOn,
     MediaConfig,
     Positions,
+    QualityConfig,
     SourceConfig,
+    StratumConfig,
 )
 from omni_train.recipe.schema.model import (
     AudioEncoderConfig,
@@ -90,6 +92,7 @@ __all__ = [
     "ParamGroupConfig",
     "Positions",
     "Precision",
+    "QualityConfig",
     "Recipe",
     "RecognitionConfig",
     "RecognizerConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "SpeechScheduleConfig",
     "StackConfig",
     "States",
+    "StratumConfig",
     "SwitchLabel",
     "TalkerConfig",
     "TalkerStyle",

@@ -36,9 +36,38 @@ class SourceConfig:
     """One folder of energon-indexed WebDataset shards in the blend."""
 
     path: str = key(
-        not_empty=True, help="local folder, or an object-store URL that energon understands (msc://, s3://…)"
+        not_empty=True, data=True, help="local folder, or an object-store URL that energon understands (msc://, s3://…)"
     )
     weight: float = key(1.0, gt=0, remedy="leave the source out instead", help="share of the tokens drawn")
+
+
+@dataclass
+class QualityConfig:
+    """Bounds of scores that `omni-train data strata` wrote, each [least, greatest], null where there is none.
+
+    A sample is within all that are given; empty, the default, asks for nothing.
+    """
+
+    snr_db: list[float | None] = key([], help="signal-to-noise ratio, in dB (WADA)")
+    dnsmos: list[float | None] = key([], help="DNSMOS P.835 of the whole, 1 to 5")
+    clipping: list[float | None] = key([], help="fraction of the samples at full scale")
+    silence: list[float | None] = key([], help="fraction of the frames below -50 dB of full scale")
+    seconds: list[float | None] = key([], help="length of the speech")
+    seconds_per_token: list[float | None] = key([], help="length per token of its text")
+    error_rate: list[float | None] = key(
+        [], help="word errors of a recognizer, or of characters without spaces between words"
+    )
+
+
+@dataclass
+class StratumConfig:
+    """Samples of like quality; a training sample belongs to the first that it matches."""
+
+    name: str = key(not_empty=True, help="name in metrics: letters, digits and _")
+    when: QualityConfig = key(QualityConfig)
+    weight: float = key(
+        1.0, ge=0, help="how often its samples are drawn, relative to those of the others; 0 leaves them out"
+    )
 
 
 @dataclass
@@ -107,12 +136,16 @@ class DataConfig:
     name: str = key(resume=Change.free, help="name of the data")
     path: str = key(
         not_empty=True,
+        data=True,
         resume=Change.free,  # what refers to it says where the data are
         first=True,
         help="folder, or object-store URL, that sources and tokenizer refer to",
     )
     sources: list[SourceConfig] = key([], not_empty=True, linkable=True)
-    tokenizer: str = key(not_empty=True, linkable=True, help="folder with tokenizer.json (and tokenizer_config.json)")
+    strata: list[StratumConfig] = key([])
+    tokenizer: str = key(
+        not_empty=True, data=True, linkable=True, help="folder with tokenizer.json (and tokenizer_config.json)"
+    )
     rows: str = key("chats", help="kind of row, which the network decides")
     row_tokens: int = key(
         ge=1, first=True, help="T, tokens of one packed row; frames of the codec where rows are crops"
@@ -120,6 +153,7 @@ class DataConfig:
     crop_seconds: float = key(12.0, gt=0, help="seconds of speech in a crop, a whole number of the codec's frames")
     codec: str | None = key(
         None,
+        checkpoint=True,
         linkable=True,
         help="samples come with the codes that `omni-train data codes` wrote: the checkpoint of the codec that made "
         "them, or its content hash, and codes of another are refused; null: waveforms alone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,25 @@ import torch
 
 from omni_train import platform
 from omni_train.checkpoint.store import Store
+from omni_train.data.samples.strata import left_out_reasons
 from omni_train.evaluation.base import Evaluated
 from omni_train.frozen.offload import Offload
 from omni_train.networks.base import NetworkSpec, spec_of
 from omni_train.objectives.base import NetworksObjective
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, StratumConfig
+
+
+@dataclass
+class GlobalSums:
+    """Sums over the rows of a global batch, known before the step."""
+
+    weight: float
+    tokens: float
+    samples: int
+    skipped: int
+    tokens_by_modality: dict[str, float]
+    strata: dict[str, int]
+    left_out: dict[str, int]
 
 
 @dataclass
@@ -31,17 +46,14 @@ class StepResult:
     skipped: int = 0  # refused by the loaders while they made it
     updated: bool = True  # False where a non-finite loss or gradient made the step be skipped
     tokens_by_modality: dict[str, float] = field(default_factory=dict)
+    strata: dict[str, int] = field(default_factory=dict)  # stratum -> samples that begin in the global batch
+    left_out: dict[str, int] = field(default_factory=dict)  # by data.strata: reason -> samples
 
-
-@dataclass
-class GlobalSums:
-    """Sums over the rows of a global batch, known before the step."""
-
-    weight: float
-    tokens: float
-    samples: int
-    skipped: int
-    tokens_by_modality: dict[str, float]
+    @classmethod
+    def of(cls, sums: GlobalSums, metrics: dict[str, float], updated: bool) -> StepResult:
+        """Result of a step over a global batch of these sums."""
+        counts = {name: value for name, value in vars(sums).items() if name != "weight"}
+        return cls(metrics, updated=updated, **counts)
 
 
 class Engine(ABC):
@@ -166,22 +178,37 @@ class Engine(ABC):
         """Free what the engine holds beside the model."""
 
 
-def global_sums(objective: NetworksObjective, rows: Sequence[Any], group: Any = None) -> GlobalSums:
+def global_sums(
+    objective: NetworksObjective, rows: Sequence[Any], group: Any = None, strata: Sequence[StratumConfig] = ()
+) -> GlobalSums:
     """Sums over the rows of all data ranks. Collective.
 
     Args:
         objective: says what weight and how many tokens a row has.
         rows: rows of this data rank.
         group: process group of the data ranks; None for all ranks.
+        strata: ``data.strata``, by which the rows count samples.
     """
-    names = rows[0].MODALITIES
+    modalities, drawn, reasons = rows[0].MODALITIES, [stratum.name for stratum in strata], left_out_reasons(strata)
+    ends = list(itertools.accumulate((4, len(modalities), len(drawn), len(reasons))))
     # In fp64: 64 rows of 262,144 tokens are as many as fp32 can count.
-    sums = torch.zeros(4 + len(names), dtype=torch.float64)
+    sums = torch.zeros(ends[-1], dtype=torch.float64)
     for row in rows:
         sums[:2] += torch.tensor([objective.weight(row), objective.tokens(row)], dtype=torch.float64)
         sums[2:4] += torch.tensor([row.samples, sum(row.skipped.values())])
-        sums[4:] += row.tokens_by_modality()
+        sums[ends[0] : ends[1]] += row.tokens_by_modality()
+        sums[ends[1] : ends[2]] += torch.tensor([row.strata.get(name, 0) for name in drawn])
+        sums[ends[2] : ends[3]] += torch.tensor([row.left_out.get(reason, 0) for reason in reasons])
     sums = sums.to(platform.device())
     torch.distributed.all_reduce(sums, group=group)
-    weight, tokens, samples, skipped, *by_modality = sums.tolist()
-    return GlobalSums(weight, tokens, int(samples), int(skipped), dict(zip(names, by_modality, strict=True)))
+    weight, tokens, samples, skipped, *counts = sums.tolist()
+    by_modality, counts = counts[: len(modalities)], list(map(int, counts[len(modalities) :]))
+    return GlobalSums(
+        weight,
+        tokens,
+        int(samples),
+        int(skipped),
+        dict(zip(modalities, by_modality, strict=True)),
+        dict(zip(drawn, counts, strict=False)),
+        dict(zip(reasons, counts[len(drawn) :], strict=True)),
+    )

@@ -76,8 +76,9 @@ class MegatronEngine(Engine):
         return CheckpointStore(directory, self.recipe.checkpoint, held(self.recipe))
 
     def initialize(self, store: CheckpointStore) -> None:
-        if self.recipe.init_from or self.recipe.init_parts:
-            start = initialize(self.chunks, self.recipe)
+        recipe = self.spec.starting(self.recipe)
+        if recipe.init_from or recipe.init_parts:
+            start = initialize(self.chunks, recipe)
             if start is not None:
                 store.carry_from(start)
             self.optimizer.reload_model_params()
@@ -98,7 +99,9 @@ class MegatronEngine(Engine):
         """Nothing is held beside the model."""
 
     def train_step(self, rows: list, learning_rate: float, step: int = 0) -> StepResult:
-        sums = global_sums(self.objective, rows, parallel_state.get_data_parallel_group())
+        sums = global_sums(
+            self.objective, rows, parallel_state.get_data_parallel_group(), strata=self.recipe.data.strata
+        )
         batch = GlobalBatch(max(sums.weight, 1.0), step, training=True)
         rows = self.prepared(rows)
         for chunk in self.chunks:
@@ -122,7 +125,7 @@ class MegatronEngine(Engine):
             metrics |= self.objective.after_step(step)
         else:
             self.objective.after_skipped_step()
-        return StepResult(metrics, sums.tokens, sums.samples, sums.skipped, updated, sums.tokens_by_modality)
+        return StepResult.of(sums, metrics, updated)
 
     @torch.no_grad()
     def evaluate(self, rows: list) -> dict[str, float]:

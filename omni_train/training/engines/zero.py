@@ -112,7 +112,7 @@ class ZeroEngine(Engine):
 
     def train_step(self, rows: list, learning_rate: float, step: int = 0) -> StepResult:
         world = torch.distributed.get_world_size()
-        sums = global_sums(self.objective, rows)
+        sums = global_sums(self.objective, rows, strata=self.recipe.data.strata)
         batch = GlobalBatch(max(sums.weight, 1.0), step, training=True)
         rows = self.prepared(rows)
         for engine in self.engines.values():
@@ -145,7 +145,7 @@ class ZeroEngine(Engine):
         else:
             self.objective.after_skipped_step()
         self._plain = None
-        return StepResult(metrics, sums.tokens, sums.samples, sums.skipped, updated, sums.tokens_by_modality)
+        return StepResult.of(sums, metrics, updated)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -116,6 +116,18 @@ def _blocks_of(data: bytes, bound: _Bound, start: float, end: float | None) -> I
             yield _complete(blocks, promised, start, end)
 
 
+def sampling_rate_of(data: bytes) -> int:
+    """Sampling rate in Hz of a sound as its file says; raises as ``read_audio``."""
+    _refuse_broken(data)
+    with refused_as("audio_unreadable"):
+        file = _sound_file(data)
+        if file is not None:
+            with file:
+                return file.samplerate
+        with open_container(without_inner_tags(data)) as container:
+            return _sound_stream(container).rate
+
+
 def audio_seconds(data: bytes) -> float:
     """Length of a sound in seconds, by its header or else its last packets; raises as ``read_audio``."""
     _refuse_broken(data)
