@@ -1,7 +1,6 @@
 """Speed of a training step against ``transformers``: forward, backward and AdamW, on one row and on mixed lengths.
 
-Both sides start from the same random ``Qwen3_5MoeForCausalLM`` in fp32. Each has a process of its own, because
-Megatron's CPU emulation slows every torch call of its process, and they take turns, so that a busy machine slows both.
+Both sides start from the same random ``Qwen3_5MoeForCausalLM`` in fp32.
 Packing is here what padding is there: samples of 32 to 1,024 tokens go into rows of 4,096, or into batches of 8, each
 padded to its longest (64 in one batch would not fit a laptop's memory). Only tokens of samples count.
 """
@@ -9,16 +8,13 @@ padded to its longest (64 in one batch would not fit a laptop's memory). Only to
 from __future__ import annotations
 
 import math
-import multiprocessing
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
+from benchmarks.sides import processes, take_turns
 from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, PackedBatch
 from omni_train.data.rows.packing import aligned, best_fit, pack
@@ -59,9 +55,7 @@ SIZES = dict(
 def reference_model() -> torch.nn.Module:
     """Random model of ``transformers``: 8 layers, of which every fourth is attention."""
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     torch.manual_seed(11)
     rotary = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}
     config = Qwen3_5MoeTextConfig(
@@ -105,7 +99,7 @@ def packed(tokens: list[torch.Tensor], alignment: int) -> list[PackedBatch]:
     waiting = [TokenSequence(ids.numpy(), torch.cat([ids[1:], torch.tensor([IGNORE])]).numpy()) for ids in tokens]
     rows = []
     while waiting:
-        chosen = best_fit([aligned(len(sequence), alignment) for sequence in waiting], ROW_TOKENS)
+        chosen = best_fit([(aligned(len(sequence), alignment),) for sequence in waiting], (ROW_TOKENS,))
         rows.append(pack([waiting[i] for i in chosen], row_tokens=ROW_TOKENS, alignment=alignment, padding_token=0))
         waiting = [sequence for i, sequence in enumerate(waiting) if i not in chosen]
     return rows
@@ -124,29 +118,14 @@ def padded(tokens: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def serve(side: Callable[[Path], Callable[[str], float]], folder: Path, threads: int, connection: Connection) -> None:
-    """Run the process of one side: for every kind of samples asked for, take a step and send its loss and seconds."""
-    torch.set_num_threads(threads)
-    step = side(folder)
-    connection.send("ready")
-    while True:
-        try:
-            kind = connection.recv()
-        except EOFError:  # the other end was closed: done
-            return
-        start = time.perf_counter()
-        loss = step(kind)
-        connection.send((loss, time.perf_counter() - start))
-
-
 def theirs(folder: Path) -> Callable[[str], float]:
     """Step of ``transformers``: kind of samples -> mean loss per token before the update."""
-    from transformers import Qwen3_5MoeForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that its fast kernels need a GPU is known
-    model = Qwen3_5MoeForCausalLM.from_pretrained(folder).train()
+    model = reference_model()
+    model.save_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     batches = {kind: padded(samples(kind)) for kind in REPEATS}
 
@@ -184,44 +163,21 @@ def ours(folder: Path) -> Callable[[str], float]:
 def run(threads: int = 2) -> list[dict]:
     """Rows of name, value and unit."""
     keep_awake()  # as the command line does; both sides inherit it
-    context = multiprocessing.get_context("spawn")
-    sides, processes = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        reference_model().save_pretrained(folder)
-        try:
-            for side in (theirs, ours):
-                sides[side], child = context.Pipe()
-                # Not daemons: saving the imported checkpoint starts processes of its own.
-                processes.append(context.Process(target=serve, args=(side, Path(folder), threads, child)))
-                processes[-1].start()
-                child.close()
-                sides[side].recv()
-            return [row for kind in REPEATS for row in _compare(kind, sides)]
-        finally:
-            for connection in sides.values():
-                connection.close()
-            for process in processes:
-                process.join()
+    with processes({"transformers": theirs, "omni_train": ours}, threads) as sides:
+        return [row for kind in REPEATS for row in _compare(kind, sides)]
 
 
-def _compare(kind: str, sides: dict[Callable, Connection]) -> list[dict]:
-    seconds: dict[Callable, list[float]] = {side: [] for side in sides}
-    for repeat in range(1 + REPEATS[kind]):  # the first warms up
-        losses = []
-        for side, connection in sides.items():
-            connection.send(kind)
-            loss, elapsed = connection.recv()
-            losses.append(loss)
-            if repeat > 0:
-                seconds[side].append(elapsed)
+def _compare(kind: str, sides: dict[str, Connection]) -> list[dict]:
+    seconds, rounds = take_turns(sides, [(side, kind) for side in sides], REPEATS[kind])
+    for step, losses in enumerate(rounds):
         # Weight decay spares other parameters on each side, so that later losses part slowly.
         if not math.isclose(*losses, rel_tol=1e-3):
-            raise RuntimeError(f"the sides do not train the same model: losses {losses} in step {repeat} of {kind}")
+            raise RuntimeError(f"the sides do not train the same model: losses {losses} in step {step} of {kind}")
     tokens = sum(map(len, samples(kind)))
-    speed = {side: tokens / statistics.median(times) for side, times in seconds.items()}
+    reference, own = (tokens / median for median in seconds)
     name = f"train step, {kind}, {tokens:,} tokens"
     return [
-        {"name": f"{name}, transformers", "value": speed[theirs], "unit": "tokens/s"},
-        {"name": f"{name}, omni_train", "value": speed[ours], "unit": "tokens/s"},
-        {"name": f"{name}, ratio", "value": speed[ours] / speed[theirs], "unit": "×"},
+        {"name": f"{name}, transformers", "value": reference, "unit": "tokens/s"},
+        {"name": f"{name}, omni_train", "value": own, "unit": "tokens/s"},
+        {"name": f"{name}, ratio", "value": own / reference, "unit": "×"},
     ]

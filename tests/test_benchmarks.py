@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import benchmarks.__main__ as bench
-from benchmarks import train_step
+from benchmarks import talker, talker_reference, train_step
+from omni_train.data.rows.batch import IGNORE
 
 ROWS = [{"name": "speed", "value": 12345.678, "unit": "tokens/s"}, {"name": "ratio", "value": 1.23456, "unit": "×"}]
 
@@ -46,3 +47,20 @@ def test_both_sides_see_the_same_tokens_whether_packed_or_padded():
     assert sum(int((~row.padding).sum()) for row in rows) == sum(map(len, tokens))
     assert sum(int((batch["input_ids"] != 0).sum()) for batch in batches) == sum(map(len, tokens))
     assert sum(row.num_loss_tokens for row in rows) == sum(len(ids) - 1 for ids in tokens)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_both_sides_see_the_same_frames_whether_packed_or_padded(live):
+    plans = talker.utterances(talker.SIZES[0])
+    rows, batches = talker.packed(plans, 16, live), talker_reference.padded(plans, 3)
+    frames = sum(len(plan) - talker.HEAD for plan in plans)
+    assert frames == sum(int((row.label_codes[:, 0] != IGNORE).sum()) for row in rows)
+    assert frames == sum(int((batch["label_codes"][..., 0] != IGNORE).sum()) for batch in batches)
+    for name, packed in (("labels", "speech_labels"), ("codes", "codes")):
+        padding = IGNORE if name == "labels" else -1
+        sums = [
+            sum(int(v[v != padding].sum()) for v in values)
+            for values in ([getattr(row, packed) for row in rows], [batch[name] for batch in batches])
+        ]
+        assert sums[0] == sums[1] > 0
+    assert sum(len(row.context) for row in rows) == live * talker.READ * len(plans)

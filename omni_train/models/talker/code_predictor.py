@@ -1,7 +1,7 @@
 """Code predictor: the residual codes of a frame from its codebook 0 and the Talker's hidden state (Qwen3-Omni, CSM).
 
 A causal Transformer over the codebooks of one frame, which reads [h, e0(c0), e1(c1), …]. All residual codes are learned
-in one parallel pass, where published trainers make one pass for each codebook; only generation takes them in turn.
+in one parallel pass; only generation takes them in turn.
 
 Axis letters: F frames, Q codebooks, G = Q − 1 residual codebooks, K codewords, H width of the Talker, P width of the
 predictor, N heads, D head dimension.
