@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import os
 from collections import Counter
@@ -53,6 +54,7 @@ class Job:
     max_seconds: float
     max_sample_bytes: int
     max_text_bytes: int
+    samples: int
 
 
 def extract(
@@ -64,6 +66,7 @@ def extract(
     max_seconds: float = MAX_SECONDS,
     max_sample_bytes: int = DataConfig.max_sample_bytes,
     max_text_bytes: int = DataConfig.max_text_bytes,
+    samples: int = 0,
 ) -> None:
     """Write the shards of a folder anew, with ``key.codes.npy`` and ``key.voice.codes.npy``, the codes of every
     sample's speech and of the reference utterance of its voice.
@@ -81,6 +84,7 @@ def extract(
         max_seconds: longer speech is kept without codes.
         max_sample_bytes: samples of more bytes are left out, as in a training with this `data.max_sample_bytes`.
         max_text_bytes: samples whose ``key.json`` has more bytes are left out, as with this `data.max_text_bytes`.
+        samples: samples that are taken of each shard, from its first; 0 for all.
 
     Raises:
         UserError: no shards, or ``out`` holds something else.
@@ -90,7 +94,14 @@ def extract(
     out = out or data.with_name(f"{data.name}_codes")
     shards = shards_of(data, out, workers)
     making = Making(out, "coded")
-    limits = {"max_seconds": max_seconds, "max_sample_bytes": max_sample_bytes, "max_text_bytes": max_text_bytes}
+    if samples < 0:
+        raise UserError(f"samples={samples}: must be at least 0, all of a shard")
+    limits = {
+        "max_seconds": max_seconds,
+        "max_sample_bytes": max_sample_bytes,
+        "max_text_bytes": max_text_bytes,
+        "samples": samples,
+    }
     job = Job(data, codec, making, open_codec, open_codec(codec).content_hash, **limits)
     making.claim({"codec": job.content_hash, "data": str(data.resolve()), "shards": shards} | limits)
     context = multiprocessing.get_context("spawn")  # a fork would share threads and the device with this process
@@ -121,7 +132,8 @@ def _write(shard: str) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         limits = (_job.max_sample_bytes, _job.max_text_bytes)
         # Without the codes of another codec, which these replace.
-        for key, parts in samples_of(_job.data / shard, *limits, left_out, without=[*REASONS]):
+        found = samples_of(_job.data / shard, *limits, left_out, without=[*REASONS])
+        for key, parts in itertools.islice(found, _job.samples or None):
             parts |= _coded(parts, missing)
             yield from ((f"{key}.{name}", data) for name, data in parts.items())
 

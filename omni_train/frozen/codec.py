@@ -77,6 +77,7 @@ def write_codes(
     max_seconds: float = MAX_SECONDS,
     max_sample_bytes: int = DataConfig.max_sample_bytes,
     max_text_bytes: int = DataConfig.max_text_bytes,
+    samples: int = 0,
 ) -> None:
     """Copy the shards of a folder, with a codec's codes beside the speech of every sample.
 
@@ -93,10 +94,11 @@ def write_codes(
         max_seconds: longer speech is kept without codes (`audio_too_long`).
         max_sample_bytes: samples of more bytes are left out, as `data.max_sample_bytes` refuses them.
         max_text_bytes: samples whose ``key.json`` has more bytes are left out, as `data.max_text_bytes` refuses them.
+        samples: samples that are taken of each shard, from its first; 0 for all.
 
     Raises:
         UserError: no shards, no codec, or `out` holds something else.
     """
     from omni_train.data_pipelines.codes import extract
 
-    extract(data, codec, open_codec, out, workers, max_seconds, max_sample_bytes, max_text_bytes)
+    extract(data, codec, open_codec, out, workers, max_seconds, max_sample_bytes, max_text_bytes, samples)
