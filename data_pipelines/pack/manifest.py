@@ -80,6 +80,8 @@ def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str
         owner[what] = names[path]
     sample = sample_of(fields)  # once more, now with the names in the shard
     spoken = 0.0 if sample.speech is None else decoded_seconds(media[sample.speech], job.data.media)
+    if sample.voice is not None and sample.voice.speech is not None:
+        decoded_seconds(media[sample.voice.speech], job.data.media)
     sequences = sequences_of(sample, tokenizer, job.data, job.model, media)
     videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
     seconds = sum(_duration(media[name]) for name in videos)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from omni_train.data.rows.batch import IGNORE, MODALITIES, PackedBatch
@@ -17,23 +19,53 @@ def sequence(length: int, first: int, begins_sample: bool = True) -> TokenSequen
     return TokenSequence(tokens, labels, begins_sample)
 
 
+def alone(lengths: list[int]) -> list[tuple[int]]:
+    return [(length,) for length in lengths]
+
+
 def test_best_fit_takes_the_oldest_and_then_the_longest_that_fits():
-    assert best_fit([16, 64, 48, 32, 16, 48], 128) == [0, 1, 2]
-    assert best_fit([96, 48, 16, 32, 16], 128) == [0, 3]
-    assert best_fit([128, 16], 128) == [0]
-    assert best_fit([32, 48, 48, 48], 128) == [0, 1, 2]
+    assert best_fit(alone([16, 64, 48, 32, 16, 48]), (128,)) == [0, 1, 2]
+    assert best_fit(alone([96, 48, 16, 32, 16]), (128,)) == [0, 3]
+    assert best_fit(alone([128, 16]), (128,)) == [0]
+    assert best_fit(alone([32, 48, 48, 48]), (128,)) == [0, 1, 2]
 
 
-def test_best_fit_never_overfills_and_leaves_no_room_for_any_that_waits():
+def best_fit_by_bisection(lengths: list[int], row_tokens: int) -> list[int]:
+    """Best fit as it was written for one length alone: rows of resumed runs depend on it."""
+    chosen, room = [0], row_tokens - lengths[0]
+    waiting = sorted((length, -index) for index, length in enumerate(lengths) if index > 0)
+    while (fits := bisect.bisect_right(waiting, (room, 0))) > 0:
+        length, index = waiting.pop(fits - 1)
+        chosen.append(-index)
+        room -= length
+    return chosen
+
+
+def test_of_one_length_best_fit_is_what_it_was():
+    generator = random.Random(29)
+    for _ in range(2000):
+        lengths = [16 * generator.randrange(1, 26) for _ in range(generator.randrange(1, 30))]
+        assert best_fit(alone(lengths), (400,)) == best_fit_by_bisection(lengths, 400)
+
+
+@pytest.mark.parametrize("bounds", [(400,), (400, 96), (160, 400)])
+def test_best_fit_never_overfills_and_leaves_no_room_for_any_that_waits(bounds):
     generator = random.Random(3)
     for _ in range(200):
-        lengths = [generator.randrange(16, 401, 16) for _ in range(generator.randrange(1, 30))]
-        chosen = best_fit(lengths, 400)
-        room = 400 - sum(lengths[i] for i in chosen)
+        count = generator.randrange(1, 30)
+        lengths = [tuple(generator.randrange(0, bound + 1, 16) for bound in bounds) for _ in range(count)]
+        chosen = best_fit(lengths, bounds)
+        room = [bound - sum(lengths[i][axis] for i in chosen) for axis, bound in enumerate(bounds)]
         assert len(set(chosen)) == len(chosen)
-        assert 0 in chosen
-        assert room >= 0
-        assert all(lengths[i] > room for i in range(len(lengths)) if i not in chosen)
+        assert chosen[0] == 0
+        assert min(room) >= 0
+        for i in set(range(count)) - set(chosen):
+            assert any(length > free for length, free in zip(lengths[i], room, strict=True))
+
+
+def test_of_two_lengths_the_larger_sum_of_shares_comes_first():
+    assert best_fit([(10, 1), (20, 5), (60, 2), (5, 25), (5, 9)], (100, 40)) == [0, 3, 2, 1]
+    assert best_fit([(10, 0), (91, 0), (90, 39), (0, 41)], (100, 40)) == [0, 2]
 
 
 def test_a_row_holds_its_sequences_padding_and_boundaries():

@@ -17,7 +17,7 @@ from omni_train import plugins
 from omni_train.data import transfer, workers
 from omni_train.data.rows import kinds
 from omni_train.data.rows.base import RowKind
-from omni_train.data.rows.batch import MODALITIES, PackedBatch, WaveRow
+from omni_train.data.rows.batch import MODALITIES, PackedBatch, SpeechRow, WaveRow
 from omni_train.data.rows.kinds import check_rows, held_out, kind_of, register
 from omni_train.data.stream.loader import build_loader, evaluation_rows
 from omni_train.errors import UserError
@@ -140,7 +140,7 @@ def test_a_kind_of_somebodys_own_is_evaluated_and_checks_its_own_keys(letters, p
 def test_a_kind_that_there_is_not_is_refused_by_those_that_there_are():
     with pytest.raises(UserError) as refused:
         check_rows(load_recipe(["data.rows=poems"]))
-    expected = "data.rows=poems: no such kind of row; choose one of chats, transcripts, crops"
+    expected = "data.rows=poems: no such kind of row; choose one of chats, transcripts, crops, speech"
     assert str(refused.value) == expected
 
 
@@ -184,6 +184,7 @@ def test_the_tables_kinds_are_whole():
         ("chats", PackedBatch),
         ("transcripts", PackedBatch),
         ("crops", WaveRow),
+        ("speech", SpeechRow),
     ]
     assert all(isinstance(kind, RowKind) for kind in kinds._KINDS.values())
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from omni_train.data.samples.parsing import parse_sample
-from omni_train.data.samples.sample import Chat, Document, Medium, SampleError, Turn, describe
+from omni_train.data.samples.parsing import named_files, parse_sample
+from omni_train.data.samples.sample import Chat, Document, Medium, SampleError, Turn, Voice, describe
 
 
 def test_a_document_keeps_its_text_and_meta():
@@ -40,6 +40,19 @@ def test_media_name_their_files_and_may_be_cut():
     assert audio == Medium("audio", "1.flac", start=0.5)
     assert image == Medium("image", "2.png")
     assert chat.meta["twin"] == "a"
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_a_voice_says_who_speaks_and_names_a_file(kind):
+    spoken = {"text": "a", "speech": "0.flac"} if kind == "text" else user("a") | {"speech": "0.flac"}
+    said = {"speech": "1.flac", "description": "a low voice", "name": "anna"}
+    assert parse_sample(json.dumps(spoken).encode()).voice is None
+    assert parse_sample(json.dumps(spoken | {"voice": None}).encode()).voice is None
+    for keys in (("speech",), ("description",), ("name",), tuple(said)):
+        fields = spoken | {"voice": dict.fromkeys(said) | {key: said[key] for key in keys}}
+        assert parse_sample(json.dumps(fields).encode()).voice == Voice(**{key: said[key] for key in keys})
+        named = [(owner[key], owner is fields["voice"]) for owner, key in named_files(fields)]
+        assert named == [("0.flac", False)] + [("1.flac", True)] * ("speech" in keys)
 
 
 def user(content: object) -> dict:
@@ -102,6 +115,22 @@ def user(content: object) -> dict:
         (user([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]), "openai_input_audio"),
         (user([{"type": ["audio"]}]), "unknown_part"),
         (user(""), "empty"),
+        *(
+            ({"text": "a", "speech": "0.flac", "voice": voice}, reason)
+            for voice, reason in (
+                ({}, "unknown_schema"),
+                ({"speech": None}, "unknown_schema"),
+                ({"name": " "}, "unknown_schema"),
+                ({"name": 7}, "unknown_schema"),
+                ({"speech": ["1.flac"]}, "unknown_schema"),
+                ("anna", "unknown_schema"),
+                (["anna"], "unknown_schema"),
+                ({"name": "anna", "pitch": 3}, "unknown_key_pitch"),
+                ({"speech": "0.flac"}, "voice_is_speech"),
+            )
+        ),
+        ({"text": "a", "voice": {"name": "anna"}}, "voice_without_speech"),
+        (user("a") | {"voice": {"speech": "1.flac"}}, "voice_without_speech"),
     ],
 )
 def test_whatever_else_is_refused_with_its_reason(data, reason):

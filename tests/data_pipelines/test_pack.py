@@ -165,6 +165,7 @@ def test_a_folder_in_which_another_command_is_at_work_is_refused(packed, manifes
 def test_the_speech_of_a_sample_is_packed_with_it_and_what_has_no_meaning_refused(tokenizer, tmp_path):
     wave = np.random.default_rng(5).normal(0, 0.1, 24000 * 3).astype(np.float32)
     soundfile.write(tmp_path / "said.flac", wave, 24000)
+    soundfile.write(tmp_path / "another.wav", wave[:24000], 24000)
     (tmp_path / "empty.wav").write_bytes(b"")
     heard = {"type": "audio", "audio": "said.flac"}
     lines = [
@@ -176,6 +177,9 @@ def test_the_speech_of_a_sample_is_packed_with_it_and_what_has_no_meaning_refuse
         {"text": "one", "speach": "said.flac"},
         {"text": "one", "audio": "said.flac"},
         chat(heard | {"strat": 1.0}),
+        {"text": "one", "speech": "said.flac", "voice": {"speech": "another.wav", "name": "anna"}},
+        {"text": "one", "speech": "said.flac", "voice": {"speech": "empty.wav"}},
+        {"text": "one", "speech": "said.flac", "voice": {"speech": "said.flac"}},
     ]
     manifest = tmp_path / "all.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -188,15 +192,22 @@ def test_the_speech_of_a_sample_is_packed_with_it_and_what_has_no_meaning_refuse
         6: "unknown_key_speach",
         7: "unknown_key_audio",
         8: "unknown_key_strat",
+        10: "audio_empty",
+        11: "voice_is_speech",
     }
-    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
-        names = tar.getnames()
-        assert names == ["000000000.json", "000000000.0.flac", "000000001.json", "000000001.0.flac"]
-        fields = [json.load(tar.extractfile(name)) for name in names[::2]]
-        assert tar.extractfile(names[1]).read() == (tmp_path / "said.flac").read_bytes()
-    assert [one["speech"] for one in fields] == ["0.flac", "0.flac"]
+    packed = {}
+    for shard in sorted((tmp_path / "out").glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            packed |= {member.name: tar.extractfile(member).read() for member in tar}
+    files = {0: ["json", "0.flac"], 1: ["json", "0.flac"], 8: ["json", "0.flac", "1.wav"]}
+    assert list(packed) == [f"{key:09d}.{file}" for key, those in files.items() for file in those]
+    fields = [json.loads(packed[f"{key:09d}.json"]) for key in files]
+    assert packed["000000000.0.flac"] == (tmp_path / "said.flac").read_bytes()
+    assert packed["000000008.1.wav"] == (tmp_path / "another.wav").read_bytes()
+    assert [one["speech"] for one in fields] == ["0.flac"] * 3
+    assert fields[-1]["voice"] == {"speech": "1.wav", "name": "anna"}
     groups = json.loads((tmp_path / "out" / "statistics.json").read_text())["groups"]
-    assert sum(group["speech_seconds"] for group in groups.values()) == pytest.approx(6.0)
+    assert sum(group["speech_seconds"] for group in groups.values()) == pytest.approx(9.0)
 
 
 def packed_lines(folder: Path, tokenizer: Path, lines: list[str]) -> tuple[Path, dict[int, str]]:

@@ -60,7 +60,7 @@ class Piece(Protocol):
     """Piece of a sample that packing never splits: a token sequence, a crop."""
 
     def __len__(self) -> int:
-        """Length of the piece, in the unit of ``data.row_tokens``."""
+        """Length by which the sources are blended, in the unit of ``data.row_tokens``."""
 
     @property
     def media_bytes(self) -> int:
@@ -120,7 +120,15 @@ class RowKind(ABC):
 
     @abstractmethod
     def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list], Row]:
-        """Function that makes a row of the pieces chosen for it, of ``data.row_tokens`` together at most."""
+        """Function that makes a row of the pieces chosen for it, whose lengths sum to the bounds at most."""
+
+    def bounds(self, data: DataConfig) -> tuple[int, ...]:
+        """Lengths of a row, each of which bounds one of the lengths of its pieces."""
+        return (data.row_tokens,)
+
+    def lengths(self, piece: Any, data: DataConfig) -> tuple[int, ...]:
+        """Lengths of a piece, which takes up as much of a row's, rounded up to ``data.alignment``."""
+        return (len(piece),)
 
     @abstractmethod
     def held_out(

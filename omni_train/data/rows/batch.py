@@ -6,8 +6,9 @@ the Talker's row, Q codebooks, K states that the Talker reads, H width of the Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,9 +44,9 @@ class PackedBatch(Row):
     patches: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))  # (P, D) uint8
     grid_thw: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))  # patches each way
     vision_slots: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    MODALITIES = MODALITIES
+    MODALITIES: ClassVar[Sequence[str]] = MODALITIES
     TENSORS = ("tokens", "labels", "loss_weights", "position_ids", "cu_seqlens", "padding", "modality")
-    MEDIA = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
+    MEDIA: ClassVar[tuple[str, ...]] = ("mel", "mel_cu_seqlens", "audio_slots", "patches", "grid_thw", "vision_slots")
 
     def __post_init__(self) -> None:
         if self.modality is None:

@@ -69,7 +69,7 @@ def tokenize(
             raise SampleError("no_loss")
         clips = read_clips(turns, len(text), tokenizer, row_tokens, read)
         whole = render(turns, tokenizer, loss_on, clips, template=template) if clips else text
-        sequences.append(_sequence(whole, tokenizer, turns, clips, media))
+        sequences.append(as_sequence(whole, tokenizer, turns, clips, media))
         sequences[-1].begins_sample = len(sequences) == 1
         total += len(sequences[-1])
     if not sequences:
@@ -113,15 +113,33 @@ def prompt(
     if last is None:
         raise SampleError("no_answer")
     turns = chat.turns[:last]
-    refuse_many(turns, max_tokens, media)
-    refuse_long(turns, tokenizer, max_tokens)
-    length = len(render(turns, tokenizer, answer=True, template=template))
-    read = functools.partial(read_clip, parts=parts, model=model, media=media)
-    clips = read_clips(turns, length, tokenizer, max_tokens, read)
-    rendering = render(turns, tokenizer, clips=clips, answer=True, template=template)
-    sequence = _sequence(rendering, tokenizer, turns, clips, media)
+    rendering, clips = rendered(turns, tokenizer, max_tokens, media, model, parts, template, answer=True)
+    sequence = as_sequence(rendering, tokenizer, turns, clips, media)
     sequence.labels[:] = IGNORE
     return sequence, answer_text(chat.turns[last], template)
+
+
+def rendered(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    media: MediaConfig,
+    model: ModelConfig,
+    parts: Mapping[str, bytes],
+    template: ChatTemplate,
+    *,
+    answer: bool = False,
+) -> tuple[Rendering, dict[Medium, Clip]]:
+    """Rendering of turns with all their media, at most ``max_tokens`` long, and the clips of these media.
+
+    With ``answer``, an assistant's head follows. Raises SampleError: the reasons of ``tokenize``.
+    """
+    refuse_many(turns, max_tokens, media)
+    refuse_long(turns, tokenizer, max_tokens)
+    length = len(render(turns, tokenizer, answer=answer, template=template))
+    read = functools.partial(read_clip, parts=parts, model=model, media=media)
+    clips = read_clips(turns, length, tokenizer, max_tokens, read)
+    return render(turns, tokenizer, clips=clips, answer=answer, template=template), clips
 
 
 def render(
@@ -156,9 +174,10 @@ def render(
     return rendering
 
 
-def _sequence(
+def as_sequence(
     rendering: Rendering, tokenizer: Tokenizer, turns: Sequence[Turn], clips: Mapping[Medium, Clip], media: MediaConfig
 ) -> TokenSequence:
+    """Token sequence of a rendering of turns with all their media, which are in ``clips``."""
     shown = [clips[medium] for turn in turns for medium in turn.media]
     if not shown:
         tokens = np.array(rendering.tokens, dtype=np.int32)

@@ -27,6 +27,8 @@ from omni_train.recipe.schema import DataConfig, ModelConfig, required
 
 CODES = "codes.npy"
 """Name of the file of a key that holds its codes: (N, frames) uint16."""
+VOICE_CODES = "voice.codes.npy"
+"""The same of the reference utterance that says who is to speak."""
 RECORD = "codec.json"
 MAX_SECONDS = 600.0
 """Longest speech that is encoded by default, in seconds: the codec takes it in one piece, ten minutes in 8 GB."""
@@ -79,11 +81,23 @@ def codes_of(parts: Mapping[str, bytes], model: ModelConfig, samples: int) -> np
     Raises SampleError: ``no_codes``, ``codes_unreadable``, or ``codes_mismatch`` where they are not as many codebooks
     or frames as the speech would have, or beyond the codebook.
     """
-    codes = _array(parts)
     code2wav = required(model.code2wav)
-    shape = (code2wav.num_quantizers, -(-samples // codec_frame_samples(model)))
-    if codes.shape != shape or not 0 <= codes.min() <= codes.max() < code2wav.codebook_size:
+    codes = read_codes(parts, code2wav.num_quantizers, code2wav.codebook_size)
+    if codes.shape[1] != -(-samples // codec_frame_samples(model)):
         raise SampleError("codes_mismatch")
+    return codes
+
+
+def read_codes(
+    parts: Mapping[str, bytes], codebooks: int, codebook_size: int, file: str = CODES, name: str = "codes"
+) -> np.ndarray:
+    """Codes (N, frames) int64 of one of a sample's files, of as many frames as there are.
+
+    Raises SampleError: ``no_…``, ``…_unreadable``, or ``…_mismatch`` of ``name``, as ``codes_of``.
+    """
+    codes = read_array(parts, file, name, "iu")
+    if len(codes) != codebooks or (codes.size and not 0 <= codes.min() <= codes.max() < codebook_size):
+        raise SampleError(f"{name}_mismatch")
     return codes.astype(np.int64)
 
 
@@ -93,28 +107,28 @@ def coded_samples(parts: Mapping[str, bytes], model: ModelConfig) -> int:
     Raises:
         SampleError: ``no_codes``, or ``codes_unreadable``.
     """
-    return _array(parts).shape[1] * codec_frame_samples(model)
+    return read_array(parts, CODES, "codes", "iu").shape[1] * codec_frame_samples(model)
 
 
-def _array(parts: Mapping[str, bytes]) -> np.ndarray:
-    """Codes of a sample, integers of two axes as ``numpy.save`` writes them.
+def read_array(parts: Mapping[str, bytes], file: str, name: str, kinds: str) -> np.ndarray:
+    """Array of two axes that ``numpy.save`` wrote, of one of numpy's ``kinds`` of numbers.
 
     ``numpy.load`` would allocate any shape that a header names before it looks for the numbers.
 
     Raises:
-        SampleError: ``no_codes``, or ``codes_unreadable``.
+        SampleError: ``no_…``, or ``…_unreadable``, of ``name``.
     """
-    if CODES not in parts:
-        raise SampleError("no_codes")
-    data = parts[CODES]
-    file = io.BytesIO(data)
-    with refused_as("codes_unreadable"):
-        version = np.lib.format.read_magic(file)
+    if file not in parts:
+        raise SampleError(f"no_{name}")
+    data = parts[file]
+    stream = io.BytesIO(data)
+    with refused_as(f"{name}_unreadable"):
+        version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, by_columns, dtype = read_header[version](file)
-        if dtype.kind not in "iu" or len(shape) != 2 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-            raise SampleError("codes_unreadable")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+        shape, by_columns, dtype = read_header[version](stream)
+        if dtype.kind not in kinds or len(shape) != 2 or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+            raise SampleError(f"{name}_unreadable")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
 
 
 def _record(path: str) -> str:

@@ -8,12 +8,16 @@ from typing import Any
 
 from omni_train import plugins
 from omni_train.data.rows.base import Reading, RowKind
-from omni_train.data.rows.batch import PackedBatch, WaveRow
+from omni_train.data.rows.batch import PackedBatch, SpeechRow, WaveRow
 from omni_train.data.rows.chats import prompt, sequences_of
 from omni_train.data.rows.crops import Crop, pack_crops, read_crop
 from omni_train.data.rows.packing import packer
 from omni_train.data.rows.questions import Question, held_out_questions
 from omni_train.data.rows.sequences import TokenSequence
+from omni_train.data.rows.speech import SpeechSequence, speech_sequence
+from omni_train.data.rows.speech_checks import check_speech, check_speech_tokens
+from omni_train.data.rows.speech_packing import speech_packer
+from omni_train.data.rows.spoken_prompts import SpokenPrompt, held_out_prompts
 from omni_train.data.rows.transcripts import transcript_prompt, transcript_sequence
 from omni_train.data.rows.utterances import Utterance, held_out_utterances
 from omni_train.data.samples.augmentation import Augmentation
@@ -21,7 +25,7 @@ from omni_train.data.samples.chat_template import check_template
 from omni_train.data.samples.sample import Sample
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Recipe
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Recipe, States
 
 
 class Sequences(RowKind):
@@ -94,7 +98,39 @@ class Crops(RowKind):
         return held_out_utterances(data, model, evaluation, **share)
 
 
-_KINDS: dict[str, RowKind] = {kind.name: kind for kind in (Chats(), Transcripts(), Crops())}
+class Speech(RowKind):
+    """Rows of spoken texts and answers, for the Talker."""
+
+    name, row = "speech", SpeechRow
+
+    def read(self, sample: Sample, parts: Mapping[str, bytes], reading: Reading) -> list[SpeechSequence]:
+        return [speech_sequence(sample, parts, reading)]
+
+    def row_maker(self, tokenizer: Tokenizer, data: DataConfig) -> Callable[[list[SpeechSequence]], SpeechRow]:
+        return speech_packer(data, tokenizer.end_of_text)
+
+    def bounds(self, data: DataConfig) -> tuple[int, ...]:
+        return (data.speech.row_tokens, *([data.row_tokens] if data.speech.states is States.live else []))
+
+    def lengths(self, piece: SpeechSequence, data: DataConfig) -> tuple[int, ...]:
+        thinker = 0 if piece.thinker is None else len(piece.thinker)
+        return (len(piece), *([thinker] if data.speech.states is States.live else []))
+
+    def held_out(
+        self, data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any
+    ) -> list[SpokenPrompt]:
+        return held_out_prompts(data, model, evaluation, **share)
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        check_speech(recipe)
+
+    def warning(self, data: DataConfig) -> str | None:
+        check_speech_tokens(data)
+        return None if data.speech.states is States.none else check_template(data.tokenizer, data.chat_template)
+
+
+_KINDS: dict[str, RowKind] = {kind.name: kind for kind in (Chats(), Transcripts(), Crops(), Speech())}
 
 
 def register(kind: RowKind) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,23 @@ def aligned(length: int, alignment: int) -> int:
     return -(-length // alignment) * alignment
 
 
-def best_fit(lengths: Sequence[int], row_tokens: int) -> list[int]:
-    """Choose one row's sequences from a buffer, as indices into ``lengths``.
+def best_fit(lengths: Sequence[Sequence[int]], bounds: Sequence[int]) -> list[int]:
+    """Choose one row's pieces from a buffer, as indices into ``lengths``, each bounded length of which is kept.
 
     The oldest (index 0) comes first, so that none waits for ever; then always the longest that still fits, the older of
-    two equals. ``lengths`` are aligned and at most ``row_tokens``.
+    two equals. Of several lengths the sum counts, each as a share of its bound. All are aligned and within the bounds.
     """
-    chosen, room = [0], row_tokens - lengths[0]
-    waiting = sorted((length, -index) for index, length in enumerate(lengths) if index > 0)
-    while (fits := bisect.bisect_right(waiting, (room, 0))) > 0:
-        length, index = waiting.pop(fits - 1)
-        chosen.append(-index)
-        room -= length
+
+    def share(index: int) -> int:
+        """Sum of the shares of a piece times all bounds: exact."""
+        return sum(length * (prod(bounds) // bound) for length, bound in zip(lengths[index], bounds, strict=True))
+
+    chosen, room = [0], [bound - length for bound, length in zip(bounds, lengths[0], strict=True)]
+    for index in sorted(range(1, len(lengths)), key=share, reverse=True):  # stable, so equals keep their order
+        left = [free - length for free, length in zip(room, lengths[index], strict=True)]
+        if min(left) >= 0:
+            chosen.append(index)
+            room = left
     return chosen
 
 
@@ -63,36 +68,40 @@ def pack(
     labels_T = np.full(row_tokens, IGNORE, dtype=np.int64)
     padding_T = np.ones(row_tokens, dtype=bool)
     modality_T = np.zeros(row_tokens, dtype=np.uint8)
-    boundaries = [0]
-    for sequence in sequences:
-        start = boundaries[-1]
+    boundaries = row_boundaries([len(sequence) for sequence in sequences], row_tokens, alignment)
+    for start, sequence in zip(boundaries, sequences, strict=False):
         stop = start + len(sequence)
         tokens_T[start:stop] = sequence.tokens
         labels_T[start:stop] = sequence.labels
         padding_T[start:stop] = False
         modality_T[start:stop] = sequence.modality
-        boundaries.append(start + aligned(len(sequence), alignment))
-    starts = boundaries[: len(sequences)]
-    if boundaries[-1] < row_tokens:
-        boundaries.append(row_tokens)
     return PackedBatch(
         tokens=torch.from_numpy(tokens_T),
         labels=torch.from_numpy(labels_T),
         loss_weights=torch.from_numpy((labels_T != IGNORE).astype(np.float32)),
-        position_ids=torch.from_numpy(_positions(sequences, boundaries, float_positions)),
+        position_ids=torch.from_numpy(row_positions([one.positions for one in sequences], boundaries, float_positions)),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         padding=torch.from_numpy(padding_T),
         samples=sum(sequence.begins_sample for sequence in sequences),
         modality=torch.from_numpy(modality_T),
-        **_media(sequences, starts),
+        **_media(sequences, boundaries[: len(sequences)]),
     )
 
 
-def _positions(sequences: Sequence[TokenSequence], boundaries: list[int], floats: bool) -> np.ndarray:
-    """Rotary ids (3, T) of the row of sequences between ``boundaries``."""
-    positions_T = np.concatenate([np.arange(length) for length in np.diff(boundaries)])
+def row_boundaries(lengths: Sequence[int], row_tokens: int, alignment: int) -> list[int]:
+    """Boundaries of a row's sequences, each aligned, the last perhaps of padding: from 0 to ``row_tokens``."""
+    boundaries = [0]
+    for length in lengths:
+        boundaries.append(boundaries[-1] + aligned(length, alignment))
+    if boundaries[-1] < row_tokens:
+        boundaries.append(row_tokens)
+    return boundaries
+
+
+def row_positions(own: Sequence[np.ndarray | None], boundaries: list[int], floats: bool) -> np.ndarray:
+    """Rotary ids (3, T) of the row of sequences between ``boundaries``, which have their own or count from 0."""
+    positions_T = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in np.diff(boundaries))])
     positions_3T = np.stack([positions_T] * 3)
-    own = [sequence.positions for sequence in sequences]
     if floats or any(ids is not None and ids.dtype.kind == "f" for ids in own):
         positions_3T = positions_3T.astype(np.float32)
     for start, ids in zip(boundaries, own, strict=False):

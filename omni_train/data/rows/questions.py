@@ -156,7 +156,9 @@ def _pack_all(sequences: list[TokenSequence], data: DataConfig, padding_token: i
     to_row = packer(data, padding_token)
     while sequences or not rows:
         chosen = (
-            best_fit([aligned(len(one), data.alignment) for one in sequences], data.row_tokens) if sequences else []
+            best_fit([(aligned(len(one), data.alignment),) for one in sequences], (data.row_tokens,))
+            if sequences
+            else []
         )
         rows.append(to_row([sequences[index] for index in chosen]))
         sequences = [one for index, one in enumerate(sequences) if index not in chosen]

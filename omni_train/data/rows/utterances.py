@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from omni_train.data.rows.crops import read_coded_speech, read_speech
+from omni_train.data.rows.held_out import held_out_share
 from omni_train.data.samples.lengths import codec_frame_samples, codec_sampling_rate
-from omni_train.data.samples.sample import Document, Sample, SampleError, one_sample, speech_of
-from omni_train.data.samples.sources import first_samples, open_sources
-from omni_train.errors import UserError
+from omni_train.data.samples.sample import Document, Sample, speech_of
 from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig
 
 
@@ -30,48 +27,17 @@ class Utterance:
 
 
 def held_out_utterances(
-    data: DataConfig,
-    model: ModelConfig,
-    evaluation: EvaluationConfig,
-    *,
-    split: str = "val",
-    data_rank: int = 0,
-    data_world_size: int = 1,
-    refused: Counter[str] | None = None,
+    data: DataConfig, model: ModelConfig, evaluation: EvaluationConfig, **share: Any
 ) -> list[Utterance]:
-    """This rank's share of the speech among the first ``evaluation.samples`` samples of each source.
+    """This rank's share of the speech among the first samples of each source, as ``held_out_share`` says.
 
-    Each is cut off after ``evaluation.utterance_seconds``. The same at every call, and all ranks' shares together are
-    the same for any number of ranks; what cannot be read is left out.
-
-    Args:
-        refused: counter of the samples that cannot be read, by reason; over all ranks each sample counts once.
-
-    Raises:
-        UserError: no source has speech there, or the split is missing.
+    Each is cut off after ``evaluation.utterance_seconds``.
     """
-    found: list[Utterance] = []
-    refused = Counter() if refused is None else refused
-    unread = refused if data_rank == 0 else Counter()  # which every rank finds
-    speech = 0
-    for source, folder in zip(data.sources, open_sources(data, split, training=False), strict=True):
-        for index, sample, read in first_samples(folder, evaluation.samples, unread):
-            if speech_of(sample) is None:
-                continue
-            speech += 1
-            if speech % data_world_size == (data_rank + 1) % data_world_size:
-                try:
-                    name = f"{PurePath(source.path).name}/{index}"
-                    with one_sample():
-                        found.append(_utterance(name, sample, read(), data, model, evaluation))
-                except SampleError as error:
-                    refused[error.reason] += 1
-    if not speech:  # on every rank alike
-        raise UserError(
-            f"evaluation.every={evaluation.every}: no speech among the first {evaluation.samples} samples of the "
-            f"{split} split of each source; put speech there, raise evaluation.samples, or set evaluation.every=0"
-        )
-    return found
+
+    def read(name: str, sample: Sample, parts: Mapping[str, bytes]) -> Utterance:
+        return _utterance(name, sample, parts, data, model, evaluation)
+
+    return held_out_share(lambda sample: speech_of(sample) is not None, read, "speech", data, evaluation, **share)
 
 
 def _utterance(

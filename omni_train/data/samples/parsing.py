@@ -11,8 +11,10 @@ A document is ``{"text": ..., "meta": {...}}``. A chat is ``{"messages": [{"role
 where the file is the field of that name of the same key (``key.0.flac`` in the shard). Sound and video may give
 ``start`` and ``end`` in seconds. A message of the assistant may have ``reasoning_content``, what is thought before the
 answer. ``"speech": "2.flac"`` beside ``text`` or ``messages`` names the file in which the text, or the last answer, is
-spoken: what speech is learned from. ``meta`` (language, task, source, twin, ...) is optional and kept as it is. Any
-other key is one that was misspelt, or something that would be lost: it is refused.
+spoken: what speech is learned from. Beside it ``"voice": {"speech": "3.flac", "description": "a low voice, slow",
+"name": "anna"}`` says who speaks there, by one of them or more; its file is another utterance of the same speaker.
+``meta`` (language, task, source, twin, ...) is optional and kept as it is. Any other key is one that was misspelt, or
+something that would be lost: it is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_train.data.samples.kinds import medium_kinds
-from omni_train.data.samples.sample import OTHERS, Chat, Document, Medium, Sample, SampleError, Turn
+from omni_train.data.samples.sample import OTHERS, Chat, Document, Medium, Sample, SampleError, Turn, Voice
 
 ROLES = ("system", "user", "assistant")
-KEYS = {"messages", "text", "speech", "meta"}
+KEYS = {"messages", "text", "speech", "voice", "meta"}
+VOICE_KEYS = {"speech", "description", "name"}
 
 
 def sample_in(parts: Mapping[str, bytes]) -> Sample:
@@ -64,7 +67,9 @@ def sample_of(fields: Any) -> Sample:
 
     Raises SampleError with the reason ``unknown_schema`` (fields of another type, or text beside messages),
     ``no_messages`` (neither text nor messages), ``unknown_role``, ``unknown_part``, ``unknown_key_...``,
-    ``media_in_assistant`` (an assistant turn is text), ``empty``, or the name of a format of others.
+    ``media_in_assistant`` (an assistant turn is text), ``empty``, ``voice_without_speech`` (it says who speaks, but
+    nothing is spoken), ``voice_is_speech`` (a reference that is the very speech to be learned would be copied), or the
+    name of a format of others.
     """
     meta = fields.get("meta", {}) if isinstance(fields, dict) else None
     if not isinstance(meta, dict) or ("text" in fields and "messages" in fields):
@@ -75,25 +80,44 @@ def sample_of(fields: Any) -> Sample:
     speech = fields.get("speech")
     if speech is not None and not isinstance(speech, str):
         raise SampleError("unknown_schema")
+    voice = _voice(fields.get("voice"), speech)
     if "text" in fields:
         text = _text(fields["text"])
         if not text.strip():
             raise SampleError("empty")
-        return Document(text, meta, speech)
+        return Document(text, meta, speech, voice)
     if not isinstance(fields["messages"], list):
         raise SampleError("unknown_schema")
-    chat = Chat(tuple(_turn(message) for message in fields["messages"]), meta, speech)
+    chat = Chat(tuple(_turn(message) for message in fields["messages"]), meta, speech, voice)
     if not any(turn.text.strip() for turn in chat.turns) and not chat.media:
         raise SampleError("empty")
     return chat
 
 
 def named_files(fields: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """(object, key in it) of every file name in the fields of a sample: parts of messages, and the sample's speech."""
+    """(object, key in it) of every file name in the fields of a sample: of messages, its speech and its voice."""
     contents = [message["content"] for message in fields.get("messages", ())]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     named = [(part, part["type"]) for part in parts if part["type"] in medium_kinds()]
-    return [*named, (fields, "speech")] if fields.get("speech") is not None else named
+    owners = (fields, fields.get("voice") or {})
+    return [*named, *((owner, "speech") for owner in owners if owner.get("speech") is not None)]
+
+
+def _voice(fields: Any, speech: str | None) -> Voice | None:
+    """Voice of a sample whose speech is in the file ``speech``."""
+    if fields is None:
+        return None
+    if not isinstance(fields, dict):
+        raise SampleError("unknown_schema")
+    _refuse_unknown(fields, VOICE_KEYS)
+    said = {key: _text(value) for key, value in fields.items() if value is not None}
+    if not said or not all(map(str.strip, said.values())):
+        raise SampleError("unknown_schema")
+    if speech is None:
+        raise SampleError("voice_without_speech")
+    if said.get("speech") == speech:
+        raise SampleError("voice_is_speech")
+    return Voice(**said)
 
 
 def _turn(message: Any) -> Turn:

@@ -92,12 +92,22 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Voice:
+    """Who is to speak, by at least one of the three."""
+
+    speech: str | None = None  # the file of another utterance of the same speaker
+    description: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Document:
     """Document: a text with a loss on all of it."""
 
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
     speech: str | None = None  # the file in which it is spoken
+    voice: Voice | None = None  # who speaks there
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class Chat:
     turns: tuple[Turn, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     speech: str | None = None  # the file in which the last answer is spoken
+    voice: Voice | None = None  # who speaks there
 
     @property
     def media(self) -> tuple[Medium, ...]:

@@ -20,7 +20,7 @@ from megatron.energon.wrappers import MapDataset, RepeatDataset, ShuffleBufferDa
 from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from omni_train.data.rows.base import Piece, Reading, Row
+from omni_train.data.rows.base import Piece, Reading, Row, RowKind
 from omni_train.data.rows.kinds import kind_of
 from omni_train.data.rows.packing import aligned, best_fit
 from omni_train.data.samples.parsing import sample_in
@@ -43,7 +43,8 @@ BUFFER_BYTES = 2**30
 class Packer(BaseWrapperDataset):
     """Best-fit packing from a buffer of sequences. Unlike energon's, it carries over sequences that did not fit.
 
-    A row is chosen when the buffer holds the tokens of a row at least, and then ``data.packing_buffer`` sequences,
+    A kind of row says which lengths bound it. A row is chosen when the buffer holds one's worth of some length, the
+    tokens of a row at least, and then ``data.packing_buffer`` sequences,
     ``BUFFER_ROWS`` rows or ``BUFFER_BYTES`` of decoded media, whichever comes first. Short sequences fill a row from
     little more than its own tokens. Where sequences are long it takes a choice of them: with lengths drawn
     log-uniformly from 1k to 32k, rows of 32k are 96 % full from two rows, 99 % from four and hardly more from eight.
@@ -53,9 +54,9 @@ class Packer(BaseWrapperDataset):
 
     _savable_fields = ("_buffer", "_refused")
 
-    def __init__(self, dataset: SavableDataset, config: DataConfig, make_row: Callable[[list], Row]):
+    def __init__(self, dataset: SavableDataset, config: DataConfig, kind: RowKind, make_row: Callable[[list], Row]):
         super().__init__(dataset, worker_config=dataset.worker_config)
-        self.data = config
+        self.data, self.kind, self.bounds = config, kind, kind.bounds(config)
         self.make_row = make_row
         self.reset_state_own()
 
@@ -71,19 +72,19 @@ class Packer(BaseWrapperDataset):
                 f"data: a sample that waited to be packed when the checkpoint was written is now refused ({lost}); "
                 "resume on the same shards, or start a new run with init_from"
             )
-        lengths = [self._aligned(item.sequence) for item in self._buffer.buffer]
+        lengths = [self._lengths(item.sequence) for item in self._buffer.buffer]
         sizes = [item.sequence.media_bytes for item in self._buffer.buffer]
         while True:
             while self._wants_more(lengths, sizes) and (item := next(source, None)) is not None:
                 if item.sequence is not None:
                     self._buffer.append(item)
-                    lengths.append(self._aligned(item.sequence))
+                    lengths.append(self._lengths(item.sequence))
                     sizes.append(item.sequence.media_bytes)
                 else:
                     self._refused[item.refused] = self._refused.get(item.refused, 0) + 1
             if not lengths:
                 return
-            chosen = best_fit(lengths, self.data.row_tokens)
+            chosen = best_fit(lengths, self.bounds)
             row = self.make_row([self._buffer.buffer[index].sequence for index in chosen])
             for index in sorted(chosen, reverse=True):
                 self._buffer.pop(index)
@@ -92,16 +93,15 @@ class Packer(BaseWrapperDataset):
             row.skipped, self._refused = self._refused, {}
             yield row
 
-    def _wants_more(self, lengths: list[int], sizes: list[int]) -> bool:
-        tokens = sum(lengths)
-        return tokens < self.data.row_tokens or (
-            len(lengths) < self.data.packing_buffer
-            and tokens < BUFFER_ROWS * self.data.row_tokens
-            and sum(sizes) < BUFFER_BYTES
+    def _wants_more(self, lengths: list[tuple[int, ...]], sizes: list[int]) -> bool:
+        filled = [sum(of_all) / bound for of_all, bound in zip(zip(*lengths, strict=True), self.bounds, strict=False)]
+        most = max(filled, default=0.0)
+        return most < 1 or (
+            len(lengths) < self.data.packing_buffer and most < BUFFER_ROWS and sum(sizes) < BUFFER_BYTES
         )
 
-    def _aligned(self, sequence: Piece) -> int:
-        return aligned(len(sequence), self.data.alignment)
+    def _lengths(self, sequence: Piece) -> tuple[int, ...]:
+        return tuple(aligned(length, self.data.alignment) for length in self.kind.lengths(sequence, self.data))
 
     def len_worker(self, worker_idx: int | None = None) -> int:
         return self.dataset.len_worker(worker_idx)
@@ -151,7 +151,8 @@ def open_stream(
         shares.append(MapDataset(share, read, stateless_map_fn=True, worker_config=worker))
         samples_before += len(source)
     blend = TokenBlend(shares, config.sources, worker_config=worker)
-    return Packer(blend, config, kind_of(config.rows).row_maker(tokenizer, config))
+    kind = kind_of(config.rows)
+    return Packer(blend, config, kind, kind.row_maker(tokenizer, config))
 
 
 def sequence_reader(
@@ -206,7 +207,7 @@ class StreamReader:
             stream.restore_state(read_snapshot(state.snapshot, stream.save_state()))
         self._iterator = iter(stream)
         self._since_snapshot = 0
-        self._snapshot_rows = max(1, min(SNAPSHOT_ROWS, SNAPSHOT_TOKENS // stream.data.row_tokens))
+        self._snapshot_rows = max(1, min(SNAPSHOT_ROWS, SNAPSHOT_TOKENS // max(stream.bounds)))
         for _ in range(state.replay):
             next(self)
 
