@@ -142,26 +142,29 @@ def write_files(files: list[File], folder: Path, rank: int, world_size: int) -> 
             shutil.copy(targets, partial)
             os.replace(partial, folder / name)
             continue
-        tensors: dict[str, torch.Tensor] = {}
-        # Views to fill from each of the checkpoints' tensors.
-        targets_of: dict[tuple[CheckpointReader, str], list[tuple[torch.Tensor, int]]] = {}
-        for key, target in targets.items():
-            if isinstance(target, torch.Tensor):
-                tensors[key] = target.contiguous()
-                continue
-            tensors[key] = torch.empty(target.shape, dtype=target.dtype)
-            assert sum(count for *_, count in target.rows) == row_count(target.shape)
-            for ours, start, to, count in target.rows:
-                views = targets_of.setdefault((target.checkpoint, ours), [])
-                views.append((as_rows(tensors[key])[to : to + count], start))
-        for (checkpoint, ours), views in targets_of.items():
-            source = as_rows(checkpoint.read(ours))
-            for view, start in views:
-                view.copy_(source[start : start + len(view)])
-            del source, view
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(_read(targets), partial, metadata={"format": "pt"})
         os.replace(partial, folder / name)
-        del tensors, targets_of, views
+
+
+def _read(targets: Mapping[str, Target | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a file; each of a checkpoint's is read once."""
+    tensors: dict[str, torch.Tensor] = {}
+    views: dict[tuple[CheckpointReader, str], list[tuple[torch.Tensor, int]]] = {}  # to fill from one of its tensors
+    for key, target in targets.items():
+        if isinstance(target, torch.Tensor):
+            tensors[key] = target.contiguous()
+            continue
+        tensors[key] = torch.empty(target.shape, dtype=target.dtype)
+        assert sum(count for *_, count in target.rows) == row_count(target.shape)
+        for ours, start, to, count in target.rows:
+            view = as_rows(tensors[key])[to : to + count]
+            views.setdefault((target.checkpoint, ours), []).append((view, start))
+    for (checkpoint, ours), parts in views.items():
+        source = as_rows(checkpoint.read(ours))
+        for view, start in parts:
+            view.copy_(source[start : start + len(view)])
+        del source  # before the next is read
+    return tensors
 
 
 def write_index(files: list[File], folder: Path) -> int:

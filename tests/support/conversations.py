@@ -86,11 +86,11 @@ def qwen3_omni():
     )
     talker = dict(
         text_config=TEXT
-        | dict(vocab_size=40, hidden_size=28, head_dim=12, intermediate_size=44, num_hidden_layers=4)
-        | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=16)
+        | dict(vocab_size=40, hidden_size=32, head_dim=12, intermediate_size=44, num_hidden_layers=4)
+        | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=16)
         | dict(norm_topk_prob=True, rope_parameters=rope | dict(mrope_section=[2, 2, 2])),
         code_predictor_config=TEXT
-        | dict(vocab_size=CODEWORDS, hidden_size=28, head_dim=8, intermediate_size=36, num_hidden_layers=2)
+        | dict(vocab_size=CODEWORDS, hidden_size=32, head_dim=8, intermediate_size=36, num_hidden_layers=2)
         | dict(num_code_groups=CODEBOOKS, rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
         thinker_hidden_size=HIDDEN,
         num_code_groups=CODEBOOKS,
