@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from fractions import Fraction
 
 import numpy as np
 
@@ -71,9 +72,8 @@ class Step(StrEnum):
 class Feeder:
     """Follower of a schedule while a stream is generated, when nobody knows how much of either there will be.
 
-    It never waits for text that may not come: where text is due and is not there, a frame comes, and counts among those
-    due after that text. It has to wait before the first token, for there is nothing to say, and with ``text_first``.
-    After the end of the text all is frames.
+    What comes next does not depend on the pieces in which the text arrives: where more of it is due and it has not
+    ended, the stream waits. It waits for no text that will not come: after its end all is frames.
 
     Args:
         schedule: the schedule.
@@ -83,7 +83,7 @@ class Feeder:
         ValueError: the schedule needs a ratio and has none.
     """
 
-    def __init__(self, schedule: SpeechScheduleConfig, frames_per_token: float | None = None):
+    def __init__(self, schedule: SpeechScheduleConfig, frames_per_token: float | Fraction | None = None):
         if frames_per_token is None and schedule.kind in SCHEDULES_BY_RATIO:
             raise ValueError(f"a schedule of kind={schedule.kind} is generated with a ratio of frames to tokens alone")
         self.schedule, self.ratio = schedule, frames_per_token
@@ -98,17 +98,20 @@ class Feeder:
             ended: whether they are all.
         """
         if self.ended:
+            self.spoken += 1
             return Step.frame
-        if self.fed < come and self.spoken >= _due(self.schedule, self.fed, self._allowed):
-            self.fed += 1
-            return Step.text
-        if ended and self.fed == come:
+        if ended and self.fed == come:  # frames that were due before more text stand behind its end
             self.ended = True
             return Step.end
-        if self.fed == 0 or self.schedule.kind is ScheduleKind.text_first:
+        if self.spoken < _due(self.schedule, self.fed, self._allowed):
+            if self.fed == come:  # this may have been the last token, after which its end stands
+                return Step.wait
+            self.spoken += 1
+            return Step.frame
+        if self.fed == come:
             return Step.wait
-        self.spoken += 1
-        return Step.frame
+        self.fed += 1
+        return Step.text
 
     def _allowed(self, fed: int) -> int:
         if self.ratio is None:
