@@ -15,6 +15,7 @@ from omni_train.recipe.schema import AudioEncoderConfig, Positions
 WORDS = 100  # ids from here on are marks and pads
 AUDIO_START, AUDIO_END, AUDIO, IMAGE, VIDEO, VISION_START, VISION_END = range(WORDS, WORDS + 7)
 MEL_BINS, PATCH = 20, 4
+CODEBOOKS, CODEWORDS = 5, 23
 HIDDEN = 40
 VISION = dict(
     depth=4,
@@ -84,12 +85,28 @@ def qwen3_omni():
         **VISION_IDS,
     )
     talker = dict(
-        text_config=text | dict(num_hidden_layers=2, shared_expert_intermediate_size=16),
-        code_predictor_config=dict(TEXT, num_hidden_layers=1, intermediate_size=32, num_code_groups=4),
+        text_config=TEXT
+        | dict(vocab_size=40, hidden_size=32, head_dim=12, intermediate_size=44, num_hidden_layers=4)
+        | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=16)
+        | dict(norm_topk_prob=True, rope_parameters=rope | dict(mrope_section=[2, 2, 2])),
+        code_predictor_config=TEXT
+        | dict(vocab_size=CODEWORDS, hidden_size=32, head_dim=8, intermediate_size=36, num_hidden_layers=2)
+        | dict(num_code_groups=CODEBOOKS, rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
         thinker_hidden_size=HIDDEN,
-        num_code_groups=4,
-        speaker_id={"somebody": 1},
+        num_code_groups=CODEBOOKS,
+        accept_hidden_layer=2,  # DeepStack adds to the output of the layer that ends there, but not to its state
+        speaker_id={"anna": 33, "ben": 34},
+        codec_eos_token_id=24,
+        codec_pad_id=25,
+        codec_bos_id=26,
+        codec_nothink_id=27,
+        codec_think_bos_id=28,
+        codec_think_eos_id=29,
         spatial_merge_size=2,
+        audio_start_token_id=AUDIO_START,
+        audio_token_id=AUDIO,
+        position_id_per_seconds=13,
+        **{key: VISION_IDS[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")},
     )
     code2wav = dict(
         hidden_size=16,
@@ -97,11 +114,11 @@ def qwen3_omni():
         num_key_value_heads=2,
         intermediate_size=16,
         num_hidden_layers=1,
-        num_quantizers=4,
+        num_quantizers=CODEBOOKS,
         upsample_rates=[2, 2],
         upsampling_ratios=[2],
         decoder_dim=16,
-        codebook_size=8,
+        codebook_size=CODEWORDS,
     )
     config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, talker_config=talker, code2wav_config=code2wav)
     return randomized(transformers.Qwen3OmniMoeForConditionalGeneration, config)
