@@ -20,6 +20,7 @@ import torch
 
 from omni_train import platform
 from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.reader import CheckpointReader
 from omni_train.checkpoint.store import holds_checkpoints, resolve
 from omni_train.errors import UserError
 from omni_train.interop import speech_convert
@@ -28,7 +29,7 @@ from omni_train.interop.families import FAMILIES, Family
 from omni_train.interop.folder import Folder, read_json
 from omni_train.interop.rows import TensorMap, boxes, overlaps, row_count, row_size, spans
 from omni_train.interop.tensors import tensor_map
-from omni_train.interop.writer import CheckpointReader, plan_files, write_files, write_index
+from omni_train.interop.writer import plan_files, write_files, write_index
 from omni_train.platform.logs import say
 from omni_train.recipe.schema import (
     CheckpointConfig,
