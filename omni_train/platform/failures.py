@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from omni_train import stopping
-from omni_train.errors import FAILED, RankFailed, UserError, described
+from omni_train.errors import FAILED, RankFailed, UserError, announce, described
 from omni_train.platform.device import store, world_size
 from omni_train.processes import Exit
 
@@ -18,6 +20,26 @@ def listen() -> None:
     """Let a signal that comes because a rank has failed end this process with that rank's error. After joining."""
     other = store().clone()  # a connection of its own: the other one may be waiting
     stopping.unless_lost(lambda: _read(other))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Context whose first error is told to the other ranks, and printed where it is one of a user. While joined.
+
+    Raises:
+        RankFailed: in the place of an error that came of another rank's failure.
+    """
+    try:
+        yield
+    except UserError as error:
+        announce(error)  # while the ranks can still agree on who prints it
+        first_failure(error)
+        raise
+    except Exception as error:
+        failure = first_failure(error)
+        if failure is not error:
+            raise failure from error
+        raise
 
 
 def first_failure(error: Exception) -> Exception:

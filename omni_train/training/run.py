@@ -7,7 +7,6 @@ from pathlib import Path
 
 from omni_train import lines, platform, stopping
 from omni_train.data.rows.kinds import check_rows
-from omni_train.errors import UserError, announce
 from omni_train.platform import failures
 from omni_train.platform.logs import say, warn
 from omni_train.platform.signals import Watchdog, alive
@@ -53,7 +52,10 @@ def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
     try:
         from omni_train.training.trainer import Trainer
 
-        with nullcontext(lock) if lock else holding(directory, remedy="give another run=") as held:
+        with (
+            failures.told(),
+            nullcontext(lock) if lock else holding(directory, remedy="give another run=") as held,
+        ):
             check_resume(recipe, directory)
             platform.parallel.initialize(recipe.parallel, recipe.seed)
             alive()
@@ -64,15 +66,8 @@ def train(recipe: Recipe, lock: RunLock | None = None) -> bool:
             if not written:
                 _write_recipe(recipe, directory)
             ending = trainer.ending()
-    except UserError as error:
-        announce(error)  # while the ranks can still agree on who prints it
-        failures.first_failure(error)
-        raise
-    except Exception as error:
-        failure = failures.first_failure(error)
-        if failure is not error:
-            raise failure from error
-        if isinstance(error, RuntimeError) and trainer is not None and not trainer.stepped:
+    except RuntimeError:
+        if trainer is not None and not trainer.stepped:
             # After a signal: another rank was about to take its first step, and its connections ended with it.
             stopping.at_once(f"before step {trainer.step + 1}, nothing new to save")
         raise
