@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import multiprocessing
 import os
 from collections import Counter
@@ -16,11 +15,10 @@ import numpy as np
 
 from omni_train.data.rows.codes import CODES, MAX_SECONDS, RECORD
 from omni_train.data.rows.crops import read_speech
-from omni_train.data.samples.files import open_regular
-from omni_train.data.samples.members import members, read_files
 from omni_train.data.samples.parsing import sample_in
 from omni_train.data.samples.sample import SampleError, describe, one_sample
 from omni_train.data.samples.tokenizer import copy_tokenizer
+from omni_train.data_pipelines.copying import samples_of, shards_of
 from omni_train.data_pipelines.making import Making, write_json
 from omni_train.data_pipelines.shards import index_shards, write_files
 from omni_train.errors import UserError
@@ -88,9 +86,7 @@ def extract(
     """
     if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
         raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
-    shards = sorted(file.name for file in data.glob("*.tar"))
-    if not shards:
-        raise UserError(f"data={data}: no shards (*.tar) here; give a folder of shards")
+    shards = shards_of(data)
     if workers < 0:
         raise UserError(f"workers={workers}: must be at least 0, one per core")
     out = out or data.with_name(f"{data.name}_codes")
@@ -126,7 +122,8 @@ def _write(shard: str) -> None:
     partial = _job.making.partial(shard)
 
     def files() -> Iterator[tuple[str, bytes]]:
-        for key, parts in _samples(_job.data / shard, _job.max_sample_bytes, _job.max_text_bytes, left_out):
+        limits = _job.max_sample_bytes, _job.max_text_bytes
+        for key, parts in samples_of(_job.data / shard, *limits, {CODES}, left_out):
             try:
                 with one_sample():
                     parts[CODES] = _codes(parts)
@@ -137,26 +134,6 @@ def _write(shard: str) -> None:
     write_files(partial, files())
     os.replace(partial, _job.making.out / shard)
     _job.making.record(shard, {"codec": _codec.content_hash, "missing": missing, "left_out": left_out})
-
-
-def _samples(shard: Path, most: int, most_text: int, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and files of a shard, whose files stand together by key; ``left_out`` counts the others by reason."""
-    try:
-        with open_regular(shard) as file:
-            files = (member for member in members(file) if member.key is not None)
-            for key, group in itertools.groupby(files, key=lambda member: member.key):
-                others = (member for member in group if member.name != CODES)  # of another codec, which these replace
-                try:
-                    parts = read_files(file, others, most=most, most_text=most_text)
-                except SampleError as error:
-                    if error.reason in ("broken_shard", "truncated_shard"):
-                        raise
-                    left_out[error.reason] += 1
-                    continue
-                if parts:
-                    yield key, parts
-    except (SampleError, OSError) as error:
-        raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
 
 
 def _codes(parts: dict[str, bytes]) -> bytes:
