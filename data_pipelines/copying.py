@@ -1,62 +1,90 @@
-"""Copying of the shards of a folder, sample by sample, by commands that add something to each sample."""
+"""Samples of shards that are written anew, with more beside them."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from omni_train.data.samples.files import open_regular
-from omni_train.data.samples.members import members, read_files
+from omni_train.data.samples.members import Member, members, read_files
 from omni_train.data.samples.sample import SampleError
 from omni_train.errors import UserError
 
+Parts = dict[str, bytes]
+"""Files of a sample by their names in it."""
 
-def shards_of(data: Path, out: Path, workers: int) -> list[str]:
+
+def shards_of(data: Path, out: Path | None = None, workers: int = 0) -> list[str]:
     """Names of the shards of a folder, in order.
 
     Raises:
-        UserError: there are none, or ``out`` is the same folder, or a number of workers that cannot be.
+        UserError: there are none, ``out`` is the same folder, or a number of workers that cannot be.
     """
     shards = sorted(file.name for file in data.glob("*.tar"))
     if not shards:
         raise UserError(f"data={data}: no shards (*.tar) here; give a folder of shards")
     if workers < 0:
         raise UserError(f"workers={workers}: must be at least 0, one per core")
-    if out.resolve() == data.resolve():
+    if out is not None and out.resolve() == data.resolve():
         raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
     return shards
 
 
 def samples_of(
     shard: Path, most: int, most_text: int, left_out: Counter[str], without: Container[str] = ()
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys of a shard with their files by name, which stand together.
+) -> Iterator[tuple[str, Parts]]:
+    """Keys and files of a shard, whose files stand together by key.
 
     Args:
         shard: path of the tar.
-        most: bytes of one sample; it and ``most_text`` refuse samples as training does.
+        most: bytes of one sample.
         most_text: bytes of its ``key.json``.
-        left_out: counter of the samples that are refused, by reason.
-        without: names of files that are not read.
+        without: names of files that are left out, as others take their places.
+        left_out: counter of the samples that training would refuse for their files, by reason.
 
     Raises:
-        UserError: the shard is not whole.
+        UserError: the shard breaks off, or is none.
     """
+    for key, read in readers_of(shard, most, most_text, without):
+        try:
+            parts = read()
+        except SampleError as error:
+            left_out[error.reason] += 1
+            continue
+        if parts:
+            yield key, parts
+
+
+def readers_of(
+    shard: Path, most: int, most_text: int, without: Container[str]
+) -> Iterator[tuple[str, Callable[[], Parts]]]:
+    """Keys of a shard as ``samples_of``, each with a function that reads its files: before the next key, or not at all.
+
+    The function raises SampleError for a sample that training would refuse for its files, and UserError as this one.
+    """
+
+    def read(file: BinaryIO, group: Iterator[Member]) -> Parts:
+        others = (member for member in group if member.name not in without)
+        try:
+            return read_files(file, others, most=most, most_text=most_text)
+        except (SampleError, OSError) as error:
+            if isinstance(error, SampleError) and error.reason not in ("broken_shard", "truncated_shard"):
+                raise
+            raise _broken(shard, error) from None
+
     try:
         with open_regular(shard) as file:
             files = (member for member in members(file) if member.key is not None)
             for key, group in itertools.groupby(files, key=lambda member: member.key):
-                kept = (member for member in group if member.name not in without)
-                try:
-                    parts = read_files(file, kept, most=most, most_text=most_text)
-                except SampleError as error:
-                    if error.reason in ("broken_shard", "truncated_shard"):
-                        raise
-                    left_out[error.reason] += 1
-                    continue
-                if parts:
-                    yield key, parts
+                assert key is not None  # those without are gone
+                yield key, partial(read, file, group)
     except (SampleError, OSError) as error:
-        raise UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder") from None
+        raise _broken(shard, error) from None
+
+
+def _broken(shard: Path, error: Exception) -> UserError:
+    return UserError(f"{shard}: not a complete tar ({error}); mend it, or take it out of the folder")

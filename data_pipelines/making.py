@@ -29,21 +29,26 @@ class Making:
     out: Path
     done: str  # what has happened to a finished shard: packed, coded
 
+    @property
+    def notes(self) -> Path:
+        """Folder of the notes, whose lock is held by whoever makes shards."""
+        return self.out / f".{self.done}"
+
     def claim(self, settings: dict[str, Any]) -> None:
         """Note how the shards of this folder are made.
 
         Raises:
             UserError: the folder holds other files, or shards that were made with other settings.
         """
-        note = self._notes / "settings.json"
+        note = self.notes / "settings.json"
         if not note.exists():
             if self.out.exists() and not self.out.is_dir():
                 raise UserError(f"out={self.out} is no folder; name another")
-            if self.out.exists() and any(path != self._notes for path in self.out.iterdir()):
+            if self.out.exists() and any(path != self.notes for path in self.out.iterdir()):
                 raise UserError(
                     f"out={self.out} is not empty and was not {self.done} by this command; name another folder"
                 )
-            self._notes.mkdir(parents=True, exist_ok=True)
+            self.notes.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 if not note.exists():  # of two commands at once, one says how
                     write_json(note, settings)
@@ -78,9 +83,7 @@ class Making:
             UserError: a process was killed, or the same command is still running elsewhere.
         """
         with self._alone():
-            for leftover in self._notes.glob("*.partial"):
-                leftover.unlink()
-            todo = [arguments for shard, arguments in jobs.items() if not self._record(shard).exists()]
+            todo = [jobs[shard] for shard in self.left(jobs)]
             try:
                 pool |= {"initializer": _begin, "initargs": (initializer, initargs)}
                 with ProcessPoolExecutor(processes or os.cpu_count(), **pool) as executor:
@@ -92,9 +95,15 @@ class Making:
                     f"out={self.out}: a process was killed (memory?); the same command goes on from here"
                 ) from None
 
+    def left(self, shards: Iterable[str]) -> list[str]:
+        """Shards that have no record yet; what a command that was stopped has begun of them is removed."""
+        for leftover in self.notes.glob("*.partial"):
+            leftover.unlink()
+        return [shard for shard in shards if not self._record(shard).exists()]
+
     def partial(self, shard: str) -> Path:
         """Path that this process writes a shard to; a process of a command that was killed may still write the same."""
-        return self._notes / f"{shard}.{os.getpid()}.partial"
+        return self.notes / f"{shard}.{os.getpid()}.partial"
 
     def record(self, shard: str, fields: dict[str, Any]) -> None:
         """Note that a shard is complete, with facts about it."""
@@ -105,14 +114,10 @@ class Making:
         return {shard: json.loads(self._record(shard).read_text()) for shard in shards}
 
     def _alone(self) -> DirectoryLock:
-        return DirectoryLock(self._notes, remedy="name another folder")
-
-    @property
-    def _notes(self) -> Path:
-        return self.out / f".{self.done}"
+        return DirectoryLock(self.notes, remedy="name another folder")
 
     def _record(self, shard: str) -> Path:
-        return self._notes / f"{shard}.json"
+        return self.notes / f"{shard}.json"
 
 
 def _begin(initializer: Callable | None, initargs: tuple) -> None:

@@ -43,9 +43,14 @@ def write_files(file: Path, files: Iterable[tuple[str, bytes]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
         for name, data in files:
-            member = tarfile.TarInfo(name)  # without owner and time
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            add_file(tar, name, data)
+
+
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar; the same files in the same order give the same bytes."""
+    member = tarfile.TarInfo(name)  # without owner and time
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def index_shards(folder: Path) -> None:

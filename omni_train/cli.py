@@ -22,11 +22,13 @@ omni-train <command> [arguments]
                omni-train train --help
   pipeline   train several stages, each from the one before
                omni-train pipeline name=smoke
-  data       write a data set: our own small one, the samples of a manifest, a codec's codes or scores beside speech
+  data       write a data set: our own small one, the samples of a manifest; a codec's codes or scores beside speech, or
+             a Thinker's states beside chats
                omni-train data rehearsal out=DIR
                omni-train data pack manifest=FILE.jsonl out=DIR tokenizer=DIR
                omni-train data codes data=DIR codec=CHECKPOINT
                omni-train data strata data=DIR
+               omni-train data states out=DIR stage=… talker_training.thinker=CHECKPOINT
   convert    Hugging Face folders in and out
                omni-train convert import format=qwen3_5_moe hf=DIR checkpoint=DIR
   launch     run one of these commands on N processes of this machine, with the settings that suit it

@@ -30,10 +30,17 @@ def _strata() -> Callable[..., Any]:
     return write_strata
 
 
+def _states() -> Callable[..., Any]:
+    from omni_train.training.states import write_states
+
+    return write_states
+
+
 DATA: Mapping[str, Callable[[], Callable[..., Any]]] = {
     "rehearsal": _rehearsal,
     "pack": _pack,
     "codes": _codes,
     "strata": _strata,
+    "states": _states,
 }
 """Name -> loader of the function, importable by name, that makes the data in the folder that its ``out`` names."""

@@ -21,7 +21,8 @@ def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments:
         program: words before the action, for messages.
         actions: name -> a loader that imports and returns the function. Its parameters are the keys; their annotations
             (str, int, float, bool, Path, or one of these and None) are the types, and those with defaults are optional.
-            The fields of a parameter that is a dataclass are keys too, as ``parameter.field``.
+            The fields of a parameter that is a dataclass are keys too, as ``parameter.field``. One that takes any other
+            keyword (``**words: str``) gets all other keys.
         arguments: the action and its ``key=value`` words, or ``--help``.
 
     Raises:
@@ -48,6 +49,9 @@ def call(program: str, actions: Mapping[str, Callable[[], Callable]], arguments:
 def _usage(command: str, function: Callable) -> str:
     words, types = [command], _types(function)
     for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            words.append("[key=value …]")
+            continue
         if dataclasses.is_dataclass(types[key]):
             words.append(f"[{key}.{{{','.join(get_type_hints(types[key]))}}}=…]")
         else:
@@ -68,7 +72,8 @@ def parse(command: str, function: Callable, pairs: Iterable[str]) -> dict[str, A
     """
     usage = _usage(command, function)
     parameters = inspect.signature(function).parameters
-    types = _types(function)
+    others = {key for key, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
+    types = {key: kind for key, kind in _types(function).items() if key not in others}
     groups = {key: kind for key, kind in types.items() if dataclasses.is_dataclass(kind)}
     for key, group in groups.items():
         del types[key]
@@ -76,7 +81,7 @@ def parse(command: str, function: Callable, pairs: Iterable[str]) -> dict[str, A
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if key not in types:
+        if key not in types and not others:
             near = difflib.get_close_matches(key, types, n=1)
             raise UserError(
                 f"{key} is not an argument; " + (f"did you mean {near[0]}=?" if near else f"usage: {usage}")
@@ -85,9 +90,9 @@ def parse(command: str, function: Callable, pairs: Iterable[str]) -> dict[str, A
             raise UserError(f"{key} has no value; write {key}=…")
         if key in values:
             raise UserError(f"{key} is given twice; keep one")
-        values[key] = _convert(key, text, types[key])
+        values[key] = _convert(key, text, types.get(key, str))
     for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in values:
+        if parameter.default is parameter.empty and key not in values and key not in others:
             raise UserError(f"{key}= is missing; usage: {usage}")
     for key, group in groups.items():
         fields = {name: values.pop(f"{key}.{name}") for name in get_type_hints(group) if f"{key}.{name}" in values}

@@ -193,7 +193,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
     Raises:
         UserError: it names the first key that differs.
     """
-    written, wanted = _comparable(read_model_config(checkpoint)), _comparable(model)
+    written, wanted = comparable(read_model_config(checkpoint)), comparable(model)
     compared: tuple[str, ...]
     if modules is None:
         compared = ("vocab_size", "layers", "thinker", "talker", "talker_layers", "audio", "vision")
@@ -212,7 +212,7 @@ def check_architecture(checkpoint: Path, model: ModelConfig, modules: set[str] |
             )
 
 
-def _comparable(model: ModelConfig) -> dict[str, Any]:
+def comparable(model: ModelConfig) -> dict[str, Any]:
     """Values of the keys that decide the shapes and the meaning of tensors, by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in described(model).items():

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.reader import CheckpointReader
 from omni_train.checkpoint.sharded import read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.errors import UserError
@@ -30,7 +31,7 @@ from omni_train.interop.speech_convert import read_code2wav_checkpoint
 from omni_train.interop.talker_config import EXTRAS, talker_from_hugging_face, talker_to_hugging_face
 from omni_train.interop.talker_folder import talker_config
 from omni_train.interop.talker_tensors import TALKER, TEXT_TABLE, own_map, talker_map
-from omni_train.interop.writer import CheckpointReader, File, plan_files
+from omni_train.interop.writer import File, plan_files
 from omni_train.platform.agreement import on_first_rank
 from omni_train.recipe.schema import ModelConfig, Verify, required
 

@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from omni_train.errors import UserError, first_line
+from omni_train.checkpoint.reader import CheckpointReader
 from omni_train.interop.folder import tensor_bytes
 from omni_train.interop.rows import TensorMap, as_rows, row_count, spans
-
-_NOT_OF_THE_MODEL = ("optimizer.", "progress")
 
 
 @dataclass
@@ -34,59 +32,6 @@ class Target:
     def nbytes(self) -> int:
         """Bytes of the tensor in its type."""
         return prod(self.shape) * self.dtype.itemsize
-
-
-class CheckpointReader:
-    """Reader of the model's tensors in a sharded checkpoint, without process groups and without the model."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        from omni_train.checkpoint.sharded_files import Reader
-
-        self.path = checkpoint
-        self._reader = Reader(checkpoint)
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._tensors = {
-            name: entry
-            for name, entry in entries.items()
-            if hasattr(entry, "size") and not name.startswith(_NOT_OF_THE_MODEL)
-        }
-
-    def check(self, table: TensorMap) -> None:
-        """Refuse a checkpoint that is not exactly what the table writes.
-
-        Raises:
-            UserError: naming the first tensor without a counterpart, or missing.
-        """
-        for name in sorted(self._tensors.keys() ^ table.keys()):
-            why = "has no counterpart in this format" if name in self._tensors else "is not in the checkpoint"
-            raise UserError(f"{self.path}: {name} {why}; is it another model?")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a whole tensor."""
-        return tuple(self._tensors[name].size)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor in the checkpoint."""
-        return self._tensors[name].properties.dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, put together from the parts of all ranks.
-
-        Raises:
-            DamagedCheckpoint: the tensor cannot be read.
-        """
-        from torch.distributed import checkpoint
-
-        from omni_train.checkpoint.integrity import damaged
-        from omni_train.checkpoint.sharded_files import unwrapped_errors
-
-        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        try:
-            with unwrapped_errors():
-                checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except RuntimeError as error:
-            raise damaged(self.path, f"{name} cannot be read: {first_line(error)}", "use another") from error
-        return tensor
 
 
 File = dict[str, Target | torch.Tensor] | Path

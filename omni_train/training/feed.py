@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypedDict
-
-import torch
 
 from omni_train import platform
 from omni_train.data.rows.base import Row
 from omni_train.data.rows.kinds import kind_of
 from omni_train.data.rows.questions import answer_rows
+from omni_train.data.rows.stored_states import check_states
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.loader import Loader, build_loader, evaluation_rows
 from omni_train.data.stream.states import redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn
-from omni_train.recipe.schema import Recipe
+from omni_train.recipe.schema import Recipe, States, required
+from omni_train.training.model_group import ModelGroup
 
 
 class Feed:
@@ -37,14 +37,11 @@ class Feed:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.kind = recipe, kind_of(recipe.data.rows)
-        self.group = platform.parallel.model_group()
-        self.source = _reading_rank()
-        self.reads = platform.rank() == self.source
-        self.media_group = platform.parallel.first_stage_group()  # whose first rank reads
+        self.group = ModelGroup()
         self.wait_seconds = 0.0  # that the last call of `rows` took
         self.loader: Loader | None = None
         self._iterator: Iterator[Row] = iter(())
-        self._share(self._open)
+        self.group.share(self._open)
 
     def _open(self) -> None:
         data, vocab = self.recipe.data, self.recipe.model.vocab_size
@@ -58,55 +55,13 @@ class Feed:
 
             self.recipe = replace(self.recipe, data=replace(data, codec=codec_hash(data.codec)))
             data = self.recipe.data
+        if data.rows == "speech" and data.speech.states is States.stored:
+            from omni_train.frozen.thinker_hash import thinker_hash
+
+            layers = required(self.recipe.model.talker).accept_hidden_layer
+            check_states(self.recipe, thinker_hash(str(self.recipe.talker_training.thinker), layers))
         self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
-
-    def _share[Found](self, read: Callable[[], Found]) -> Found:
-        """Result of `read` on the reading rank, on every rank of the group; what it raises, likewise."""
-        if self.group.size() == 1:
-            return read()
-        message: list = [None]
-        problem: UserError | None = None
-        if self.reads:
-            try:
-                message = [read()]
-            except UserError as error:
-                message, problem = [error], error
-        torch.distributed.broadcast_object_list(message, src=self.source, group=self.group)
-        if isinstance(message[0], UserError):
-            raise problem or message[0]
-        return message[0]
-
-    def _share_rows(self, read: Callable[[], Sequence[Row]]) -> list[Row]:
-        """Rows on every rank of the group, with their media on the first pipeline stage only, sent as tensors."""
-        if self.group.size() == 1:
-            return list(read())
-        read_rows: list[Row] = []
-
-        def without_media() -> list[tuple[Row, dict]]:
-            read_rows[:] = read()
-            return [
-                (row.without_media(), {name: _described(getattr(row, name)) for name in row.MEDIA}) for row in read_rows
-            ]
-
-        shared = self._share(without_media)
-        if self.media_group is None:
-            return [row for row, _ in shared]
-        rows = []
-        for index, (row, media) in enumerate(shared):
-            source = read_rows[index] if self.reads else None
-            rows.append(replace(row, **{name: self._share_tensor(source, name, *media[name]) for name in media}))
-        return rows
-
-    def _share_tensor(self, row: Row | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-        assert self.media_group is not None
-        if self.media_group.size() == 1:
-            return getattr(row, name)
-        tensor = torch.empty(shape, dtype=dtype) if row is None else getattr(row, name)
-        if tensor.numel():
-            tensor = tensor.to(platform.device())
-            torch.distributed.broadcast(tensor, src=self.source, group=self.media_group)
-        return tensor.cpu()  # the rows of all micro-batches wait there
 
     def start(self) -> None:
         """Wait for the first row, which may take minutes: the loader's workers begin to read and fill their buffers."""
@@ -114,18 +69,20 @@ class Feed:
         def look_ahead() -> None:
             self._iterator = itertools.chain([next(self._iterator)], self._iterator)
 
-        self._share(look_ahead)
+        self.group.share(look_ahead)
 
     def rows(self, count: int) -> list[Row]:
         """The next `count` rows of training."""
         start = time.perf_counter()
-        rows = self._share_rows(lambda: [next(self._iterator) for _ in range(count)])
+        rows = self.group.share_rows(lambda: [next(self._iterator) for _ in range(count)])
         self.wait_seconds = time.perf_counter() - start
         return rows
 
     def held_out(self, count: int) -> list[Row]:
         """This data rank's part of `count` held-out rows, the same ones at every call."""
-        return self._share_rows(lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part()))
+        return self.group.share_rows(
+            lambda: evaluation_rows(self.recipe.data, self.recipe.model, rows=count, **_my_part())
+        )
 
     def questions(self) -> tuple[list[Any], Counter[str]]:
         """This data rank's held-out data for the evaluation, the same at every call.
@@ -139,12 +96,12 @@ class Feed:
             refused: Counter[str] = Counter()
             return self.kind.held_out(data, model, evaluation, refused=refused, **_my_part()), refused
 
-        return self._share(read)
+        return self.group.share(read)
 
     def answers(self, swapped: bool) -> list[Row]:
         """This data rank's rows of the held-out chats with media, with their own media or with those of other chats."""
         recipe = self.recipe
-        return self._share_rows(
+        return self.group.share_rows(
             lambda: answer_rows(recipe.data, recipe.model, recipe.evaluation, swapped=swapped, **_my_part())
         )
 
@@ -162,7 +119,7 @@ class Feed:
             self.loader.load_state_dict(mine[platform.parallel.data_rank()])
             self._iterator = iter(self.loader)
 
-        self._share(load)
+        self.group.share(load)
 
     def close(self) -> None:
         """End the loader's workers."""
@@ -172,16 +129,8 @@ class Feed:
 
 def prepare(recipe: Recipe) -> None:
     """Start the server that loader workers are forked from, on ranks that read: it is ready when the model is built."""
-    if recipe.data.workers and platform.rank() == _reading_rank():
+    if recipe.data.workers and ModelGroup().reads:
         start_server()
-
-
-def _reading_rank() -> int:
-    return torch.distributed.get_global_rank(platform.parallel.model_group(), 0)
-
-
-def _described(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor.shape), tensor.dtype
 
 
 class _Part(TypedDict):

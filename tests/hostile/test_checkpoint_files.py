@@ -129,7 +129,7 @@ def start(rank, world_size, checkpoint):
 
 
 def export(checkpoint):
-    from omni_train.interop.writer import CheckpointReader
+    from omni_train.checkpoint.reader import CheckpointReader
 
     return CheckpointReader(checkpoint).read(TENSOR)
 

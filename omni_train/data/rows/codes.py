@@ -66,7 +66,7 @@ def check_codes(data: DataConfig) -> None:
     for source in data.sources:
         command = f"omni-train data codes data={source.path} codec=CHECKPOINT"
         try:
-            record = json.loads(_record(source.path))
+            record = read_record(source.path, RECORD)
         except (OSError, ValueError):
             raise UserError(f"data.sources: {source.path} has no codes; make them with `{command}`") from None
         for place, found in {"": record["codec"], **record["shards"]}.items():
@@ -133,7 +133,11 @@ def read_array(parts: Mapping[str, bytes], file: str, name: str, kinds: str) -> 
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
 
 
-def _record(path: str) -> str:
-    """Text of the record of which codec made the codes of a folder."""
-    file = energon_path(path) / RECORD
-    return read_regular(file.local_path(), LARGEST_RECORD).decode() if file.is_local() else file.read_text()
+def read_record(path: str, name: str) -> Any:
+    """Record of what made the files beside the samples of a folder, by the name of its file.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no JSON.
+    """
+    file = energon_path(path) / name
+    return json.loads(read_regular(file.local_path(), LARGEST_RECORD) if file.is_local() else file.read_text())

@@ -116,7 +116,7 @@ def read_spoken(
     ``text_too_long_for_speech`` and ``speech_too_long_for_text``, by the recipe's bounds; ``too_long``; and as
     ``context_positions``.
     """
-    before, text = _before_and_text(sample, data.chat_template)
+    before, text = before_and_text(sample, data.chat_template)
     if sample.speech is None:
         raise SampleError("no_speech")
     if not text:
@@ -152,7 +152,7 @@ def dual_track_ids(context: Context, length: int, data: DataConfig) -> np.ndarra
     return rotary_ids([*runs, Text(text)], data.media.positions)[0]
 
 
-def _before_and_text(sample: Sample, template: ChatTemplate) -> tuple[tuple[Turn, ...], str]:
+def before_and_text(sample: Sample, template: ChatTemplate) -> tuple[tuple[Turn, ...], str]:
     """Turns before the text that is spoken, and that text."""
     if isinstance(sample, Document):
         return (), sample.text.strip()

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
-from omni_train import platform
 from omni_train.checkpoint.sharded import CheckpointStore, check_sharding
 from omni_train.checkpoint.start import initialize
 from omni_train.models.stage import PipelineStage
@@ -24,9 +22,9 @@ from omni_train.recipe.schema import OptimizerName, Recipe
 from omni_train.training.engines.base import Engine, StepResult, global_sums
 from omni_train.training.engines.gradients import Arrivals
 from omni_train.training.engines.metrics import Totals
+from omni_train.training.engines.microbatches import Microbatches
 from omni_train.training.engines.muon import mark_matrices
 from omni_train.training.engines.optimizer import build_optimizer, freeze, guarded_step, set_learning_rate
-from omni_train.training.engines.stages import shared_by_stages
 
 
 class MegatronEngine(Engine):
@@ -65,7 +63,7 @@ class MegatronEngine(Engine):
         self.config.finalize_model_grads_func = _finalize
         check_sharding(self.chunks)
         self.optimizer = build_optimizer(recipe, self.chunks, named)
-        self._run = get_forward_backward_func()
+        self._microbatches = Microbatches(recipe.data.row_tokens)
         self._totals = Totals(
             torch.float32,
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -138,19 +136,11 @@ class MegatronEngine(Engine):
             chunk.train()
         return metrics
 
-    @torch.no_grad()
     def forward(
         self, frozen: Sequence[torch.nn.Module], rows: Sequence[Any], read: Callable[..., dict[str, torch.Tensor]]
     ) -> list[dict[str, torch.Tensor]]:
-        def step(remaining: Iterator[Any], stage: PipelineStage) -> tuple[torch.Tensor, Callable | None]:
-            out = stage(stage.local_row(next(remaining), 0, training=False), read)
-            if not isinstance(out, dict):
-                return out, None
-            return torch.zeros((), device=platform.device()), lambda _, non_loss_data: out
-
         with self.on_device(*frozen):
-            found = self._schedule(step, list(frozen), rows, forward_only=True, collect_non_loss_data=True)
-        return shared_by_stages(found, len(rows))
+            return self._microbatches.forward(frozen, rows, read)
 
     def _go_over(self, rows: list, batch: GlobalBatch) -> list[dict[str, Metric]]:
         """Run the micro-batches; the metrics of each, on the last pipeline stage."""
@@ -164,20 +154,7 @@ class MegatronEngine(Engine):
             none = torch.zeros((), dtype=torch.int, device=out.losses["model"].device)
             return out.losses["model"], lambda loss: (loss, none, out.metrics)
 
-        return self._schedule(step, self.chunks, rows, forward_only=not batch.training)
-
-    def _schedule(self, step: Callable, chunks: list, rows: Sequence[Any], **options: bool) -> list:
-        """Run the micro-batches through this rank's parts of a model, as Megatron's pipeline schedule orders them."""
-        iterators = [iter(rows) for _ in chunks]
-        return self._run(
-            forward_step_func=step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(rows),
-            seq_length=unwrap_model(chunks[0]).pipeline_tokens(self.recipe.data.row_tokens),
-            micro_batch_size=1,
-            **options,
-        )
+        return self._microbatches.run(step, self.chunks, rows, forward_only=not batch.training)
 
 
 def _finalize(chunks: list[DistributedDataParallel], _tokens: Any = None, **options: Any) -> None:
