@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -88,6 +90,18 @@ def init_distributed(timeout_seconds: int = 1800) -> None:
         world_size=world_size(),
         timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Context in a process group: the one that there is, else one that is left again."""
+    already = torch.distributed.is_initialized()
+    init_distributed()
+    try:
+        yield
+    finally:
+        if not already:
+            leave_distributed()
 
 
 def store() -> torch.distributed.Store:
