@@ -1,4 +1,4 @@
-"""``omni-train {train, pipeline, data, convert, launch}``: parse and dispatch, nothing else.
+"""``omni-train {train, pipeline, generate, data, convert, launch}``: parse and dispatch, nothing else.
 
 What a command needs is imported when it runs, so that help and mistakes answer at once.
 """
@@ -22,6 +22,8 @@ omni-train <command> [arguments]
                omni-train train --help
   pipeline   train several stages, each from the one before
                omni-train pipeline name=smoke
+  generate   write an answer, and speak it while it is written
+               omni-train generate checkpoint=RUN prompt="…" speech=out.wav
   data       write a data set: our own small one, the samples of a manifest; a codec's codes or scores beside speech, or
              a Thinker's states beside chats
                omni-train data rehearsal out=DIR
@@ -54,7 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         return _as_process(sys.argv[1:])
     arguments = list(argv)
-    known = {"train": _train, "pipeline": _pipeline, "data": _data, "convert": _convert, "launch": _launch}
+    known = {
+        "train": _train,
+        "pipeline": _pipeline,
+        "generate": _generate,
+        "data": _data,
+        "convert": _convert,
+        "launch": _launch,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_USAGE)
@@ -143,6 +152,17 @@ def _pipeline(arguments: list[str]) -> int:
         return run_pipeline(stages)
 
     return pipeline.run(arguments, job, commands.DATA)
+
+
+def _generate(arguments: list[str]) -> int:
+    from omni_train.options import call
+
+    def generate():
+        from omni_train.generation import generate
+
+        return generate
+
+    return call("omni-train", {"generate": generate}, ["generate", *arguments])
 
 
 def _data(arguments: list[str]) -> int:

@@ -43,7 +43,7 @@ def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(trainin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tran"], "error: tran is not a command; choose one of train, pipeline, data, convert, launch\n"),
+        (["tran"], "error: tran is not a command; choose one of train, pipeline, generate, data, convert, launch\n"),
         (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
         (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
         (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack, codes\n"),

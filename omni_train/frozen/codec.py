@@ -14,8 +14,9 @@ from omni_train.checkpoint.sharded import read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.data.rows.codes import MAX_SECONDS, content_hash, is_hash
 from omni_train.errors import UserError
+from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec
-from omni_train.recipe.schema import DataConfig, Verify
+from omni_train.recipe.schema import DataConfig, ModelConfig, Verify, required
 
 
 class OpenCodec:
@@ -47,21 +48,52 @@ def open_codec(path: str) -> OpenCodec:
     Raises:
         UserError: there is no checkpoint, or it is damaged, or it holds another network.
     """
+    model, tensors = _read(path)
+    if not any(name.startswith("encoder.") for name in tensors):
+        raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    return OpenCodec(_codec(model, tensors))
+
+
+def open_code2wav(path: str) -> tuple[Code2Wav, OpenCodec | None]:
+    """The Code2Wav of a checkpoint of network=code2wav, or that of a codec's decoder, and the codec where it is one.
+
+    In fp32, with the averaged weights where there are some.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or it decodes nothing.
+    """
+    model, tensors = _read(path)
+    if model.code2wav is None or not any(name.startswith("decoder.") for name in tensors):
+        raise UserError(
+            f"codec={path}: encodes speech and decodes none; give a checkpoint of network=codec or code2wav"
+        )
+    if any(name.startswith("encoder.") for name in tensors):
+        codec = _codec(model, tensors)
+        return codec.to_code2wav(), OpenCodec(codec)
+    code2wav = Code2Wav(model.code2wav).float()
+    code2wav.load_state_dict(tensors)
+    return code2wav.eval(), None
+
+
+def _read(path: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Model and tensors of a checkpoint of network=codec or code2wav."""
     checkpoint = resolve(path)
     require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
     model = read_model_config(checkpoint)
-    if not is_plain(checkpoint) or model.codec is None:
+    if not is_plain(checkpoint) or (model.codec is None and model.code2wav is None):
         raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
-    tensors = read_network(checkpoint, "generator")
-    if not any(name.startswith("encoder.") for name in tensors):
-        raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
+    return model, read_network(checkpoint, "generator")
+
+
+def _codec(model: ModelConfig, tensors: dict[str, torch.Tensor]) -> SpeechCodec:
+    """Codec with these tensors, in fp32 and in evaluation mode."""
     decodes = any(name.startswith("decoder.") for name in tensors)
     teacher = tensors.get("teacher.weight")
     codec = SpeechCodec(
-        model.codec, model.code2wav if decodes else None, 0 if teacher is None else len(teacher)
+        required(model.codec), model.code2wav if decodes else None, 0 if teacher is None else len(teacher)
     ).float()
     codec.load_state_dict(tensors)
-    return OpenCodec(codec.eval())
+    return codec.eval()
 
 
 def codec_hash(codec: str) -> str:

@@ -23,7 +23,7 @@ from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker, build_chunks
 from omni_train.nn.context_parallel import context_slice_indices
 from omni_train.objectives.base import Forward
-from omni_train.recipe.schema import Recipe, Recompute, ThinkerConfig, required
+from omni_train.recipe.schema import ModelConfig, Recipe, Recompute, ThinkerConfig, required
 
 
 class FrozenThinker:
@@ -39,30 +39,12 @@ class FrozenThinker:
     """
 
     def __init__(self, checkpoint: Path, recipe: Recipe, check: Callable[[Recipe], None]) -> None:
-        model = read_model_config(checkpoint)
-        talker = required(recipe.model.talker)
-        if model.thinker is None:
-            raise UserError(f"talker_training.thinker={checkpoint}: no Thinker; give a checkpoint of network=thinker")
-        for part in ("audio", "vision"):
-            if getattr(model, part) != getattr(recipe.model, part):
-                raise UserError(
-                    f"talker_training.thinker={checkpoint}: its model.{part} is not the recipe's; choose the model "
-                    "that it was trained with"
-                )
-        if model.thinker.hidden_size != talker.thinker_hidden_size or model.vocab_size != recipe.model.vocab_size:
-            raise UserError(
-                f"talker_training.thinker={checkpoint}: is {model.thinker.hidden_size} wide with {model.vocab_size} "
-                f"tokens, the Talker reads {talker.thinker_hidden_size} and {recipe.model.vocab_size}; choose "
-                "model.talker.thinker_hidden_size and model.vocab_size of that Thinker"
-            )
-        model.thinker = _first_layers(model.thinker, talker.accept_hidden_layer, recipe, checkpoint)
+        model = _fitting(checkpoint, recipe)
+        model.thinker = _first_layers(required(model.thinker), recipe)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
         self.stages: list[Thinker] = build_chunks(below, head=False)
-        state = load_sharded(model_state(self.stages), checkpoint)
-        apply_model_state(self.stages, state)
-        for stage in self.stages:
-            stage.eval().requires_grad_(False)
+        _load(self.stages, checkpoint)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -92,14 +74,70 @@ def open_thinker(path: str, recipe: Recipe, check: Callable[[Recipe], None]) -> 
     return FrozenThinker(checkpoint, recipe, check)
 
 
-def _first_layers(thinker: ThinkerConfig, layers: int, recipe: Recipe, checkpoint: Path) -> ThinkerConfig:
+def open_whole_thinker(path: str, recipe: Recipe) -> Thinker:
+    """The whole Thinker of a checkpoint in one pipeline stage, to write what a Talker speaks. Collective.
+
+    Args:
+        path: checkpoint, or a run.
+        recipe: recipe of the Talker above it, or of the Thinker where `model.talker` is null.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or its Thinker does not fit the Talker.
+    """
+    checkpoint = resolve(path)
+    require_intact(checkpoint, recipe.checkpoint.verify)
+    model = _fitting(checkpoint, recipe)
+    thinker = required(model.thinker)
+    model.thinker = replace(thinker, pattern=thinker.pattern.replace("|", ""), mtp_num_hidden_layers=0)
+    stages = build_chunks(replace(recipe, model=model, recompute=Recompute.none))
+    _load(stages, checkpoint)
+    return stages[0]
+
+
+def _load(stages: list[Thinker], checkpoint: Path) -> None:
+    """Load what these stages have of a checkpoint's model, and freeze them."""
+    apply_model_state(stages, load_sharded(model_state(stages), checkpoint))
+    for stage in stages:
+        stage.eval().requires_grad_(False)
+
+
+def _fitting(checkpoint: Path, recipe: Recipe) -> ModelConfig:
+    """Model of a Thinker's checkpoint, which the recipe's Talker can read.
+
+    Raises:
+        UserError: it cannot.
+    """
+    model, talker = read_model_config(checkpoint), recipe.model.talker
+    if model.thinker is None:
+        raise UserError(f"talker_training.thinker={checkpoint}: no Thinker; give a checkpoint of network=thinker")
+    if talker is None:
+        return model
+    for part in ("audio", "vision"):
+        if getattr(model, part) != getattr(recipe.model, part):
+            raise UserError(
+                f"talker_training.thinker={checkpoint}: its model.{part} is not the recipe's; choose the model "
+                "that it was trained with"
+            )
+    if model.thinker.hidden_size != talker.thinker_hidden_size or model.vocab_size != recipe.model.vocab_size:
+        raise UserError(
+            f"talker_training.thinker={checkpoint}: is {model.thinker.hidden_size} wide with {model.vocab_size} "
+            f"tokens, the Talker reads {talker.thinker_hidden_size} and {recipe.model.vocab_size}; choose "
+            "model.talker.thinker_hidden_size and model.vocab_size of that Thinker"
+        )
+    layers = len(model.thinker.pattern.replace("|", "") * model.thinker.repeats) // 2
+    if talker.accept_hidden_layer > layers:
+        raise UserError(
+            f"model.talker.accept_hidden_layer={talker.accept_hidden_layer}: {checkpoint} has {layers} layers; read "
+            "one of them"
+        )
+    return model
+
+
+def _first_layers(thinker: ThinkerConfig, recipe: Recipe) -> ThinkerConfig:
     """Thinker of its first layers, cut into the pipeline stages of the run as evenly as they go."""
+    layers = required(recipe.model.talker).accept_hidden_layer
     symbols = thinker.pattern.replace("|", "") * thinker.repeats
     stages = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline
-    if 2 * layers > len(symbols):
-        raise UserError(
-            f"model.talker.accept_hidden_layer={layers}: {checkpoint} has {len(symbols) // 2} layers; read one of them"
-        )
     if 2 * layers < stages:
         raise UserError(
             f"model.talker.accept_hidden_layer={layers}: fewer than half of the {stages} stages of "

@@ -6,7 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +84,17 @@ def generate(
     try:
         while _anywhere(len(completions) < len(prompts), config) and not _is_cut_short(model):
             row = next(rows, slice(0))
-            completions += _generate_row(model, prompts[row], uniform[row], max_new_tokens, set(stop_tokens), sampling)
+            stream = TextStream(
+                model,
+                prompts[row],
+                max_new_tokens=max_new_tokens,
+                stop_tokens=stop_tokens,
+                sampling=sampling,
+                uniform=uniform[row],
+            )
+            for _ in stream:
+                pass
+            completions += stream.completions
     finally:
         model.train(training)
     return completions
@@ -115,34 +126,94 @@ def _is_cut_short(model: Thinker) -> bool:
     return cut_short(model.tp_group if model.config.expert_model_parallel_size == 1 else torch.distributed.group.WORLD)
 
 
-def _generate_row(model: Thinker, prompts, uniform, max_new_tokens: int, stop_tokens: set[int], sampling: Sampling):
-    completions = [Completion() for _ in prompts]
-    growing = set(range(len(prompts)))
-    sequences = [*prompts, *_fillers(prompts, model.config.tensor_model_parallel_size)]
-    uniform_NT = np.zeros((len(sequences), max_new_tokens))
-    uniform_NT[: len(prompts)] = uniform or 0.0
+class TextStream:
+    """Completions of prompts that share a prefill, a token of each at a time; see :func:`generate`.
 
-    batch = pack(sequences, row_tokens=sum(map(len, sequences)), alignment=1, padding_token=0)
-    next_ids = [ids.max() + 1 for ids in batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)]
-    window = model.audio_encoder.audio.eval_window_frames if hasattr(model, "audio_encoder") else 0
-    row = LocalRow.from_batch(batch, media=model.encodes_media, audio_window_frames=window)
-    state = DecodingState.prefill(row.packed)
-    for step in range(max_new_tokens):
-        row.packed = state
-        logits_NV = _next_logits(model, model(row), state)
-        chosen = sampling.choose(logits_NV, torch.from_numpy(uniform_NT[:, step]))
-        log_probs = logits_NV.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        chosen = chosen.cpu()
-        for index, token, log_prob in zip(range(len(prompts)), chosen.tolist(), log_probs.tolist(), strict=False):
-            if index in growing:
-                completions[index].tokens.append(token)
-                completions[index].log_probs.append(log_prob)
-                growing -= {index} if token in stop_tokens else set()
-        if step + 1 == max_new_tokens or not _anywhere(bool(growing), model.config) or _is_cut_short(model):
-            return completions
-        state.step()
-        row = LocalRow.from_batch(_single_tokens(chosen, torch.stack(next_ids) + step))
-    return completions
+    Args:
+        model: the whole Thinker, in evaluation mode.
+        prompts: token sequences with their media.
+        max_new_tokens: longest completion, in tokens.
+        stop_tokens: tokens that end a completion.
+        sampling: how tokens are drawn.
+        uniform: a uniform number of each prompt for every token that it may get.
+        states_after: blocks of the Thinker, a mixer and a feed-forward each, below the states that are kept of the
+            prompts; 0: none are.
+
+    Attributes:
+        completions: of the prompts, as far as they have come.
+        states: (n, H) of each prompt's tokens, once the first token is there: the output of that block, without the
+            features that DeepStack adds to it, which is what a Talker reads.
+    """
+
+    def __init__(
+        self,
+        model: Thinker,
+        prompts: Sequence[TokenSequence],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Collection[int],
+        sampling: Sampling,
+        uniform: Sequence[np.ndarray],
+        states_after: int = 0,
+    ) -> None:
+        self.model, self.prompts, self.sampling = model, prompts, sampling
+        self.max_new_tokens, self.stop_tokens, self.states_after = max_new_tokens, set(stop_tokens), states_after
+        self.completions = [Completion() for _ in prompts]
+        self.states: list[torch.Tensor] = []
+        self._sequences = [*prompts, *_fillers(prompts, model.config.tensor_model_parallel_size)]
+        self._uniform_NT = np.zeros((len(self._sequences), max_new_tokens))
+        self._uniform_NT[: len(prompts)] = uniform or 0.0
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[dict[int, int]]:
+        """Next token of each prompt whose completion goes on, by the prompt's index."""
+        model, sequences, growing = self.model, self._sequences, set(range(len(self.prompts)))
+        batch = pack(sequences, row_tokens=sum(map(len, sequences)), alignment=1, padding_token=0)
+        next_ids = [ids.max() + 1 for ids in batch.position_ids.split(batch.cu_seqlens.diff().tolist(), dim=1)]
+        window = model.audio_encoder.audio.eval_window_frames if hasattr(model, "audio_encoder") else 0
+        row = LocalRow.from_batch(batch, media=model.encodes_media, audio_window_frames=window)
+        state = DecodingState.prefill(row.packed)
+        for step in range(self.max_new_tokens):
+            row.packed = state
+            with self._keeping_states() if step == 0 else nullcontext():
+                hidden = model(row)
+            logits_NV = _next_logits(model, hidden, state)
+            chosen = self.sampling.choose(logits_NV, torch.from_numpy(self._uniform_NT[:, step]))
+            log_probs = logits_NV.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+            chosen = chosen.cpu()
+            tokens, values = chosen.tolist(), log_probs.tolist()
+            new = {index: tokens[index] for index in sorted(growing)}
+            for index, token in new.items():
+                self.completions[index].tokens.append(token)
+                self.completions[index].log_probs.append(values[index])
+            growing -= {index for index, token in new.items() if token in self.stop_tokens}
+            yield new
+            if step + 1 == self.max_new_tokens or not _anywhere(bool(growing), model.config) or _is_cut_short(model):
+                return
+            state.step()
+            row = LocalRow.from_batch(_single_tokens(chosen, torch.stack(next_ids) + step))
+
+    @contextmanager
+    def _keeping_states(self) -> Iterator[None]:
+        """Context in which the output of a block is kept, before the hook of DeepStack changes it."""
+        if not self.states_after:
+            yield
+            return
+        kept: list[torch.Tensor] = []
+
+        def keep(_layer, _arguments, out) -> None:
+            kept.append(out[0] if isinstance(out, tuple) else out)
+
+        handle = self.model.decoder.layers[2 * self.states_after - 1].register_forward_hook(keep, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        (hidden,) = kept
+        if self.model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.model.tp_group)
+        lengths = [len(sequence) for sequence in self._sequences]
+        self.states = list(hidden[:, 0].split(lengths))[: len(self.prompts)]
 
 
 def _fillers(prompts, tensor: int) -> list[TokenSequence]:

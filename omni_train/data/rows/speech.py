@@ -152,6 +152,36 @@ def dual_track_ids(context: Context, length: int, data: DataConfig) -> np.ndarra
     return rotary_ids([*runs, Text(text)], data.media.positions)[0]
 
 
+def stream_before(
+    planner: Planner,
+    context: Context,
+    data: DataConfig,
+    *,
+    first: int,
+    speaker: int = -1,
+    description: str | None = None,
+    reference: np.ndarray | None = None,
+) -> tuple[Plan, np.ndarray | None]:
+    """Plan of all that precedes the stream of an answer to be spoken, and its rotary ids (3, n); None: from 0 on.
+
+    It ends in the control code of an interleaved stream, and with ``dual_track`` in the ninth position, at which the
+    first token of the text has entered. Rotary ids count on from its last.
+
+    Args:
+        planner: planner of the recipe.
+        context: what was said before.
+        data: data of the recipe.
+        first: first token of the text, for ``dual_track``.
+        speaker: control code of the voice, for the same.
+        description: of the voice, for an interleaved stream.
+        reference: codes (Q, frames) of another utterance in it, for the same.
+    """
+    if planner.talker.style is TalkerStyle.dual_track:
+        plan = joined([*context.plans, planner.dual_track_head(first, speaker)])
+        return plan, dual_track_ids(context, len(plan), data)
+    return joined([*planner.voice(description, reference), *context.plans, planner.interleaved_head()]), None
+
+
 def before_and_text(sample: Sample, template: ChatTemplate) -> tuple[tuple[Turn, ...], str]:
     """Turns before the text that is spoken, and that text."""
     if isinstance(sample, Document):
@@ -173,12 +203,18 @@ def _speech_codes(parts: Mapping[str, bytes], file: str, planner: Planner, model
 
 
 def _reference(parts: Mapping[str, bytes], planner: Planner, data: DataConfig, model: ModelConfig) -> np.ndarray:
-    """Codes (Q, frames) of the reference utterance, its beginning of ``data.speech.voice_seconds``.
-
-    One codeword of codebook 0 all along is silence, or noise, in which there is no voice to take on.
-    """
+    """Codes (Q, frames) of a sample's reference utterance, as ``reference_of``."""
     talker = planner.talker
     codes = read_codes(parts, talker.num_code_groups, talker.codebook_size, VOICE_CODES, "voice_codes")
+    return reference_of(codes, data, model)
+
+
+def reference_of(codes: np.ndarray, data: DataConfig, model: ModelConfig) -> np.ndarray:
+    """Beginning of ``data.speech.voice_seconds`` of the codes (Q, frames) of a reference utterance.
+
+    One codeword of codebook 0 all along is silence, or noise, in which there is no voice to take on. Raises
+    SampleError ``voice_empty``.
+    """
     codes = codes[:, : max(1, int(data.speech.voice_seconds * _frames_per_second(model)))]
     if len(np.unique(codes[0])) < 2:
         raise SampleError("voice_empty")

@@ -11,8 +11,9 @@ from omni_train.data.rows.batch import IGNORE
 from omni_train.data.rows.chats import as_sequence, render, rendered
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.rows.speech_plans import CONTEXT, NONE, Plan, Planner
+from omni_train.data.samples.clips import Clip
 from omni_train.data.samples.positions import Run
-from omni_train.data.samples.sample import Turn
+from omni_train.data.samples.sample import Medium, Turn
 from omni_train.recipe.schema import Context as ContextKind
 from omni_train.recipe.schema import DataConfig, ModelConfig, SpeechConfig, States, TalkerStyle
 
@@ -40,22 +41,34 @@ def context_positions(
 ) -> Context:
     """Context of an answer behind ``turns``; there is none with ``data.speech.states=none``.
 
-    With ``dual_track`` it is every user turn whole, its media by their states. An interleaved stream has of each turn
-    the states of ``data.speech.context`` between its head and its tail; a turn from which none is read is left out.
-
     Raises SampleError: as ``chats.rendered``.
     """
-    dual, speech = planner.talker.style is TalkerStyle.dual_track, data.speech
-    readable = dual or speech.context is ContextKind.all or any(turn.media for turn in turns)
-    if not turns or speech.states is States.none or not readable:
+    if not reads_turns(turns, planner, data):
         return Context()
-    tokenizer, template = planner.tokenizer, data.chat_template
-    rendering, clips = rendered(turns, tokenizer, data.row_tokens, data.media, model, parts, template)
-    sequence = as_sequence(rendering, tokenizer, turns, clips, data.media)
+    rendering, clips = rendered(turns, planner.tokenizer, data.row_tokens, data.media, model, parts, data.chat_template)
+    return context_in(as_sequence(rendering, planner.tokenizer, turns, clips, data.media), turns, clips, planner, data)
+
+
+def reads_turns(turns: Sequence[Turn], planner: Planner, data: DataConfig) -> bool:
+    """Whether the Talker may read anything of these turns."""
+    readable = planner.talker.style is TalkerStyle.dual_track or data.speech.context is ContextKind.all
+    return bool(turns) and data.speech.states is not States.none and (readable or any(turn.media for turn in turns))
+
+
+def context_in(
+    sequence: TokenSequence, turns: Sequence[Turn], clips: Mapping[Medium, Clip], planner: Planner, data: DataConfig
+) -> Context:
+    """Context of an answer behind turns, given the Thinker's sequence of them, which the answer's head may follow.
+
+    With ``dual_track`` it is every user turn whole, its media by their states. An interleaved stream has of each turn
+    the states of ``data.speech.context`` between its head and its tail; a turn from which none is read is left out.
+    """
+    dual, speech, tokenizer = planner.talker.style is TalkerStyle.dual_track, data.speech, planner.tokenizer
     media = np.zeros(len(sequence), bool)
     media[sequence.audio_slots] = media[sequence.vision_slots] = True
     begins = np.flatnonzero(sequence.tokens == tokenizer.im_start)  # no text can spell it
     spans = [np.arange(begin, end) for begin, end in zip(begins, [*begins[1:], len(sequence)], strict=True)]
+    spans = spans[: len(turns)]
     runs: list[Run] = []
     plans: list[Plan] = []
     read: list[np.ndarray] = []
@@ -75,7 +88,7 @@ def context_positions(
         read.append(own)
     if dual:
         users = [turn for turn in turns if turn.role == "user"]
-        runs = render(users, tokenizer, clips=clips, template=template).runs if users else []
+        runs = render(users, tokenizer, clips=clips, template=data.chat_template).runs if users else []
     positions = np.concatenate([np.zeros(0, np.int64), *read])
     return Context(plans, runs, _cut(sequence, positions), positions)
 

@@ -11,21 +11,17 @@ import numpy as np
 from omni_train.data.rows.crops import read_speech
 from omni_train.data.rows.held_out import held_out_share
 from omni_train.data.rows.sequences import TokenSequence
-from omni_train.data.rows.speech import dual_track_ids, planner_of, read_spoken, stored_states
-from omni_train.data.rows.speech_plans import Plan, joined
+from omni_train.data.rows.speech import planner_of, read_spoken, stored_states, stream_before
+from omni_train.data.rows.speech_plans import Plan
 from omni_train.data.samples.lengths import codec_sampling_rate
 from omni_train.data.samples.sample import Sample
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, States, TalkerStyle
+from omni_train.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, States
 
 
 @dataclass
 class SpokenPrompt:
-    """Held-out text to be spoken, with the stream before it.
-
-    The plan ends in the position that precedes the stream of the answer: the control code of an interleaved one, and
-    with ``dual_track`` the ninth, at which the first token of the text has entered. Rotary ids count on from its last.
-    """
+    """Held-out text to be spoken, with the stream before it, as ``stream_before`` makes it."""
 
     name: str  # of the source and the number of the sample in it
     text: str
@@ -55,12 +51,15 @@ def held_out_prompts(
     def read(name: str, sample: Sample, parts: Mapping[str, bytes]) -> SpokenPrompt:
         spoken = read_spoken(sample, parts, planner, data, model)
         context = spoken.context
-        if planner.talker.style is TalkerStyle.dual_track:
-            plan = joined([*context.plans, planner.dual_track_head(spoken.tokens[0], spoken.speaker)])
-            ids = dual_track_ids(context, len(plan), data)
-        else:
-            voice = planner.voice(spoken.description, spoken.reference)
-            plan, ids = joined([*voice, *context.plans, planner.interleaved_head()]), None
+        plan, ids = stream_before(
+            planner,
+            context,
+            data,
+            first=spoken.tokens[0],
+            speaker=spoken.speaker,
+            description=spoken.description,
+            reference=spoken.reference,
+        )
         stored = data.speech.states is States.stored
         return SpokenPrompt(
             name,

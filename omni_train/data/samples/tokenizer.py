@@ -7,10 +7,11 @@ import functools
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
+import tokenizers.decoders
 
 from omni_train.data.samples.files import read_regular
 from omni_train.errors import UserError
@@ -142,3 +143,8 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of ids, control tokens included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def decoder(self) -> Callable[[int], str]:
+        """Function that is given ids one by one, and returns the text that each completes: no half characters."""
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._tokenizer, token) or ""
