@@ -18,7 +18,7 @@ from omni_train.data.samples.files import TooLarge, open_regular, read_whole, re
 from omni_train.data.samples.media import decoded_seconds
 from omni_train.data.samples.media.container import open_container
 from omni_train.data.samples.parsing import named_files, read_json, sample_of
-from omni_train.data.samples.sample import Chat, SampleError, one_sample
+from omni_train.data.samples.sample import Chat, SampleError, one_sample, voice_of
 from omni_train.data.samples.tokenizer import Tokenizer
 
 
@@ -80,8 +80,8 @@ def _read_line(key: str, data: bytes, tokenizer: Tokenizer, job, paths: list[str
         owner[what] = names[path]
     sample = sample_of(fields)  # once more, now with the names in the shard
     spoken = 0.0 if sample.speech is None else decoded_seconds(media[sample.speech], job.data.media)
-    if sample.voice is not None and sample.voice.speech is not None:
-        decoded_seconds(media[sample.voice.speech], job.data.media)
+    if (voice := voice_of(sample)) is not None:
+        decoded_seconds(media[voice.file], job.data.media)
     sequences = sequences_of(sample, tokenizer, job.data, job.model, media)
     videos = {medium.file for medium in getattr(sample, "media", ()) if medium.kind == "video"}
     seconds = sum(_duration(media[name]) for name in videos)

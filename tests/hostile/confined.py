@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,10 @@ def coded(folder: str, max_seconds: float = 600.0) -> tuple[list[str], dict[str,
     codes._job = type("Job", (), {"max_seconds": max_seconds})
     codes._codec = type("Codec", (), {"sampling_rate": 24000, "encode": lambda self, wave: np.zeros((2, 1))})()
     kept = list(codes._samples(Path(folder) / "train-00000.tar", *bounds, left_out))
-    return [key for key, _ in kept], dict(left_out), [_refusal(partial(codes._codes, parts)) for _, parts in kept]
+    missing = [Counter() for _ in kept]
+    for (_, parts), reasons in zip(kept, missing, strict=True):
+        codes._coded(parts, reasons)
+    return [key for key, _ in kept], dict(left_out), [", ".join(reasons) or None for reasons in missing]
 
 
 def array(data: bytes) -> str | None:
