@@ -23,7 +23,7 @@ from omni_train.data.samples.language import UNKNOWN, language_of
 from omni_train.data.samples.lengths import audio_tokens, most_seconds
 from omni_train.data.samples.media import read_audio
 from omni_train.data.samples.positions import AUDIO_PAD
-from omni_train.data.samples.sample import Chat, Medium, Sample, SampleError
+from omni_train.data.samples.sample import Chat, Document, Medium, Sample, SampleError
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.recipe.schema import MediaConfig, ModelConfig, required
 
@@ -40,7 +40,10 @@ def transcript_sequence(
     parts: Mapping[str, bytes],
     augmentation: Augmentation | None = None,
 ) -> TokenSequence:
-    """Token sequence of a sample's first sound and its last assistant turn, whose white space becomes single spaces.
+    """Token sequence of a sample's speech and what is said there, whose white space becomes single spaces.
+
+    That is the speech of a document or of a chat's last answer, with its text; else the first sound of a chat, with the
+    last assistant turn.
 
     Raises SampleError: ``no_audio``; ``no_answer``, also for one without a word; ``no_transcript`` for a sample of
     another task than ``transcribe``; ``unknown_language`` for one whose language is named and not understood;
@@ -90,16 +93,18 @@ def split_tag(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _pair(sample: Sample) -> tuple[Medium, str]:
-    if not isinstance(sample, Chat):
-        raise SampleError("no_audio")
-    if sample.meta.get("task", "transcribe") != "transcribe":
-        raise SampleError("no_transcript")
-    if not language_of(sample.meta).understood:
-        raise SampleError("unknown_language")
-    medium = next((medium for medium in sample.media if medium.kind == "audio"), None)
+    medium = None if sample.speech is None else Medium("audio", sample.speech)
+    if isinstance(sample, Document):
+        answers = [sample.text]
+    else:
+        if medium is None and sample.meta.get("task", "transcribe") != "transcribe":
+            raise SampleError("no_transcript")
+        medium = medium or next((medium for medium in sample.media if medium.kind == "audio"), None)
+        answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
     if medium is None:
         raise SampleError("no_audio")
-    answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
+    if not language_of(sample.meta).understood:
+        raise SampleError("unknown_language")
     transcript = " ".join(answers[-1].split()) if answers else ""
     if not transcript:
         raise SampleError("no_answer")
