@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -18,6 +19,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from omni_train.checkpoint.integrity import require_intact
 from omni_train.checkpoint.sharded import apply_model_state, load_sharded, model_state, read_model_config
 from omni_train.checkpoint.store import resolve
+from omni_train.data.rows.packing import aligned, pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.errors import UserError
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker, build_chunks
@@ -58,6 +61,7 @@ class FrozenThinker:
         model.thinker = _first_layers(model.thinker, talker.accept_hidden_layer, recipe, checkpoint)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
+        self.alignment = recipe.data.alignment
         self.stages: list[Thinker] = build_chunks(below, head=False)
         state = load_sharded(model_state(self.stages), checkpoint)
         apply_model_state(self.stages, state)
@@ -79,6 +83,19 @@ class FrozenThinker:
         for row in rows:
             row.prepared["context"] = row.context
         return [found["states"] for found in engine.forward(self.modules, rows, _read)]
+
+    @torch.no_grad()
+    def states_of(self, sequence: TokenSequence, positions: np.ndarray) -> torch.Tensor:
+        """States (K, H) at positions (K,) of one sequence alone, without an engine: for generation.
+
+        Collective over the tensor-parallel group; the layout must have no pipeline, context or expert parallelism.
+        """
+        (stage,) = self.stages
+        row = pack(
+            [sequence], row_tokens=aligned(len(sequence), self.alignment), alignment=self.alignment, padding_token=0
+        )
+        row.prepared["context"] = torch.from_numpy(positions)
+        return stage(stage.local_row(row, 0, training=False), _read)["states"]
 
 
 def open_thinker(path: str, recipe: Recipe, check: Callable[[Recipe], None]) -> FrozenThinker:
