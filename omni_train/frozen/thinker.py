@@ -6,6 +6,7 @@ Axis letters: T tokens of the row on this context-parallel rank, K states that a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ class FrozenThinker:
         model.thinker = _first_layers(model.thinker, talker.accept_hidden_layer, recipe, checkpoint)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
-        self.alignment = recipe.data.alignment
+        self.alignment = math.lcm(recipe.data.alignment, recipe.parallel.tensor)
         self.stages: list[Thinker] = build_chunks(below, head=False)
         state = load_sharded(model_state(self.stages), checkpoint)
         apply_model_state(self.stages, state)

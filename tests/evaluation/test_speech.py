@@ -22,6 +22,7 @@ from omni_train.recipe.schema import (
     TalkerStyle,
 )
 from omni_train.recipe.validate import validate
+from tests.distributed.test_talker_layouts import save_thinker
 from tests.support.talker import CODEBOOKS, CODEWORDS, FakeTokenizer, small_talker
 
 FRAME = 1920
@@ -198,7 +199,48 @@ def test_dual_track_speaks_after_its_first_token(distributed, tmp_path):
 def test_a_signal_cuts_it_short_and_nothing_is_reported(distributed, tmp_path, calls):
     for one in distributed(1, evaluated, recipe_of(tmp_path), False, calls)[0]:
         assert one == ({}, ())
-    assert not (tmp_path / "tiny").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def _ids(length):
+    return np.arange(length) + np.array([[0], [3], [7]])
+
+
+def states(rank, world_size, folder, parallel):
+    """States of a sequence among others in a row of the engine, and of it alone."""
+    import torch
+
+    from omni_train import platform
+    from omni_train.data.rows.packing import pack
+    from omni_train.training.engines.megatron import MegatronEngine
+
+    recipe = small_talker(parallel)
+    recipe.talker_training.thinker = str(folder)
+    recipe.data.alignment = 9
+    platform.parallel.initialize(parallel, recipe.seed)
+    engine = MegatronEngine(recipe)
+    random = np.random.default_rng(3)
+    first, second = (
+        TokenSequence(
+            random.integers(0, 90, n), np.full(n, -100), positions=np.arange(n) + random.integers(9, size=(3, 1))
+        )
+        for n in (31, 22)
+    )
+    row = pack([first, second], row_tokens=96, alignment=8, padding_token=0)
+    positions = np.array([21, 0, 5, 13])
+    row.context = torch.from_numpy(positions + 32)
+    (among_others,) = engine.frozen["thinker"].states(engine, [row])
+    alone = engine.frozen["thinker"].states_of(second, positions)
+    platform.parallel.destroy()
+    return among_others, alone
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_thinkers_states_are_those_of_training(distributed, tmp_path, tensor):
+    distributed(1, save_thinker, tmp_path)
+    for among_others, alone in distributed(tensor, states, tmp_path, ParallelConfig(tensor=tensor)):
+        assert alone.shape == (4, 48)
+        np.testing.assert_allclose(alone, among_others, atol=2e-5)
 
 
 TALKER = "stage=talker_general model=tiny data.codec=c talker_training.thinker=t evaluation.every=5"
