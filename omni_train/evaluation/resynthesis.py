@@ -18,7 +18,7 @@ from omni_train import platform
 from omni_train.data.rows.utterances import Utterance
 from omni_train.data.samples.lengths import codec_sampling_rate
 from omni_train.evaluation.base import Cell, Evaluated, Medium
-from omni_train.evaluation.spectrograms import draw_spectrograms
+from omni_train.evaluation.exhibits import keep_sounds
 from omni_train.models.code2wav import Code2Wav
 from omni_train.models.codec import SpeechCodec, usage_of
 from omni_train.objectives.semantic import TEACHER_SAMPLING_RATE
@@ -141,7 +141,7 @@ class Resyntheses:
         told = [(pair, utterance.meta, utterance.text) for pair, utterance in both if utterance.text]
         for side, name in enumerate(("original", "resynthesis")):
             errors = Tally()
-            transcripts = self.transcribe([_at_16_khz(pair[side], self.rate) for pair, _, _ in told]) if told else []
+            transcripts = self.transcribe([at_16_khz(pair[side], self.rate) for pair, _, _ in told]) if told else []
             for (_, meta, spoken), text in zip(told, transcripts, strict=True):
                 score(errors, meta | {"task": "transcribe"}, spoken, text, self.normalizer)
             for metric in errors.weights:
@@ -152,19 +152,11 @@ class Resyntheses:
 
     def _keep(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Resynthesis]:
         """Write the first pairs as WAV and PNG files."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         kept = []
-        for number, (utterance, pair) in enumerate(zip(self.utterances, pairs, strict=True)):
-            if number == self.kept:
-                break
-            original, resynthesis = (
-                self.directory / f"{number:02d}_{name}.wav" for name in ("original", "resynthesis")
-            )
-            for file, waveform in zip((original, resynthesis), pair, strict=True):
-                soundfile.write(file, waveform, self.rate, subtype="PCM_16")
-            picture = self.directory / f"{number:02d}_spectrograms.png"
-            draw_spectrograms(dict(zip(("original", "resynthesis"), pair, strict=True)), self.rate, picture)
-            kept.append(Resynthesis(utterance.name, utterance.text, original, resynthesis, picture))
+        for number, (utterance, pair) in enumerate(zip(self.utterances[: self.kept], pairs, strict=False)):
+            sounds = dict(zip(("original", "resynthesis"), pair, strict=True))
+            files = keep_sounds(self.directory, f"{number:02d}", sounds, self.rate)
+            kept.append(Resynthesis(utterance.name, utterance.text, **files))
         return kept
 
 
@@ -211,7 +203,7 @@ def pesq(original: np.ndarray, resynthesis: np.ndarray, sampling_rate: int) -> f
         _warn_that_pesq_is_missing()
         return None
     try:
-        value = float(measure(16000, _at_16_khz(original, sampling_rate), _at_16_khz(resynthesis, sampling_rate), "wb"))
+        value = float(measure(16000, at_16_khz(original, sampling_rate), at_16_khz(resynthesis, sampling_rate), "wb"))
     except (PesqError, ValueError):
         return None
     return value if np.isfinite(value) else None
@@ -222,6 +214,6 @@ def _warn_that_pesq_is_missing() -> None:
     warn("the package pesq is not installed: PESQ is not measured, and counted as failed; install the extra [pesq]")
 
 
-def _at_16_khz(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+def at_16_khz(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     """Waveform (n,) resampled to 16 kHz."""
     return soxr.resample(waveform, sampling_rate, TEACHER_SAMPLING_RATE)

@@ -194,11 +194,11 @@ def speaker_similarity(one: np.ndarray, other: np.ndarray, sampling_rate: int) -
     Raises:
         UserError: a package is missing.
     """
-    one_E, other_E = (_embedding(waveform, sampling_rate) for waveform in (one, other))
+    one_E, other_E = (speaker_embedding(waveform, sampling_rate) for waveform in (one, other))
     return None if one_E is None or other_E is None else float(one_E @ other_E)
 
 
-def _embedding(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | None:
+def speaker_embedding(waveform: np.ndarray, sampling_rate: int) -> np.ndarray | None:
     """Embedding (256,) of unit length of an utterance's speaker; None where there is too little voice."""
     prepare, model = _speaker_encoder()
     heard = _heard(waveform, sampling_rate)

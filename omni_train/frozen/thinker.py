@@ -6,11 +6,13 @@ Axis letters: T tokens of the row on this context-parallel rank, K states that a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -18,6 +20,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from omni_train.checkpoint.integrity import require_intact
 from omni_train.checkpoint.sharded import apply_model_state, load_sharded, model_state, read_model_config
 from omni_train.checkpoint.store import resolve
+from omni_train.data.rows.packing import aligned, pack
+from omni_train.data.rows.sequences import TokenSequence
 from omni_train.errors import UserError
 from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker, build_chunks
@@ -43,6 +47,7 @@ class FrozenThinker:
         model.thinker = _first_layers(required(model.thinker), recipe)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
+        self.alignment = math.lcm(recipe.data.alignment, recipe.parallel.tensor)
         self.stages: list[Thinker] = build_chunks(below, head=False)
         _load(self.stages, checkpoint)
 
@@ -61,6 +66,19 @@ class FrozenThinker:
         for row in rows:
             row.prepared["context"] = row.context
         return [found["states"] for found in engine.forward(self.modules, rows, _read)]
+
+    @torch.no_grad()
+    def states_of(self, sequence: TokenSequence, positions: np.ndarray) -> torch.Tensor:
+        """States (K, H) at positions (K,) of one sequence alone, without an engine: for generation.
+
+        Collective over the tensor-parallel group; the layout must have no pipeline, context or expert parallelism.
+        """
+        (stage,) = self.stages
+        row = pack(
+            [sequence], row_tokens=aligned(len(sequence), self.alignment), alignment=self.alignment, padding_token=0
+        )
+        row.prepared["context"] = torch.from_numpy(positions)
+        return stage(stage.local_row(row, 0, training=False), _read)["states"]
 
 
 def open_thinker(path: str, recipe: Recipe, check: Callable[[Recipe], None]) -> FrozenThinker:

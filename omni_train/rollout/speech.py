@@ -38,7 +38,7 @@ class SpeechSampling:
         first: of codebook 0.
         residual: of the residual codes.
         repetition_penalty: divides the logits of codes of codebook 0 that the sequence has had (Keskar et al. 2019).
-        seed: with the index of the sequence decides what is drawn, whatever else is in the batch.
+        seed: with the number of the prompt decides what is drawn, whatever else is in the batch.
     """
 
     first: Sampling = field(default_factory=lambda: Sampling(temperature=0.9, top_k=50))
@@ -77,6 +77,7 @@ class Prompt:
         states: (K, H) of the Thinker, the plan's sources.
         text: tokens of the text that have come; :meth:`Speaker.feed` adds more.
         ended: whether they are all.
+        number: with the seed of the sampling decides what is drawn; None: its index among the prompts.
     """
 
     plan: Plan
@@ -84,6 +85,7 @@ class Prompt:
     states: torch.Tensor | None = None
     text: list[int] = field(default_factory=list)
     ended: bool = True
+    number: int | None = None
 
 
 @dataclass
@@ -95,11 +97,14 @@ class Speech:
         log_probs: of each frame's codebook 0 and residual codes together in nats, at temperature 1, over what may be
             drawn; the end's is the last.
         ending: None while it goes on; ``eos``, ``limit`` (frames for its text), ``stuck``.
+        before: tokens of the text, and positions after the prompt, that had entered when the first frame was drawn;
+            None before.
     """
 
     codes: list[np.ndarray] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ending: str | None = None
+    before: tuple[int, int] | None = None
 
     def frames(self) -> np.ndarray:
         """Codes of all frames, (Q, M) int64."""
@@ -156,10 +161,12 @@ class Speaker:
         self._feeders = [] if self.dual else [Feeder(schedule, frames_per_token) for _ in prompts]
         masks = (drawable(model.talker, switch_label, text_ended=ended) for ended in (False, True))
         self._drawable = [torch.from_numpy(mask).to(platform.device()) for mask in masks]
-        self._generators = [np.random.default_rng([sampling.seed, index]) for index in range(len(prompts))]
+        numbers = [index if prompt.number is None else prompt.number for index, prompt in enumerate(prompts)]
+        self._generators = [np.random.default_rng([sampling.seed, number]) for number in numbers]
         self._seen = torch.zeros(len(prompts), model.talker.codec_vocab_size, dtype=torch.bool)
         self._seen = self._seen.to(platform.device())
         self._next_steps: list[Step | None] = [None] * len(self.prompts)
+        self._appended = 0
         self._hidden_NH = self._prefill()
 
     def feed(self, index: int, tokens: Sequence[int], ended: bool = False) -> None:
@@ -204,6 +211,7 @@ class Speaker:
             elif steps[index] is Step.end:
                 text_N[index] = self.end
         self._hidden_NH = self._append(text_N, codes_NQ)
+        self._appended += 1
         return True
 
     def _next(self, index: int) -> Step:
@@ -262,6 +270,8 @@ class Speaker:
                 speech.log_probs.append(float(log_probs_F[place]))
                 speech.ending = "eos"
                 continue
+            if speech.before is None:
+                speech.before = (1 if self.dual else self._feeders[index].fed, self._appended)
             speech.codes.append(codes_FQ[place])
             speech.log_probs.append(with_residual[place])
             frames[index] = codes_FQ[place]

@@ -1,7 +1,7 @@
 """Report of a run, or of a pipeline of runs: ``python -m omni_train.tracking.report runs/smoke``.
 
 A run gives a table of its steps. A pipeline gives a table of its stages and one of its evaluations, which are also
-written with curves into its ``report/``.
+written with curves into its ``report/``. Both give one of the schedules that a Talker spoke with.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ COLUMNS = {
     "tokens_per_second": "{:,.0f}",
 }
 """Keys of ``metrics.jsonl`` that are shown of a run, in order, with their formats."""
+
+SPEECH = {
+    "wer": "speech_wer",
+    "cer": "speech_cer",
+    "length ratio": "length_ratio",
+    "ended": "ended_eos",
+    "tokens before sound": "tokens_before_sound",
+    "positions before sound": "positions_before_sound",
+}
+"""Columns of the table of schedules, and the held-out metrics in them, which may end in a schedule's name."""
 
 Stages = Mapping[str, Sequence[Mapping[str, float]]]
 """Name -> logged steps of each stage of a pipeline, in order."""
@@ -113,6 +123,17 @@ def metrics_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
     return ["held-out", *shown], rows
 
 
+def schedules_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of held-out speech: what each stage last logged, for each schedule it spoke with."""
+    rows, start = [], "eval_tokens_before_sound"
+    for stage, steps in stages.items():
+        values = _last_values(steps)
+        for suffix in [key.removeprefix(start) for key in values if key.startswith(start)]:
+            cells = [_shown(values, f"eval_{metric}{suffix}", "{:.3f}") for metric in SPEECH.values()]
+            rows.append([stage, suffix.removeprefix("_") or "–", *cells])
+    return ["stage", "schedule", *SPEECH], rows
+
+
 def summary(rows: list[list[str]]) -> list[list[str]]:
     """Rows of :func:`metrics_cells`, without those of one language or codebook among several."""
     names = {row[0] for row in rows}
@@ -144,7 +165,11 @@ def report(directory: Path, console: Console | None = None) -> None:
     """
     console = console or _Console(width=None if sys.stdout.isatty() else 160)
     if not (directory / "pipeline.yaml").exists():
-        console.print(steps_table(read_steps(directory)))
+        steps = read_steps(directory)
+        console.print(steps_table(steps))
+        header, rows = schedules_cells({directory.name: steps})
+        if rows:
+            console.print(_table("Speech", header, rows))
         return
     from omni_train.tracking.curves import draw_losses
 
@@ -153,7 +178,7 @@ def report(directory: Path, console: Console | None = None) -> None:
     folder.mkdir(exist_ok=True)
     draw_losses(stages, folder / "losses.png")
     text = [f"# {directory.name}", "![losses](losses.png)"]
-    tables = {"Stages": stages_cells(stages), "Evaluation": metrics_cells(stages)}
+    tables = {"Stages": stages_cells(stages), "Evaluation": metrics_cells(stages), "Speech": schedules_cells(stages)}
     for title, (header, rows) in tables.items():
         if rows:
             console.print(_table(title, header, summary(rows) if title == "Evaluation" else rows))
@@ -175,7 +200,7 @@ def _shown(values: Mapping[str, float], key: str, form: str) -> str:
 def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     result = Table(title=title)
     for name in header:
-        result.add_column(name, justify="left" if name in ("stage", "held-out") else "right")
+        result.add_column(name, justify="left" if name in ("stage", "held-out", "schedule") else "right")
     for row in rows:
         result.add_row(*row)
     return result

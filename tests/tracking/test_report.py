@@ -122,3 +122,16 @@ def test_a_pipeline_without_steps_is_one_line_and_exit_2(tmp_path, capsys):
     (tmp_path / "pipeline.yaml").write_text("first: {}\n")
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_speech_is_a_table_by_schedule(tmp_path, capsys):
+    spoken = {"eval_speech_wer_turns_4_4": 0.125, "eval_tokens_before_sound_turns_4_4": 4.0}
+    spoken |= {"eval_speech_wer_lead_8": 0.0625, "eval_tokens_before_sound_lead_8": 8.5}
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0} | spoken]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(tmp_path)]) == 0
+    body = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if "_" in line]
+    assert [line[1:3] + line[5:7] for line in body] == [
+        ["turns_4_4", "0.125", "–", "4.000"],
+        ["lead_8", "0.062", "–", "8.500"],
+    ]

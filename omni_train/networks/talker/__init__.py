@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from omni_train.networks.talker.checks import check_talker
 from omni_train.recipe.schema import EngineName, Recipe, States, TextEmbedding, required
 
 if TYPE_CHECKING:
+    from omni_train.evaluation.speech import SpokenTexts
     from omni_train.objectives.talker import TalkerObjective
 
 
@@ -48,6 +50,25 @@ def _objective(recipe: Recipe, networks: Networks, frozen: Frozen) -> TalkerObje
     return TalkerObjective(recipe, frozen.get("thinker"))
 
 
+def _evaluation(recipe: Recipe, held_out: list, refused: Counter[str], frozen: Frozen) -> SpokenTexts:
+    from omni_train import platform
+    from omni_train.evaluation.speech import SpokenTexts
+    from omni_train.frozen.recognizer import open_recognizer
+    from omni_train.frozen.vocoder import open_vocoder
+
+    evaluation, transcribe = recipe.evaluation, None
+    assert evaluation.codec is not None, "validation refuses evaluation.every without a codec"
+    decode = open_vocoder(evaluation.codec, recipe)
+    if evaluation.recognizer is not None:
+        # Half as much again as was to be said: what a Talker says that does not end is not written down in full.
+        longest = max((len(prompt.tokens) for prompt in held_out), default=0)
+        longest = max(platform.parallel.gather_over_data_ranks(longest))
+        tokens = max(evaluation.max_new_tokens, longest * 3 // 2)
+        listening = replace(recipe, evaluation=replace(evaluation, max_new_tokens=tokens))
+        transcribe = open_recognizer(evaluation.recognizer, listening).transcribe
+    return SpokenTexts(recipe, held_out, refused, decode, transcribe, frozen.get("thinker"))
+
+
 def _flops(recipe: Recipe, rows: Sequence[Any], tokens: float, parameters: int) -> float:
     from omni_train.models.talker.flops import step_flops
 
@@ -67,5 +88,6 @@ TALKER = NetworkSpec(
     build=_build,
     starting=_starting,
     objective=_objective,
+    evaluation=_evaluation,
     flops=_flops,
 )

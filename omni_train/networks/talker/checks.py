@@ -23,6 +23,7 @@ def check_talker(recipe: Recipe) -> None:
     _rows(recipe)
     _thinker(recipe)
     answers_no_questions(recipe)
+    _evaluation(recipe)
     if recipe.optimizer.name is OptimizerName.muon:
         refuse(recipe, "optimizer.name", "the Talker's stacked tables are no matrices of Muon; use optimizer=adamw")
 
@@ -45,7 +46,7 @@ def _codes(recipe: Recipe) -> None:
             refuse_value(key, code, f"is {same[0]} too; give each control code an id of its own")
 
 
-def refuse_value(key: str, found: int, why: str) -> None:
+def refuse_value(key: str, found: int | str, why: str) -> None:
     """Raise a UserError about an entry that no dotted key names."""
     from omni_train.errors import UserError
 
@@ -89,3 +90,27 @@ def _thinker(recipe: Recipe) -> None:
             check_audio(recipe)
         if recipe.model.vision is not None:
             check_vision(recipe)
+
+
+def _evaluation(recipe: Recipe) -> None:
+    evaluation = recipe.evaluation
+    schedules, several = evaluation.speech_schedules, "evaluation.speech_schedules"
+    if schedules and required(recipe.model.talker).style is TalkerStyle.dual_track:
+        refuse_value(several, len(schedules), "model.talker.style=dual_track has one order; leave them out")
+    names = [schedule.name for schedule in schedules]
+    if twice := [name for name in names if names.count(name) > 1]:
+        refuse_value(several, twice[0], "is named twice; leave one out")
+    if not evaluation.every:
+        return
+    if evaluation.codec is None:
+        refuse(
+            recipe,
+            "evaluation.every",
+            "speaks held-out texts; name the codec that makes them sound by evaluation.codec, or set 0",
+        )
+    if recipe.parallel.expert > 1:
+        refuse(
+            recipe,
+            "parallel.expert",
+            f"evaluation.every={evaluation.every} speaks, for which experts must not be divided; set one of the two",
+        )

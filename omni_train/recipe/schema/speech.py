@@ -54,6 +54,12 @@ class SpeechScheduleConfig:
     text: int = key(4, ge=1, help="text tokens of a turn, of kind=turns")
     frames: int = key(4, ge=1, help="frames of a turn, of kind=turns")
 
+    @property
+    def name(self) -> str:
+        """Name in metrics: ``tightest``, ``lead_8``, ``turns_4_4``, ``text_first``."""
+        sizes = {ScheduleKind.lead: [self.lead], ScheduleKind.turns: [self.text, self.frames]}.get(self.kind, [])
+        return "_".join(map(str, [self.kind, *sizes]))
+
 
 @dataclass
 class SpeechConfig:

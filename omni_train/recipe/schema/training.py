@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from omni_train.recipe.keys import Change, key
+from omni_train.recipe.schema.speech import SpeechScheduleConfig
 
 
 class OptimizerName(StrEnum):
@@ -111,8 +112,27 @@ class EvaluationConfig:
     recognizer: str | None = key(
         None,
         checkpoint=True,
-        help="of the codec: a recognizer's checkpoint that writes down originals and resyntheses, for their word "
-        "error rates; null: the teacher, where that is one",
+        help="of codec and Talker: a recognizer's checkpoint that writes down what they say and the originals, for "
+        "word error rates; null: the codec's teacher, where that is one",
+    )
+    codec: str | None = key(
+        None,
+        checkpoint=True,
+        help="of the Talker: a checkpoint of network=codec or code2wav, which makes its codes sound",
+    )
+    speech_schedules: list[SpeechScheduleConfig] = key(
+        [],
+        help="of the Talker: schedules that held-out texts are spoken with, whatever their weights; of several, "
+        "metrics have suffixes such as `_turns_4_4`. []: the first of data.speech.schedules",
+    )
+    speech_temperature: float = key(
+        0.9, ge=0, help="of the Talker: temperature of codebook 0; 0 takes the most probable codes, residual too"
+    )
+    speech_frames_per_token: float | None = key(
+        None,
+        gt=0,
+        help="of the Talker: frames that are expected for each text token, for schedules of kind=tightest and lead; "
+        "null: the mean of the held-out recordings",
     )
 
 
