@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.random_state import random_state, set_random_state
 from omni_train.checkpoint.sharded import apply_model_state, load_sharded, model_state, read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.errors import UserError
@@ -23,7 +24,7 @@ from omni_train.models.row import LocalRow
 from omni_train.models.thinker import Thinker, build_chunks
 from omni_train.nn.context_parallel import context_slice_indices
 from omni_train.objectives.base import Forward
-from omni_train.recipe.schema import Recipe, Recompute, ThinkerConfig, required
+from omni_train.recipe.schema import ModelConfig, Recipe, Recompute, ThinkerConfig, required
 
 
 class FrozenThinker:
@@ -55,10 +56,12 @@ class FrozenThinker:
                 f"tokens, the Talker reads {talker.thinker_hidden_size} and {recipe.model.vocab_size}; choose "
                 "model.talker.thinker_hidden_size and model.vocab_size of that Thinker"
             )
-        model.thinker = _first_layers(model.thinker, talker.accept_hidden_layer, recipe, checkpoint)
+        model.thinker = _first_layers(model, talker.accept_hidden_layer, recipe, checkpoint)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
+        drawn = random_state()
         self.stages: list[Thinker] = build_chunks(below, head=False)
+        set_random_state(drawn)  # the Talker begins with the same weights, whether a Thinker runs or not
         state = load_sharded(model_state(self.stages), checkpoint)
         apply_model_state(self.stages, state)
         for stage in self.stages:
@@ -92,20 +95,25 @@ def open_thinker(path: str, recipe: Recipe, check: Callable[[Recipe], None]) -> 
     return FrozenThinker(checkpoint, recipe, check)
 
 
-def _first_layers(thinker: ThinkerConfig, layers: int, recipe: Recipe, checkpoint: Path) -> ThinkerConfig:
-    """Thinker of its first layers, cut into the pipeline stages of the run as evenly as they go."""
+def _first_layers(model: ModelConfig, layers: int, recipe: Recipe, checkpoint: Path) -> ThinkerConfig:
+    """Thinker of its first layers, cut into the pipeline stages of the run about as evenly as they go."""
+    thinker, vision = required(model.thinker), model.vision
     symbols = thinker.pattern.replace("|", "") * thinker.repeats
-    stages = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline
-    if 2 * layers > len(symbols):
+    stages, total = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline, 2 * layers
+    if total > len(symbols):
         raise UserError(
             f"model.talker.accept_hidden_layer={layers}: {checkpoint} has {len(symbols) // 2} layers; read one of them"
         )
-    if 2 * layers < stages:
+    # Vision's features are added on the first stage, which has them; behind the last layer none are.
+    levels = min(len(vision.deepstack_visual_indexes), layers - 1) if vision else 0
+    first = max(total // stages, 2 * levels)
+    if first < 1 or total - first < stages - 1:
         raise UserError(
-            f"model.talker.accept_hidden_layer={layers}: fewer than half of the {stages} stages of "
-            "parallel.pipeline·virtual_pipeline, of which each needs a part; read a higher one or use fewer stages"
+            f"model.talker.accept_hidden_layer={layers}: its mixers and feed-forwards, {total}, are too few for the "
+            f"{stages} stages of parallel.pipeline·virtual_pipeline, of which the first takes {max(first, 1)} and each "
+            "other one; read a higher layer or use fewer stages"
         )
-    bounds = [2 * layers * stage // stages for stage in range(stages + 1)]
+    bounds = [0, *(first + (total - first) * stage // max(stages - 1, 1) for stage in range(stages))]
     pattern = "|".join(symbols[start:end] for start, end in itertools.pairwise(bounds))
     return replace(thinker, pattern=pattern, repeats=1, mtp_num_hidden_layers=0)
 

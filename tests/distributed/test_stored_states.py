@@ -56,7 +56,7 @@ def write(rank, world_size, recipe, out):
 def train(rank, world_size, recipe, steps=4):
     """Metrics of the first steps on a recipe's shards, and of held-out rows after them.
 
-    The first call writes the checkpoint that the others start from.
+    One rank begins with fresh weights, of which the first call writes a checkpoint; other layouts begin with that.
     """
     from omni_train import platform
     from omni_train.checkpoint.sharded import load_model
@@ -70,7 +70,7 @@ def train(rank, world_size, recipe, steps=4):
     if (start := store.latest()) is None:
         engine.save(store, 0, {}, None)
         store.finish(blocking=True)
-    else:
+    elif world_size > 1:
         load_model(engine.chunks, start, held(recipe))
         engine.optimizer.reload_model_params()
     store.close()

@@ -15,6 +15,7 @@ from omni_train.data.rows.speech import SpeechSequence
 from omni_train.data.rows.speech_packing import pack_speech
 from omni_train.data.rows.speech_plans import Plan
 from omni_train.recipe.schema import CheckpointConfig, ParallelConfig
+from tests.support.pool import RankFailed
 from tests.support.talker import small_talker, speech_batches
 from tests.support.thinker import VOCAB
 
@@ -146,15 +147,25 @@ def test_layers_above_are_not_there(distributed, folder):
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [ParallelConfig(context=2), ParallelConfig(tensor=2), ParallelConfig(pipeline=2, virtual_pipeline=2)],
+    ("parallel", "layer"),
+    [
+        (ParallelConfig(context=2), 2),
+        (ParallelConfig(tensor=2), 3),
+        (ParallelConfig(pipeline=2, virtual_pipeline=2), 4),  # whose first stage has all that DeepStack reaches
+    ],
     ids=["CP2", "TP2", "PP2-VPP2"],
 )
-def test_every_rank_has_every_state_wherever_it_was_computed(distributed, folder, states, parallel):
+def test_every_rank_has_every_state_wherever_it_was_computed(distributed, folder, states, parallel, layer):
     """Rows of the Thinker are cut otherwise than the Talker's: what one rank computes, another reads."""
-    for (found,), _ in distributed(2, read, folder, [2], parallel):
-        for one, other in zip(found, states[1], strict=True):
+    for (found,), _ in distributed(2, read, folder, [layer], parallel):
+        for one, other in zip(found, states[layer - 1], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_that_leave_no_room_for_deepstack_are_refused(distributed, folder):
+    message = r"accept_hidden_layer=3: its mixers and feed-forwards, 6, are too few for the 4 stages .* first takes 4"
+    with pytest.raises(RankFailed, match=message):
+        distributed(2, read, folder, [3], ParallelConfig(pipeline=2, virtual_pipeline=2))
 
 
 def test_a_state_depends_on_its_own_sequence_alone(distributed, folder, states):
