@@ -69,6 +69,21 @@ def test_fields_of_a_dataclass_are_keys_with_a_dot(capsys):
         call("prog", {"resize": lambda: resize}, ["resize", "out=a", "size.rows=x"])
 
 
+def copy(out: Path, **words: str) -> None:
+    CALLS.append((out, words))
+
+
+def test_a_function_may_take_all_other_words(capsys):
+    CALLS.clear()
+    assert call("prog", {"copy": lambda: copy}, ["copy", "model=tiny", "out=a", "data.sources=[{path: b=c}]"]) == 0
+    assert [(Path("a"), {"model": "tiny", "data.sources": "[{path: b=c}]"})] == CALLS
+    call("prog", {"copy": lambda: copy}, ["--help"])
+    assert capsys.readouterr().out == "prog copy out=… [key=value …]\n"
+    for words, message in {("model=x",): "out= is missing", ("out=a", "b.c=1", "b.c=2"): "b.c is given twice"}.items():
+        with pytest.raises(UserError, match=message):
+            call("prog", {"copy": lambda: copy}, ["copy", *words])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,6 +44,7 @@ class Folder:
         data: folder of the shards.
         making: notes of the new one.
         thinker: content hash of the Thinker.
+        checkpoint: of the list of digests of its checkpoint, where it has one.
         settings: those of ``settings_of``.
         shards: names of all shards.
     """
@@ -51,6 +52,7 @@ class Folder:
     data: Path
     making: Making
     thinker: str
+    checkpoint: str | None
     settings: dict[str, Any]
     shards: list[str]
 
@@ -69,7 +71,8 @@ class Folder:
         if (codes := self.data / "codec.json").is_file():
             (out / codes.name).write_bytes(codes.read_bytes())
         whose = {shard: record["thinker"] for shard, record in records.items()}
-        write_json(out / RECORD, {"thinker": self.thinker, "settings": self.settings, "shards": whose})
+        record = {"thinker": self.thinker, "checkpoint": self.checkpoint, "settings": self.settings, "shards": whose}
+        write_json(out / RECORD, record)
         told = {what: Counter[str]() for what in ("written", "missing", "left_out")}
         for record in records.values():
             for what, counts in told.items():

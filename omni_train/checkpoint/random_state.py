@@ -44,8 +44,15 @@ def restore_random_state(checkpoint: Path) -> None:
     tracker = get_cuda_rng_tracker()
     if path != files[0] or set(tracker.get_states()) != set(state["tracker"]):
         return  # written in another layout: the generators keep their fresh seeds
+    set_random_state(state)
+
+
+def set_random_state(state: dict) -> None:
+    """Set all random generators of this process to what :func:`random_state` gave of them."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
-    tracker.set_states(state["tracker"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

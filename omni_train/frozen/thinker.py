@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.random_state import random_state, set_random_state
 from omni_train.checkpoint.sharded import apply_model_state, load_sharded, model_state, read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.data.rows.packing import aligned, pack
@@ -44,11 +45,13 @@ class FrozenThinker:
 
     def __init__(self, checkpoint: Path, recipe: Recipe, check: Callable[[Recipe], None]) -> None:
         model = _fitting(checkpoint, recipe)
-        model.thinker = _first_layers(required(model.thinker), recipe)
+        model.thinker = _first_layers(model, recipe)
         below = replace(recipe, model=model, recompute=Recompute.none)
         check(below)
         self.alignment = math.lcm(recipe.data.alignment, recipe.parallel.tensor)
+        drawn = random_state()
         self.stages: list[Thinker] = build_chunks(below, head=False)
+        set_random_state(drawn)  # the Talker begins with the same weights, whether a Thinker runs or not
         _load(self.stages, checkpoint)
 
     @property
@@ -151,17 +154,21 @@ def _fitting(checkpoint: Path, recipe: Recipe) -> ModelConfig:
     return model
 
 
-def _first_layers(thinker: ThinkerConfig, recipe: Recipe) -> ThinkerConfig:
-    """Thinker of its first layers, cut into the pipeline stages of the run as evenly as they go."""
-    layers = required(recipe.model.talker).accept_hidden_layer
+def _first_layers(model: ModelConfig, recipe: Recipe) -> ThinkerConfig:
+    """Thinker of its first layers, cut into the pipeline stages of the run about as evenly as they go."""
+    thinker, vision, layers = required(model.thinker), model.vision, required(recipe.model.talker).accept_hidden_layer
     symbols = thinker.pattern.replace("|", "") * thinker.repeats
-    stages = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline
-    if 2 * layers < stages:
+    stages, total = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline, 2 * layers
+    # Vision's features are added on the first stage, which has them; behind the last layer none are.
+    levels = min(len(vision.deepstack_visual_indexes), layers - 1) if vision else 0
+    first = max(total // stages, 2 * levels)
+    if first < 1 or total - first < stages - 1:
         raise UserError(
-            f"model.talker.accept_hidden_layer={layers}: fewer than half of the {stages} stages of "
-            "parallel.pipeline·virtual_pipeline, of which each needs a part; read a higher one or use fewer stages"
+            f"model.talker.accept_hidden_layer={layers}: its mixers and feed-forwards, {total}, are too few for the "
+            f"{stages} stages of parallel.pipeline·virtual_pipeline, of which the first takes {max(first, 1)} and each "
+            "other one; read a higher layer or use fewer stages"
         )
-    bounds = [2 * layers * stage // stages for stage in range(stages + 1)]
+    bounds = [0, *(first + (total - first) * stage // max(stages - 1, 1) for stage in range(stages))]
     pattern = "|".join(symbols[start:end] for start, end in itertools.pairwise(bounds))
     return replace(thinker, pattern=pattern, repeats=1, mtp_num_hidden_layers=0)
 

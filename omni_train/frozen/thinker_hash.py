@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
-from omni_train.checkpoint.integrity import require_intact
+from omni_train.checkpoint.integrity import DIGESTS, require_intact
 from omni_train.checkpoint.reader import CheckpointReader
 from omni_train.checkpoint.sharded import comparable, read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.data.rows.codes import content_hash, is_hash
+from omni_train.data.rows.stored_states import records
 from omni_train.errors import UserError
-from omni_train.recipe.schema import Verify
+from omni_train.recipe.schema import Recipe, Verify, required
 
 _BELOW = re.compile(r"(embedding|audio_encoder|audio_adapter|vision_encoder|vision_adapter)\.|decoder\.layers\.(\d+)\.")
 _PARTS = ("vocab_size", "layers", "thinker", "audio", "vision")
@@ -65,3 +67,27 @@ def thinker_hash(path: str, layers: int, reading: Callable[[], None] = lambda: N
     settings = comparable(replace(model, thinker=thinker))
     config = {key: value for key, value in settings.items() if key.partition(".")[0] in _PARTS}
     return content_hash(_Below(CheckpointReader(checkpoint), layers, reading), config)
+
+
+def checkpoint_digest(path: str) -> str | None:
+    """SHA-256 of the list of a checkpoint's files and their digests; None of a hash, or where it has no such list."""
+    if is_hash(path):
+        return None
+    file = resolve(path) / DIGESTS
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+
+
+def stored_thinker(recipe: Recipe) -> str:
+    """Content hash of the Thinker of a recipe of stored states.
+
+    A checkpoint whose files are those that the states were made with is known by their digests, and is not read.
+
+    Raises:
+        UserError: as :func:`thinker_hash`, or a source has no states.
+    """
+    path = str(recipe.talker_training.thinker)
+    written = [(record["checkpoint"], record["thinker"]) for record in records(recipe).values()]
+    digest = checkpoint_digest(path)
+    if digest is not None and all(one == (digest, written[0][1]) for one in written):
+        return written[0][1]
+    return thinker_hash(path, required(recipe.model.talker).accept_hidden_layer)

@@ -54,8 +54,7 @@ def check_vision(recipe: Recipe) -> None:
     Raises:
         UserError: the first thing found, in one line.
     """
-    thinker, vision = required(recipe.model.thinker), required(recipe.model.vision)
-    tensor = recipe.parallel.tensor
+    vision, tensor = required(recipe.model.vision), recipe.parallel.tensor
     # Half of a head's dimensions turn with the row of a patch, half with its column, in pairs.
     divides(recipe, 4 * vision.num_heads, "4·model.vision.num_heads", "model.vision.hidden_size")
     divides(recipe, tensor, "parallel.tensor", "model.vision.num_heads", "model.vision.intermediate_size")
@@ -68,6 +67,15 @@ def check_vision(recipe: Recipe) -> None:
             "model.vision.deepstack_visual_indexes",
             f"must be rising layers from 0 to below model.vision.depth={vision.depth}",
         )
+
+
+def check_deepstack(recipe: Recipe) -> None:
+    """Refuse a Thinker whose layers that take features of vision are not all on the first pipeline stage.
+
+    Raises:
+        UserError: in one line.
+    """
+    thinker, levels = required(recipe.model.thinker), required(recipe.model.vision).deepstack_visual_indexes
     stages = recipe.parallel.pipeline * recipe.parallel.virtual_pipeline
     whole = thinker.pattern * thinker.repeats
     first = whole.partition("|")[0] if "|" in whole else whole[: len(whole) // stages]

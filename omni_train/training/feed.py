@@ -20,7 +20,7 @@ from omni_train.data.stream.states import redistribute
 from omni_train.data.workers import start_server
 from omni_train.errors import UserError
 from omni_train.platform.logs import warn
-from omni_train.recipe.schema import Recipe, States, required
+from omni_train.recipe.schema import Recipe, States
 from omni_train.training.model_group import ModelGroup
 
 
@@ -56,10 +56,9 @@ class Feed:
             self.recipe = replace(self.recipe, data=replace(data, codec=codec_hash(data.codec)))
             data = self.recipe.data
         if data.rows == "speech" and data.speech.states is States.stored:
-            from omni_train.frozen.thinker_hash import thinker_hash
+            from omni_train.frozen.thinker_hash import stored_thinker
 
-            layers = required(self.recipe.model.talker).accept_hidden_layer
-            check_states(self.recipe, thinker_hash(str(self.recipe.talker_training.thinker), layers))
+            check_states(self.recipe, stored_thinker(self.recipe))
         self.loader = build_loader(data, self.recipe.model, split="train", seed=self.recipe.seed, **_my_part())
         self._iterator = iter(self.loader)
 

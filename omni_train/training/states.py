@@ -21,7 +21,7 @@ from omni_train.data_pipelines.copying import shards_of
 from omni_train.data_pipelines.making import Making
 from omni_train.data_pipelines.states import Folder, StateWriter, Work
 from omni_train.errors import UserError
-from omni_train.frozen.thinker_hash import thinker_hash
+from omni_train.frozen.thinker_hash import checkpoint_digest, thinker_hash
 from omni_train.networks.base import spec_of
 from omni_train.platform import failures
 from omni_train.platform.agreement import on_first_rank, wait_on
@@ -129,10 +129,12 @@ def _claimed(recipe: Recipe, out: Path) -> list[Folder]:
         alive()
         wait_on()
 
-    layers = required(recipe.model.talker).accept_hidden_layer
-    thinker = thinker_hash(str(recipe.talker_training.thinker), layers, reading)
+    checkpoint = str(recipe.talker_training.thinker)
+    thinker = thinker_hash(checkpoint, required(recipe.model.talker).accept_hidden_layer, reading)
+    digest = checkpoint_digest(checkpoint)
     folders = [
-        Folder(path, Making(out / name, "stored"), thinker, settings, shards_of(path)) for name, path in sources.items()
+        Folder(path, Making(out / name, "stored"), thinker, digest, settings, shards_of(path))
+        for name, path in sources.items()
     ]
     for folder in folders:
         folder.claim()

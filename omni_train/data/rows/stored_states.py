@@ -48,6 +48,22 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+def records(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Record of the states of each source, by its path.
+
+    Raises:
+        UserError: a source has none.
+    """
+    found = {}
+    for source in recipe.data.sources:
+        try:
+            record = read_record(source.path, RECORD)
+            found[source.path] = {key: record[key] for key in ("thinker", "checkpoint", "settings", "shards")}
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"data.sources: {source.path} has no states; make them with {COMMAND}") from None
+    return found
+
+
 def check_states(recipe: Recipe, thinker: str) -> None:
     """Refuse sources without states, or with others than the recipe's Thinker would give with its settings.
 
@@ -59,24 +75,20 @@ def check_states(recipe: Recipe, thinker: str) -> None:
         UserError: the first thing found, in one line.
     """
     wanted = settings_of(recipe)
-    for source in recipe.data.sources:
-        try:
-            record = read_record(source.path, RECORD)
-            whose, settings = {"": record["thinker"], **record["shards"]}, dict(record["settings"])
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"data.sources: {source.path} has no states; make them with {COMMAND}") from None
-        for place, found in whose.items():
-            if found != thinker:
-                raise UserError(
-                    f"talker_training.thinker={recipe.talker_training.thinker}: the states in "
-                    f"{source.path}{place and '/' + place} are of another Thinker, {found[:12]}… and not "
-                    f"{thinker[:12]}…; name that one, or make them anew with {COMMAND}"
-                )
+    for path, record in records(recipe).items():
+        settings = record["settings"]
         for key in sorted(wanted.keys() | settings.keys()):
             if wanted.get(key) != settings.get(key):
                 raise UserError(
-                    f"{key}={_shown(wanted.get(key))}: the states in {source.path} were made with "
+                    f"{key}={_shown(wanted.get(key))}: the states in {path} were made with "
                     f"{_shown(settings.get(key))}; set that, or make them anew with {COMMAND}"
+                )
+        for place, found in {"": record["thinker"], **record["shards"]}.items():
+            if found != thinker:
+                raise UserError(
+                    f"talker_training.thinker={recipe.talker_training.thinker}: the states in "
+                    f"{path}{place and '/' + place} are of another Thinker, {found[:12]}… and not {thinker[:12]}…; "
+                    f"name that one, or make them anew with {COMMAND}"
                 )
 
 
