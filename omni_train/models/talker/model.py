@@ -44,7 +44,7 @@ class Talker(DecoderStage, MegatronModule):
         self.pg_collection, self.tp_group = groups, groups.tp
         talker = self.talker = recipe.model.talker
         self.set_stage(talker, recipe.parallel, stage, virtual_stage)
-        self.row_tokens = recipe.data.speech.row_tokens
+        self.row_tokens, self.frame_dropout = recipe.data.speech.row_tokens, recipe.talker_training.frame_dropout
         self.reads_states = recipe.data.speech.states is not States.none
         if self.pre_process:
             self.embedding = TextTable(recipe.model.vocab_size, talker.thinker_hidden_size, config, groups.tp)
@@ -96,8 +96,8 @@ class Talker(DecoderStage, MegatronModule):
         return state
 
     def local_row(self, row: SpeechRow, step: int, training: bool) -> LocalSpeechRow:
-        """See :class:`PipelineStage`."""
-        return LocalSpeechRow.from_batch(row)
+        """See :class:`PipelineStage`; in training some frames are hidden."""
+        return LocalSpeechRow.from_batch(row, self.frame_dropout if training else 0.0)
 
     def pipeline_tokens(self, row_tokens: int) -> int:
         """See :class:`PipelineStage`: the Talker's rows have a length of their own."""

@@ -35,8 +35,13 @@ class LocalSpeechRow:
     prepared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_batch(cls, batch: SpeechRow) -> LocalSpeechRow:
-        """Cut this rank's part out of a whole row; `states` are those that the row has, or was prepared with."""
+    def from_batch(cls, batch: SpeechRow, frame_dropout: float = 0.0) -> LocalSpeechRow:
+        """Cut this rank's part out of a whole row; `states` are those that the row has, or was prepared with.
+
+        Args:
+            batch: the row.
+            frame_dropout: fraction of the frames whose codes do not enter; which ones the row's `draws` decide.
+        """
         device = platform.device()
         cu_seqlens = batch.speech_cu_seqlens.to(device)
         context, mine = parallel_state.get_context_parallel_world_size(), slice(None)
@@ -58,14 +63,19 @@ class LocalSpeechRow:
         states = batch.prepared.get("states")
         if states is None and parallel_state.is_pipeline_first_stage(ignore_virtual=True) and len(batch.states):
             states = whole("states")
+        codes, draws = part("codes"), part("draws")
+        if frame_dropout:
+            # Other digits of the number than those by which the code predictor's frames are chosen.
+            hidden = (draws.double() * 4096).frac() < frame_dropout
+            codes = torch.where((hidden & (codes[:, 1] >= 0))[:, None], -1, codes)
         return cls(
             text_ids=whole("text_ids")[mine],
             sources=part("sources"),
-            codes=part("codes"),
+            codes=codes,
             labels=part("speech_labels"),
             label_codes=part("label_codes"),
             text_ended=part("text_ended"),
-            draws=part("draws"),
+            draws=draws,
             position_ids=whole("speech_positions")[:, mine],
             padding=part("speech_padding"),
             packed=PackedSeqParams(

@@ -108,3 +108,10 @@ class TalkerTrainingConfig:
     predictor_fraction: float = key(
         0.125, gt=0, le=1, help="of the frames, those that train the code predictor in a step; all in evaluation"
     )
+    frame_dropout: float = key(
+        0.0,
+        ge=0,
+        lt=1,
+        help="of the frames that enter, those that are hidden in training, so that what comes next is told by the text "
+        "and not by the speech so far alone",
+    )
