@@ -28,7 +28,7 @@ MODULE = re.compile(r"\bomni_train(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 BLOCK = re.compile(r"^```(?:python|yaml)\n(?:# (mine/\S+)\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = ("mine/", "runs/", "report/")
-OF_A_RUN = {"recipe.yaml", "statistics.md", "report.md", "dataset.yaml"}
+OF_A_RUN = {"recipe.yaml", "statistics.md", "strata.md", "report.md", "dataset.yaml"}
 """Files that are not the project's: those of runs and data folders."""
 
 
