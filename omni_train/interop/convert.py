@@ -115,17 +115,17 @@ def export_checkpoint(
             return
         max_bytes = int(max_file_gigabytes * 1e9)
         if format == _TALKER:
-            folder = exporting.talker_folder(checkpoint, max_bytes)
+            export = exporting.talker_folder(checkpoint, max_bytes)
         elif format == _OWN_TALKER:
-            folder = exporting.own_talker_folder(checkpoint, max_bytes)
+            export = exporting.own_talker_folder(checkpoint, max_bytes)
         else:
-            folder = exporting.thinker_folder(format, checkpoint, talker, code2wav, max_bytes)
-        write_files(folder.files, hf, platform.rank(), platform.world_size())
+            export = exporting.thinker_folder(format, checkpoint, talker, code2wav, max_bytes)
+        write_files(export.files, hf, platform.rank(), platform.world_size())
         torch.distributed.barrier()
         if platform.rank() == 0:
-            tensors = write_index(folder.files, hf)
-            folder.write_side_files(hf)
-            say(f"exported {tensors} tensors from {folder.written.path} to {hf}")
+            tensors = write_index(export.files, hf)
+            export.write_side_files(hf)
+            say(f"exported {tensors} tensors from {export.written.path} to {hf}")
 
 
 def _source(format: str, hf: Path) -> importing.Source:

@@ -21,6 +21,7 @@ from omni_train.checkpoint.sharded import read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.errors import UserError
 from omni_train.interop.config import from_hugging_face, merged, to_hugging_face
+from omni_train.interop.encoder_config import require
 from omni_train.interop.families import FAMILIES
 from omni_train.interop.folder import read_json, tensor_bytes
 from omni_train.interop.importing import TENSORS, thinker_table, whole
@@ -72,7 +73,7 @@ class Written:
 
 
 @dataclass
-class Folder:
+class Export:
     """Folder to write: its tensors, its ``config.json``, and the checkpoint whose other files it gets."""
 
     files: list[File]
@@ -90,7 +91,7 @@ class Folder:
             (hf / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
 
-def thinker_folder(format: str, checkpoint: Path, talker: Path | None, code2wav: Path | None, max_bytes: int) -> Folder:
+def thinker_folder(format: str, checkpoint: Path, talker: Path | None, code2wav: Path | None, max_bytes: int) -> Export:
     """Folder of one of the families. Talker and Code2Wav are those of the checkpoints that are named, else those that
     the Thinker's checkpoint carries. Collective.
 
@@ -116,10 +117,10 @@ def thinker_folder(format: str, checkpoint: Path, talker: Path | None, code2wav:
     files += _carried(written.carried, replaced)
     if replaced:
         config = _that_speaks(config, files)
-    return Folder(files, config, written)
+    return Export(files, config, written)
 
 
-def talker_folder(checkpoint: Path, max_bytes: int) -> Folder:
+def talker_folder(checkpoint: Path, max_bytes: int) -> Export:
     """Folder of a Talker in a Qwen3-Omni's names, with the Thinker's table of the text. Collective.
 
     Raises:
@@ -133,10 +134,10 @@ def talker_folder(checkpoint: Path, max_bytes: int) -> Folder:
         family = FAMILIES["qwen3_omni_moe"]
         config = {"model_type": family.model_type, "thinker_config": {"text_config": text}}
     config = {**config, "talker_config": _talker_section(written, config)}
-    return Folder(written.files(talker_map(talker, written.dtypes), max_bytes), config, written)
+    return Export(written.files(talker_map(talker, written.dtypes), max_bytes), config, written)
 
 
-def own_talker_folder(checkpoint: Path, max_bytes: int) -> Folder:
+def own_talker_folder(checkpoint: Path, max_bytes: int) -> Export:
     """Folder of a Talker of any kind, in our own names. Collective.
 
     Raises:
@@ -144,7 +145,7 @@ def own_talker_folder(checkpoint: Path, max_bytes: int) -> Folder:
     """
     written = Written(checkpoint)
     files = written.files(own_map(_required_talker(written)), max_bytes)
-    return Folder(files, {**talker_config(written.model), "dtype": _dtype(files)}, written)
+    return Export(files, {**talker_config(written.model), "dtype": _dtype(files)}, written)
 
 
 def _required_talker(written: Written):
@@ -240,7 +241,7 @@ def _that_speaks(config: dict[str, Any], files: list[File]) -> dict[str, Any]:
     for key, prefix in (("talker", TALKER), ("code2wav", CODE2WAV)):
         if not any(name.startswith(prefix) for name in names):
             raise UserError(f"{key}= is missing: a Qwen3-Omni that speaks has a Talker and a Code2Wav; name both")
-    talker, code2wav = config["talker_config"], config["code2wav_config"]
+    talker, code2wav = require(config, "talker_config"), require(config, "code2wav_config")
     codes = (talker["num_code_groups"], talker["code_predictor_config"]["vocab_size"])
     if codes != (its := (code2wav["num_quantizers"], code2wav["codebook_size"])):
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from omni_train.errors import UserError
 from omni_train.interop.convert import export_checkpoint, import_checkpoint
 from omni_train.interop.talker_config import talker_from_hugging_face, talker_to_hugging_face
+from omni_train.interop.talker_folder import read_talker_config
 from omni_train.recipe.schema import CheckpointConfig, CodePredictorConfig, ParallelConfig, TalkerStyle
 from tests.interop.test_whole_models import QWEN3_OMNI, omni_encoders
 from tests.support.conversations import CODEWORDS, qwen3_omni
@@ -209,6 +210,24 @@ def test_a_talker_of_any_kind_goes_out_and_comes_in_under_our_names(distributed,
     assert (out / "config.json").read_bytes() == (once_more / "config.json").read_bytes()
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "omni_train_talker" and config["talker"]["style"] == "interleaved"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"talker": None}, "talker is missing; must be as format=omni_talker writes it"),
+        ({"talker": {"hiden_size": 40}}, "Key 'hiden_size' not in 'TalkerConfig'; must be as"),
+        ({"vocab_size": "many"}, "Value 'many' of type 'str' could not be converted to Integer; must be as"),
+        (
+            {"name": "x", "talker": {"hidden_size": 40}},
+            "Structured config of type `TalkerConfig` has missing mandatory",
+        ),
+    ],
+)
+def test_a_folder_of_our_names_with_another_configuration_is_refused(changes, message):
+    config = {"model_type": "omni_train_talker", "name": "x", "vocab_size": 64} | changes
+    with pytest.raises(UserError, match=f"^x/config.json: {message}"):
+        read_talker_config(config, Path("x/config.json"))
 
 
 def refused(folder: Path, tmp_path: Path, message: str, format: str = TALKER) -> None:
