@@ -30,7 +30,7 @@ from omni_train.recipe.schema import Code2WavConfig, CodecConfig
 
 State = dict[str, Tensor]
 _MIMI_DECODER = ("decoder.", "decoder_transformer.", "upsample.")
-_CODE2WAV = "code2wav."
+CODE2WAV = "code2wav."
 
 
 def read_mimi(path: Path, num_quantizers: int | None = None) -> tuple[CodecConfig, State]:
@@ -86,7 +86,7 @@ def read_code2wav(path: Path) -> tuple[Code2WavConfig, State]:
         UserError: the folder has no Code2Wav, lacks a tensor or has one too many.
     """
     folder = Folder(path)
-    prefix = _CODE2WAV if any(name.startswith(_CODE2WAV) for name in folder.names) else ""
+    prefix = CODE2WAV if any(name.startswith(CODE2WAV) for name in folder.names) else ""
     config = code2wav_from_hugging_face(folder.config)
     shapes = _shapes(Code2Wav, config)
     names = {ours: [prefix + their for their in theirs] for ours, theirs in code2wav_tensors(config, shapes).items()}
@@ -113,6 +113,16 @@ def mimi_tensors(config: CodecConfig, ours: Mapping[str, Any]) -> dict[str, list
     codebooks = mimi_codebooks(config)
     rest = [name for name in ours if name not in codebooks]
     return {**_tensors(mimi_modules(config), rest), **codebooks}
+
+
+def code2wav_parts(config: Code2WavConfig, state: Mapping[str, Tensor]) -> State:
+    """Tensors of a Code2Wav by the names that they have in a whole Qwen3-Omni's folder.
+
+    Args:
+        config: sizes of Code2Wav.
+        state: state dict of a :class:`Code2Wav`.
+    """
+    return {CODE2WAV + name: tensor for name, tensor in _to_write(code2wav_tensors(config, state), state).items()}
 
 
 def code2wav_tensors(config: Code2WavConfig, ours: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -164,11 +174,16 @@ def _one_of(stack: tuple[int, ...]) -> tuple[int, ...]:
 
 def _write(path: Path, names, state: Mapping[str, Tensor], config: dict[str, Any], original: Mapping | None) -> None:
     path.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    save_file(_to_write(names, state), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(merged({**config, "dtype": dtype}, original or {}), indent=2) + "\n")
+
+
+def _to_write(names: Mapping[str, list[str]], state: Mapping[str, Tensor]) -> State:
+    """Tensors by the folder's names."""
     tensors = {}
     for ours, theirs in names.items():
         parts = state[ours] if _is_stack(ours) else [state[ours]]
         for their, part in zip(theirs, parts, strict=True):
             tensors[their] = part.reshape(part.shape or 1).clone()
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(merged({**config, "dtype": dtype}, original or {}), indent=2) + "\n")
+    return tensors

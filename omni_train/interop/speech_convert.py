@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omni_train import platform
 from omni_train.checkpoint.integrity import require_intact, write_digests
@@ -18,7 +19,7 @@ from omni_train.interop.folder import read_json
 from omni_train.interop.speech import State, read_code2wav, read_mimi, write_code2wav, write_mimi
 from omni_train.models.codec import SpeechCodec
 from omni_train.platform.logs import say
-from omni_train.recipe.schema import ModelConfig, Verify
+from omni_train.recipe.schema import Code2WavConfig, ModelConfig, Verify, required
 
 FORMATS = ("mimi", "qwen3_omni_code2wav")
 _NETWORK = "generator"
@@ -35,13 +36,11 @@ def import_speech(format: str, hf: Path, checkpoint: Path, num_quantizers: int |
         num_quantizers: number of a Mimi's codebooks to take, from the first; None for all.
 
     Raises:
-        UserError: the folder is not of this format, or `num_quantizers` is given for another format than mimi.
+        UserError: the folder is not of this format.
     """
     if format == "mimi":
         config, state = read_mimi(hf, num_quantizers)
         model = {"codec": asdict(config)}
-    elif num_quantizers is not None:
-        raise UserError(f"num_quantizers={num_quantizers}: must be left out unless format=mimi")
     else:
         config, state = read_code2wav(hf)
         model = {"code2wav": asdict(config)}
@@ -77,24 +76,50 @@ def export_speech(format: str, hf: Path, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is damaged, or lacks the network that the format needs.
     """
-    checkpoint = resolve(checkpoint)
-    only = ("model.pt", f"{_NETWORK}*.safetensors", "hf/config.json")
-    require_intact(checkpoint, Verify.all, only, together=False)
-    model, state = read_model_config(checkpoint), read_network(checkpoint, _NETWORK)
-    came_from = checkpoint / "hf" / "config.json"
-    original = read_json(came_from) if came_from.exists() else None
-    encodes = any(name.startswith("encoder.") for name in state)
     if format == "mimi":
-        if not encodes:
+        model, state, original = _read(checkpoint)
+        if not _encodes(state):
             raise UserError(f"checkpoint={checkpoint}: has no encoder; format=mimi needs one of network=codec")
         if platform.rank() == 0:
             write_mimi(hf, model.codec, state, original)
     else:
-        state = _folded(checkpoint, model, state) if encodes else state
+        code2wav, state, original = read_code2wav_checkpoint(checkpoint)
         if platform.rank() == 0:
-            write_code2wav(hf, model.code2wav, state, original)
+            write_code2wav(hf, code2wav, state, original)
     if platform.rank() == 0:
         say(f"exported {checkpoint} to {hf}")
+
+
+def read_code2wav_checkpoint(checkpoint: Path) -> tuple[Code2WavConfig, State, dict[str, Any] | None]:
+    """Code2Wav of a checkpoint; a codec's decoder becomes one.
+
+    Args:
+        checkpoint: as of :func:`export_speech`.
+
+    Returns:
+        sizes, the state dict of ``Code2Wav(sizes)``, and the ``config.json`` of the folder that it once came from.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has no Code2Wav.
+    """
+    model, state, original = _read(checkpoint)
+    if _encodes(state):
+        state = _folded(checkpoint, model, state)
+    return required(model.code2wav), state, original
+
+
+def _read(checkpoint: Path) -> tuple[ModelConfig, State, dict[str, Any] | None]:
+    """Model, network and original ``config.json`` of a checkpoint."""
+    checkpoint = resolve(checkpoint)
+    only = ("model.pt", f"{_NETWORK}*.safetensors", "hf/config.json")
+    require_intact(checkpoint, Verify.all, only, together=False)
+    came_from = checkpoint / "hf" / "config.json"
+    original = read_json(came_from) if came_from.exists() else None
+    return read_model_config(checkpoint), read_network(checkpoint, _NETWORK), original
+
+
+def _encodes(state: State) -> bool:
+    return any(name.startswith("encoder.") for name in state)
 
 
 def _folded(checkpoint: Path, model: ModelConfig, state: State) -> State:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from omni_train.interop.encoder_tensors import audio_map, vision_map
 from omni_train.interop.families import Names
 from omni_train.interop.rows import Rows, TensorMap
-from omni_train.recipe.schema import ModelConfig, ThinkerConfig
+from omni_train.recipe.schema import ModelConfig, StackConfig
 
 
 def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) -> TensorMap:
@@ -34,7 +34,7 @@ def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) 
     pattern = thinker.pattern.replace("|", "") * thinker.repeats
     for i, symbol in enumerate(pattern):
         theirs = f"{names.text}layers.{i // 2}."
-        table |= _layer(thinker, symbol, f"decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
+        table |= layer_map(thinker, symbol, f"decoder.layers.{i}.", theirs, tensors)
     if thinker.mtp_num_hidden_layers:
         theirs = "mtp.layers.0."
         table |= {
@@ -44,7 +44,7 @@ def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) 
             "mtp.final_norm.weight": [Rows("mtp.norm.weight")],
         }
         for i, symbol in enumerate("*" + pattern[1]):
-            table |= _layer(thinker, symbol, f"mtp.decoder.layers.{i}.", theirs, stacked=_stacked(theirs, tensors))
+            table |= layer_map(thinker, symbol, f"mtp.decoder.layers.{i}.", theirs, tensors)
     if model.audio:
         table |= audio_map(model.audio, names.audio)
     if model.vision:
@@ -52,28 +52,32 @@ def tensor_map(model: ModelConfig, names: Names, tensors: Collection[str] = ()) 
     return table
 
 
-def _stacked(layer: str, tensors: Collection[str]) -> bool:
-    return f"{layer}mlp.experts.gate_up_proj" in tensors
+def layer_map(stack: StackConfig, symbol: str, ours: str, theirs: str, tensors: Collection[str]) -> TensorMap:
+    """Tensor map of one of our layers.
 
-
-def _layer(thinker: ThinkerConfig, symbol: str, ours: str, theirs: str, stacked: bool) -> TensorMap:
+    Args:
+        stack: the layers' sizes.
+        symbol: kind of the layer, of the stack's pattern.
+        ours, theirs: prefixes of its names.
+        tensors: names of the folder's tensors, as of :func:`tensor_map`.
+    """
     if symbol == "G":
-        table = _gated_delta_net(thinker)
+        table = _gated_delta_net(stack)
     elif symbol == "*":
-        table = _attention(thinker)
+        table = _attention(stack)
     elif symbol == "E":
-        table = _mixture_of_experts(thinker, stacked)
+        table = _mixture_of_experts(stack, f"{theirs}mlp.experts.gate_up_proj" in tensors)
     else:
-        table = _dense_mlp(thinker)
+        table = _dense_mlp(stack)
     return {ours + key: [Rows(theirs + r.name, r.start, r.stop) for r in rows] for key, rows in table.items()}
 
 
-def _attention(thinker: ThinkerConfig) -> TensorMap:
+def _attention(stack: StackConfig) -> TensorMap:
     """Tensor map of attention. Ours is ordered by key/value head: queries, gates, key, value; their q_proj by head.
 
     Each head's gate follows its query in their q_proj. Without an output gate there are no gates in either.
     """
-    heads, groups, width = thinker.num_attention_heads, thinker.num_key_value_heads, thinker.head_dim
+    heads, groups, width = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
 
     def head(name: str, index: int) -> Rows:
         return Rows(f"self_attn.{name}_proj.weight", index * width, (index + 1) * width)
@@ -81,9 +85,9 @@ def _attention(thinker: ThinkerConfig) -> TensorMap:
     qkv = []
     for group in range(groups):
         mine = range(group * heads // groups, (group + 1) * heads // groups)
-        each = 2 if thinker.attention_output_gate else 1
+        each = 2 if stack.attention_output_gate else 1
         qkv += [head("q", each * i) for i in mine]  # queries
-        if thinker.attention_output_gate:
+        if stack.attention_output_gate:
             qkv += [head("q", each * i + 1) for i in mine]
         qkv += [head("k", group), head("v", group)]
     return {
@@ -95,10 +99,10 @@ def _attention(thinker: ThinkerConfig) -> TensorMap:
     }
 
 
-def _gated_delta_net(thinker: ThinkerConfig) -> TensorMap:
+def _gated_delta_net(stack: StackConfig) -> TensorMap:
     """Tensor map of Gated DeltaNet. Our checkpoints keep the six parts of `in_proj` under names of their own."""
-    k = thinker.linear_num_key_heads * thinker.linear_key_head_dim
-    v = thinker.linear_num_value_heads * thinker.linear_value_head_dim
+    k = stack.linear_num_key_heads * stack.linear_key_head_dim
+    v = stack.linear_num_value_heads * stack.linear_value_head_dim
     return {
         "input_layernorm.weight": [Rows("input_layernorm.weight")],
         "self_attention.in_proj.weight.query": [Rows("linear_attn.in_proj_qkv.weight", 0, k)],
@@ -117,40 +121,37 @@ def _gated_delta_net(thinker: ThinkerConfig) -> TensorMap:
     }
 
 
-def _mixture_of_experts(thinker: ThinkerConfig, stacked: bool) -> TensorMap:
-    experts, hidden, width = thinker.num_experts, thinker.hidden_size, thinker.moe_intermediate_size
+def _mixture_of_experts(stack: StackConfig, stacked: bool) -> TensorMap:
+    experts, hidden, width = stack.num_experts, stack.hidden_size, stack.moe_intermediate_size
     if stacked:
-        gate_up, down = [Rows("mlp.experts.gate_up_proj")], [Rows("mlp.experts.down_proj")]
+        fc1, fc2 = [Rows("mlp.experts.gate_up_proj")], [Rows("mlp.experts.down_proj")]
     else:
-        gate_up = [
-            Rows(f"mlp.experts.{i}.{name}_proj.weight", 0, width) for i in range(experts) for name in ("gate", "up")
-        ]
-        down = [Rows(f"mlp.experts.{i}.down_proj.weight", 0, hidden) for i in range(experts)]
+        fc1 = [Rows(f"mlp.experts.{i}.{name}_proj.weight", 0, width) for i in range(experts) for name in ("gate", "up")]
+        fc2 = [Rows(f"mlp.experts.{i}.down_proj.weight", 0, hidden) for i in range(experts)]
     table = {
         "pre_mlp_layernorm.weight": [Rows("post_attention_layernorm.weight")],
         "mlp.router.weight": [Rows("mlp.gate.weight")],
         "mlp.router.load": [],  # of the last batch, for the balancing loss: only training knows it
-        "mlp.experts.linear_fc1.weight": gate_up,
-        "mlp.experts.linear_fc2.weight": down,
+        "mlp.experts.linear_fc1.weight": fc1,
+        "mlp.experts.linear_fc2.weight": fc2,
     }
-    if thinker.shared_expert_intermediate_size:
+    if stack.shared_expert_intermediate_size:
         table |= {
-            "mlp.shared_experts.linear_fc1.weight": _gate_up(
-                "mlp.shared_expert", thinker.shared_expert_intermediate_size
-            ),
+            "mlp.shared_experts.linear_fc1.weight": gate_up("mlp.shared_expert", stack.shared_expert_intermediate_size),
             "mlp.shared_experts.linear_fc2.weight": [Rows("mlp.shared_expert.down_proj.weight")],
             "mlp.shared_experts.gate_weight": [Rows("mlp.shared_expert_gate.weight")],
         }
     return table
 
 
-def _dense_mlp(thinker: ThinkerConfig) -> TensorMap:
+def _dense_mlp(stack: StackConfig) -> TensorMap:
     return {
         "pre_mlp_layernorm.weight": [Rows("post_attention_layernorm.weight")],
-        "mlp.linear_fc1.weight": _gate_up("mlp", thinker.intermediate_size),
+        "mlp.linear_fc1.weight": gate_up("mlp", stack.intermediate_size),
         "mlp.linear_fc2.weight": [Rows("mlp.down_proj.weight")],
     }
 
 
-def _gate_up(module: str, width: int) -> list[Rows]:
+def gate_up(module: str, width: int) -> list[Rows]:
+    """Rows of a fused projection of an MLP, `width` rows of the gate and as many of what it gates."""
     return [Rows(f"{module}.gate_proj.weight", 0, width), Rows(f"{module}.up_proj.weight", 0, width)]

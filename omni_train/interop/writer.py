@@ -24,13 +24,14 @@ _NOT_OF_THE_MODEL = ("optimizer.", "progress")
 class Target:
     """Tensor to write, and the sources of its rows."""
 
+    checkpoint: CheckpointReader
     shape: tuple[int, ...]
     dtype: torch.dtype
     # Name of our tensor, first row in it, first row in this one, number of rows.
     rows: list[tuple[str, int, int, int]] = field(default_factory=list)
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of the tensor in its type."""
         return prod(self.shape) * self.dtype.itemsize
 
@@ -88,7 +89,7 @@ class CheckpointReader:
         return tensor
 
 
-File = dict[str, Target] | Path
+File = dict[str, Target | torch.Tensor] | Path
 """A file to write: its tensors, or the file that it is a copy of."""
 
 
@@ -110,28 +111,28 @@ def plan_files(
         for span in spans(ours, shape, parts):
             # Stacked experts come apart into matrices; a convolution's middle axis, of length one, stays.
             rest = shape[1:] if whole or len(shape) < 3 or shape[1] == 1 else shape[-1:]
-            target = targets.setdefault(span.name, Target((0, *rest), dtypes.get(span.name, checkpoint.dtype(ours))))
+            dtype = dtypes.get(span.name, checkpoint.dtype(ours))
+            target = targets.setdefault(span.name, Target(checkpoint, (0, *rest), dtype))
             count = span.stop - span.start
             stop = shape[0] if whole else max(target.shape[0], span.source + count)
             target.shape = (stop, *rest)
             target.rows.append((ours, span.start, span.source, count))
-    files: list[File] = [{}]
+    files: list[dict[str, Target | torch.Tensor]] = [{}]
     size = 0
     for name, target in targets.items():
-        if files[-1] and size + target.num_bytes > max_bytes:
+        if files[-1] and size + target.nbytes > max_bytes:
             files.append({})
             size = 0
         files[-1][name] = target
-        size += target.num_bytes
-    return files
+        size += target.nbytes
+    return [*files]
 
 
-def write_files(checkpoint: CheckpointReader, files: list[File], folder: Path, rank: int, world_size: int) -> None:
+def write_files(files: list[File], folder: Path, rank: int, world_size: int) -> None:
     """Write this rank's share of the files.
 
     Args:
-        checkpoint: the checkpoint to export.
-        files: from :func:`plan_files`, and paths of files to copy.
+        files: from :func:`plan_files`, tensors, and paths of files to copy.
         folder: the folder to write.
         rank, world_size: every world_size-th file from the rank-th on is this rank's.
     """
@@ -141,19 +142,29 @@ def write_files(checkpoint: CheckpointReader, files: list[File], folder: Path, r
             shutil.copy(targets, partial)
             os.replace(partial, folder / name)
             continue
-        tensors = {key: torch.empty(target.shape, dtype=target.dtype) for key, target in targets.items()}
-        targets_of: dict[str, list[tuple[torch.Tensor, int]]] = {}  # views to fill from each of our tensors
-        for key, target in targets.items():
-            assert sum(count for *_, count in target.rows) == row_count(target.shape)
-            for ours, start, to, count in target.rows:
-                targets_of.setdefault(ours, []).append((as_rows(tensors[key])[to : to + count], start))
-        for ours, views in targets_of.items():
-            source = as_rows(checkpoint.read(ours))
-            for view, start in views:
-                view.copy_(source[start : start + len(view)])
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(_read(targets), partial, metadata={"format": "pt"})
         os.replace(partial, folder / name)
-        del tensors, targets_of, views, view, source
+
+
+def _read(targets: Mapping[str, Target | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a file; each of a checkpoint's is read once."""
+    tensors: dict[str, torch.Tensor] = {}
+    views: dict[tuple[CheckpointReader, str], list[tuple[torch.Tensor, int]]] = {}  # to fill from one of its tensors
+    for key, target in targets.items():
+        if isinstance(target, torch.Tensor):
+            tensors[key] = target.contiguous()
+            continue
+        tensors[key] = torch.empty(target.shape, dtype=target.dtype)
+        assert sum(count for *_, count in target.rows) == row_count(target.shape)
+        for ours, start, to, count in target.rows:
+            view = as_rows(tensors[key])[to : to + count]
+            views.setdefault((target.checkpoint, ours), []).append((view, start))
+    for (checkpoint, ours), parts in views.items():
+        source = as_rows(checkpoint.read(ours))
+        for view, start in parts:
+            view.copy_(source[start : start + len(view)])
+        del source  # before the next is read
+    return tensors
 
 
 def write_index(files: list[File], folder: Path) -> int:
@@ -174,7 +185,7 @@ def write_index(files: list[File], folder: Path) -> int:
 
 def _sizes(file: File) -> dict[str, int]:
     """Bytes of each tensor of a file."""
-    return tensor_bytes(file) if isinstance(file, Path) else {key: target.num_bytes for key, target in file.items()}
+    return tensor_bytes(file) if isinstance(file, Path) else {key: target.nbytes for key, target in file.items()}
 
 
 def _file_names(files: list[File]) -> list[str]:

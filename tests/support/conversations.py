@@ -14,7 +14,11 @@ from omni_train.recipe.schema import AudioEncoderConfig, Positions
 
 WORDS = 100  # ids from here on are marks and pads
 AUDIO_START, AUDIO_END, AUDIO, IMAGE, VIDEO, VISION_START, VISION_END = range(WORDS, WORDS + 7)
+IM_START, IM_END, TTS_PAD, TTS_BOS, TTS_EOS = range(WORDS + 7, WORDS + 12)
+ROLES = {"system": 90, "user": 91, "assistant": 92}
+LINE_END = 93
 MEL_BINS, PATCH = 20, 4
+CODEBOOKS, CODEWORDS = 5, 23
 HIDDEN = 40
 VISION = dict(
     depth=4,
@@ -84,12 +88,28 @@ def qwen3_omni():
         **VISION_IDS,
     )
     talker = dict(
-        text_config=text | dict(num_hidden_layers=2, shared_expert_intermediate_size=16),
-        code_predictor_config=dict(TEXT, num_hidden_layers=1, intermediate_size=32, num_code_groups=4),
+        text_config=TEXT
+        | dict(vocab_size=40, hidden_size=32, head_dim=12, intermediate_size=44, num_hidden_layers=4)
+        | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=16)
+        | dict(norm_topk_prob=True, rope_parameters=rope | dict(mrope_section=[2, 2, 2])),
+        code_predictor_config=TEXT
+        | dict(vocab_size=CODEWORDS, hidden_size=32, head_dim=8, intermediate_size=36, num_hidden_layers=2)
+        | dict(num_code_groups=CODEBOOKS, rope_parameters={"rope_type": "default", "rope_theta": 700.0}),
         thinker_hidden_size=HIDDEN,
-        num_code_groups=4,
-        speaker_id={"somebody": 1},
+        num_code_groups=CODEBOOKS,
+        accept_hidden_layer=2,  # DeepStack adds to the output of the layer that ends there, but not to its state
+        speaker_id={"anna": 33, "ben": 34},
+        codec_eos_token_id=24,
+        codec_pad_id=25,
+        codec_bos_id=26,
+        codec_nothink_id=27,
+        codec_think_bos_id=28,
+        codec_think_eos_id=29,
         spatial_merge_size=2,
+        audio_start_token_id=AUDIO_START,
+        audio_token_id=AUDIO,
+        position_id_per_seconds=13,
+        **{key: VISION_IDS[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id")},
     )
     code2wav = dict(
         hidden_size=16,
@@ -97,13 +117,18 @@ def qwen3_omni():
         num_key_value_heads=2,
         intermediate_size=16,
         num_hidden_layers=1,
-        num_quantizers=4,
+        num_quantizers=CODEBOOKS,
         upsample_rates=[2, 2],
         upsampling_ratios=[2],
         decoder_dim=16,
-        codebook_size=8,
+        codebook_size=CODEWORDS,
     )
-    config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, talker_config=talker, code2wav_config=code2wav)
+    ids = dict(im_start_token_id=IM_START, im_end_token_id=IM_END)
+    ids |= dict(tts_pad_token_id=TTS_PAD, tts_bos_token_id=TTS_BOS, tts_eos_token_id=TTS_EOS)
+    ids |= {f"{role}_token_id": token for role, token in ROLES.items()}
+    config = transformers.Qwen3OmniMoeConfig(
+        thinker_config=thinker, talker_config=talker, code2wav_config=code2wav, **ids
+    )
     return randomized(transformers.Qwen3OmniMoeForConditionalGeneration, config)
 
 
@@ -139,6 +164,18 @@ class Conversation:
         self.seconds: list[float] = []  # of a temporal patch of each video
         self.patches: list[torch.Tensor] = []  # (P, D) of each grid
         self.sound_in_video = False
+        self.turns: list[tuple[str, int, int]] = []  # role, and index of its first token and run
+
+    @property
+    def length(self) -> int:
+        return sum(run.length for run in self.runs)
+
+    def turn(self, role: str) -> Conversation:
+        """Begin a turn, which ends the one before."""
+        if self.turns:
+            self._mark([IM_END, LINE_END])
+        self.turns.append((role, self.length, len(self.runs)))
+        return self._mark([IM_START, ROLES[role], LINE_END])
 
     def text(self, length: int) -> Conversation:
         self.runs.append(Text(length))
@@ -168,11 +205,12 @@ class Conversation:
         return self
 
     def _marked(self, before: list[int], run: Run, after: list[int]) -> Conversation:
-        for part in (before, run, after):
-            if isinstance(part, list):
-                self.marks |= dict(enumerate(part, start=sum(run.length for run in self.runs)))
-                part = Text(len(part))
-            self.runs.append(part)
+        self._mark(before).runs.append(run)
+        return self._mark(after)
+
+    def _mark(self, tokens: list[int]) -> Conversation:
+        self.marks |= dict(enumerate(tokens, start=self.length))
+        self.runs.append(Text(len(tokens)))
         return self
 
     def _clip(self, frames: int) -> int:
@@ -197,6 +235,14 @@ class Conversation:
 
     def reference(self, model) -> torch.Tensor:
         """(n, V) logits of transformers, which makes its own rotary ids."""
+        inputs = self.inputs()
+        if self.style is Positions.contiguous:
+            tokens = inputs["input_ids"]
+            return model(**inputs, mm_token_type_ids=((tokens == IMAGE) + 2 * (tokens == VIDEO)).int()).logits[0]
+        return model.thinker(**inputs, use_audio_in_video=self.sound_in_video).logits[0]
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What transformers' models take."""
         tokens, _ = self.tokens_and_ids()
         inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
         for kind, name in ((True, "pixel_values"), (False, "pixel_values_videos")):
@@ -204,15 +250,13 @@ class Conversation:
             if mine:
                 inputs[name] = torch.cat([self.patches[i] for i in mine]).float() / 127.5 - 1
                 inputs["image_grid_thw" if kind else "video_grid_thw"] = torch.tensor([self.grids[i] for i in mine])
-        if self.style is Positions.contiguous:
-            return model(**inputs, mm_token_type_ids=((tokens == IMAGE) + 2 * (tokens == VIDEO)).int()[None]).logits[0]
         if self.clips:
             lengths = torch.tensor([len(clip) for clip in self.clips])
             inputs["input_features"] = pad_sequence(self.clips, batch_first=True).transpose(1, 2)
             inputs["feature_attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
-        if self.seconds:
+        if self.seconds and self.style is Positions.qwen3_omni:
             inputs["video_second_per_grid"] = torch.tensor(self.seconds)
-        return model.thinker(**inputs, use_audio_in_video=self.sound_in_video).logits[0]
+        return inputs
 
 
 def packed(conversations: list[Conversation], row_tokens: int, alignment: int = 8) -> PackedBatch:

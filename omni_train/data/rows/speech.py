@@ -125,13 +125,13 @@ def read_spoken(
     codes = _speech_codes(parts, sample.speech, planner, model)
     if codes.shape[1] >= data.speech.row_tokens:
         raise SampleError("too_long")
-    refuse_long([Turn("assistant", (text,))], planner.tokenizer, data.speech.row_tokens)
+    voice = sample.voice or Voice()
+    refuse_long([Turn("assistant", (text, voice.description or ""))], planner.tokenizer, data.speech.row_tokens)
     tokens = planner.tokenizer.encode(text)
     _check_ratio(len(tokens), codes.shape[1], data, dual)
-    voice = sample.voice or Voice()
     spoken = Spoken(text, tokens, codes, Context())
     if dual:
-        if voice.name is None or voice.name not in planner.talker.speaker_ids:
+        if voice.name not in planner.talker.speaker_ids:
             raise SampleError("no_speaker")
         spoken.speaker = planner.talker.speaker_ids[voice.name]
     else:

@@ -1,7 +1,7 @@
 """Plans of the Talker's stream: what enters at each position, and what the position predicts.
 
-A plan is a sample's stream as flat arrays, in one of the two styles of ``model.talker.style``, which
-``docs/architecture.md`` draws. Axis letters: n positions, Q codebooks, M frames, N tokens of the text.
+A plan is a sample's stream as flat arrays, in one of the two styles of ``model.talker.style``, which ``docs/data.md``
+draws. Axis letters: n positions, Q codebooks, M frames, N tokens of the text.
 """
 
 from __future__ import annotations
@@ -63,10 +63,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Maker of plans with the settings and control tokens of a recipe.
-
-    ``head`` is the beginning of an answer, ``<|im_start|>assistant`` and a line end; ``tail`` the end of a turn.
-    """
+    """Maker of plans with the settings and control tokens of a recipe."""
 
     talker: TalkerConfig
     tokenizer: Tokenizer

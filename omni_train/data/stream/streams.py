@@ -43,13 +43,12 @@ BUFFER_BYTES = 2**30
 class Packer(BaseWrapperDataset):
     """Best-fit packing from a buffer of sequences. Unlike energon's, it carries over sequences that did not fit.
 
-    A kind of row says which lengths bound it. A row is chosen when the buffer holds one's worth of some length, the
-    tokens of a row at least, and then ``data.packing_buffer`` sequences,
-    ``BUFFER_ROWS`` rows or ``BUFFER_BYTES`` of decoded media, whichever comes first. Short sequences fill a row from
-    little more than its own tokens. Where sequences are long it takes a choice of them: with lengths drawn
-    log-uniformly from 1k to 32k, rows of 32k are 96 % full from two rows, 99 % from four and hardly more from eight.
-    Media are what fills the memory (7 KiB a token, 0.9 GiB in four rows of 32k), so rows of 262k, which are long
-    beside most samples, are chosen from little more than one.
+    A row is chosen when the buffer holds a row's worth of one of the lengths that bound it, and then
+    ``data.packing_buffer`` sequences, ``BUFFER_ROWS`` rows or ``BUFFER_BYTES`` of decoded media, whichever comes first.
+    Short sequences fill a row from little more than its own tokens. Where sequences are long it takes a choice of them:
+    with lengths drawn log-uniformly from 1k to 32k, rows of 32k are 96 % full from two rows, 99 % from four and hardly
+    more from eight. Media are what fills the memory (7 KiB a token, 0.9 GiB in four rows of 32k), so rows of 262k,
+    which are long beside most samples, are chosen from little more than one.
     """
 
     _savable_fields = ("_buffer", "_refused")
