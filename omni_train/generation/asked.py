@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from omni_train.data.samples.files import read_regular
@@ -52,7 +52,7 @@ def _kind(file: str) -> str:
     return kind
 
 
-def _files(media: Sequence[Medium], folder: Path, data: DataConfig) -> Mapping[str, bytes]:
+def _files(media: Sequence[Medium], folder: Path, data: DataConfig) -> dict[str, bytes]:
     return {one.file: _read(f"media={one.file}", folder / one.file, data.max_sample_bytes) for one in media}
 
 

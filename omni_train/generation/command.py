@@ -115,7 +115,7 @@ def generate(
             return
         talker = open_talker(checkpoint, settings)
         if text is None:
-            check_table(talker, writer, path)
+            check_table(settings, talker, writer, path)
         rate = codec_sampling_rate(model)
         limits = SpeechLimits(max_frames=max(1, int(max_seconds * rate / codec_frame_samples(model))))
         speaker = speaker_of(answer, talker, settings, words, who, of_speech, limits, frames_per_token)

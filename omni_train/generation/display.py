@@ -32,7 +32,7 @@ class Display:
                 self._bar, console=console, transient=True, redirect_stdout=False, vertical_overflow="visible"
             )
             self._live.start()
-        self._above = self._live is not None and sys.stdout.isatty()
+        self._above = self._live is not None and sys.stdout.isatty()  # else two would write over each other
 
     def __enter__(self) -> Display:
         return self
@@ -46,7 +46,7 @@ class Display:
 
     def add(self, text: str) -> None:
         """Show more text."""
-        if not self._above:
+        if self._live is None or not self._above:
             sys.stdout.write(text)
             sys.stdout.flush()
             return

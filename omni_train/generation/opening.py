@@ -62,19 +62,20 @@ def open_talker(checkpoint: Path, recipe: Recipe) -> Talker:
         UserError: the checkpoint is damaged, or of another architecture than the recipe.
     """
     require_intact(checkpoint, recipe.checkpoint.verify)
-    chunks = build_chunks(recipe)
-    load_model(chunks, checkpoint, held(recipe))
-    return chunks[0].eval().requires_grad_(False)
+    (talker,) = build_chunks(recipe)
+    load_model([talker], checkpoint, held(recipe))
+    return talker.eval().requires_grad_(False)
 
 
-def check_table(talker: Talker, thinker: Thinker, path: str) -> None:
+def check_table(recipe: Recipe, talker: Talker, thinker: Thinker, path: str) -> None:
     """Refuse another Thinker than the Talker's, by the table of text that both have.
 
     Raises:
         UserError: the tables differ.
     """
+    reads_it = required(recipe.model.talker).text_embedding is TextEmbedding.thinker
     mine, theirs = (model.embedding.word_embeddings.weight for model in (talker, thinker))
-    if talker.talker.text_embedding is TextEmbedding.thinker and not torch.equal(mine, theirs):
+    if reads_it and not torch.equal(mine, theirs):
         raise UserError(
             f"thinker={path}: its table of text is not the one that the Talker reads; give the Thinker that it was "
             "trained above"

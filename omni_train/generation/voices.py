@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from omni_train.data.rows.speech import reference_of
 from omni_train.data.samples.files import read_regular
 from omni_train.data.samples.media import read_audio
@@ -46,7 +48,7 @@ def read_voice(recipe: Recipe, voice: str | None, description: str | None, codec
     return found
 
 
-def _reference(file: Path, codec: OpenCodec, recipe: Recipe):
+def _reference(file: Path, codec: OpenCodec, recipe: Recipe) -> np.ndarray:
     """Codes (Q, frames) of the beginning of a reference utterance."""
     data = recipe.data
     try:

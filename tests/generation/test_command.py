@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import soundfile
 
+from tests.support.codec import voice
+from tests.support.media import image_file, sound_file, tone
 from tests.support.speaking import TEXT, run_generate, write_runs
 
 
@@ -30,3 +35,136 @@ def test_a_text_is_spoken(world, generate, tmp_path, style):
     sound, rate = soundfile.read(tmp_path / "out.wav")
     assert rate == 24000 and len(sound) > 240 and sound.std() > 0.001
     assert f"{len(sound) / rate:.2f} s of speech in " in err and "ended by " in err and "real-time factor" in err
+
+
+def spoken_twice(world, generate, tmp_path, style, *words):
+    """Output of a command that speaks, and its sound; the same command says the same again."""
+    outcomes = []
+    for number in range(2):
+        file = tmp_path / f"{number}.wav"
+        code, out, err = generate(f"checkpoint={world / style}", *words, f"speech={file}", "max_seconds=0.3")
+        assert code == 0, err
+        outcomes.append((out, soundfile.read(file)[0]))
+    (out, sound), (again, other) = outcomes
+    assert out == again and np.array_equal(sound, other)
+    return out, sound
+
+
+@pytest.fixture
+def media(tmp_path):
+    (tmp_path / "a.wav").write_bytes(sound_file(tone(0.7), format="WAV"))
+    (tmp_path / "b.png").write_bytes(image_file(np.random.default_rng(1).integers(0, 255, (40, 56, 3), np.uint8)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dual_track"])
+def test_an_answer_to_messages_with_media_is_written_and_spoken(world, generate, media, style):
+    """The same as the answer to a prompt with the same media; its speech hears what the user did."""
+    shown = [{"type": "audio", "audio": "a.wav"}, {"type": "image", "image": "b.png"}]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": "kalan?"}]}]
+    (media / "chat.json").write_text(json.dumps({"messages": messages}))
+    words = ["max_new_tokens=9", *(["voice=ben"] if style == "dual_track" else [])]
+    out, sound = spoken_twice(world, generate, media, style, f"messages={media / 'chat.json'}", *words)
+    assert len(out) > 2 and len(sound)
+    files = f"media={media / 'a.wav'},{media / 'b.png'}"
+    asked, same = spoken_twice(world, generate, media, style, "prompt=kalan?", files, *words)
+    assert asked == out and np.array_equal(same, sound)
+    (media / "a.wav").write_bytes(sound_file(tone(0.7, hertz=900), format="WAV"))
+    _, other = spoken_twice(world, generate, media, style, "prompt=kalan?", files, "greedy=true", *words)
+    assert not np.array_equal(other, sound)
+
+
+def test_another_utterance_is_a_voice(world, generate, media):
+    (media / "voice.wav").write_bytes(sound_file(voice(24000, 3).numpy()[:, None], 24000, format="WAV"))
+    words = [world, generate, media, "interleaved", f"text={TEXT}", "greedy=true"]
+    _, without = spoken_twice(*words)
+    _, heard = spoken_twice(*words, f"voice={media / 'voice.wav'}")
+    _, described = spoken_twice(*words, "description=low")
+    assert len({sound.tobytes() for sound in (without, heard, described)}) == 3
+
+
+def test_a_thinker_alone_writes_text(world, generate):
+    code, out, err = generate(f"checkpoint={world / 'thinker'}", "prompt=kalan", "max_new_tokens=5", "greedy=true")
+    assert code == 0 and out.endswith("\n") and err == "the text was cut at max_new_tokens=5\n"
+    assert generate(f"checkpoint={world / 'dual_track'}", "prompt=kalan", "max_new_tokens=5", "greedy=true")[1] == out
+
+
+SPEAKS = "speech={out}"
+DUAL, INTERLEAVED = ("checkpoint={world}/dual_track", SPEAKS), ("checkpoint={world}/interleaved", SPEAKS)
+REFUSED = [
+    ([*DUAL], "nothing is asked: give one of messages=, prompt= and text="),
+    ([*DUAL, "text=a", "prompt=b"], "prompt and text: give one of messages=, prompt= and text="),
+    ([*DUAL, "text= "], "text= is empty; say something"),
+    ([*DUAL, "text=a"], "voice=None: the Talker has no such voice; choose one of anna, ben"),
+    ([*DUAL, "text=a", "voice=carl"], "voice=carl: the Talker has no such voice; choose one of anna, ben"),
+    (
+        [*DUAL, "text=a", "description=low"],
+        "description=low: the Talker speaks in voices with names; give voice=anna, ben",
+    ),
+    (
+        [*DUAL, "text=a", "thinker=x"],
+        "thinker=x: means something with messages= or prompt=; nobody has to write a text that is there",
+    ),
+    ([DUAL[0], "text=a"], "text=a: means something with speech="),
+    ([DUAL[0], "prompt=a", "voice=anna"], "voice=anna: means something with speech="),
+    ([*DUAL, "messages=a.json", "media=a.wav"], "media=a.wav: means something with prompt="),
+    (
+        [*DUAL, "prompt=a", "media=a.txt", "voice=anna"],
+        "media=a.txt: its name is of no audio, image, video; rename it, or say what it is in messages=",
+    ),
+    ([*DUAL, "prompt=a", "media=a.wav", "voice=anna"], "media=a.wav: cannot be read: No such file or directory"),
+    (
+        [*DUAL, "text=a", "voice=anna", "greedy=true", "temperature=0"],
+        "greedy=true: takes the likeliest, whatever the temperature; leave one of them out",
+    ),
+    ([*DUAL, "text=a", "voice=anna", "repetition_penalty=0"], "repetition_penalty=0.0: must be above 0"),
+    ([DUAL[0], "speech={out}.mp3", "text=a"], "speech={out}.mp3: must be a file .wav in a folder that is there"),
+    (
+        ["checkpoint={world}/codec", "text=a", SPEAKS],
+        "checkpoint={world}/codec/{step}: no recipe.yaml of a run above it; give recipe= one, such as what "
+        "`omni-train train … --cfg job` prints",
+    ),
+    (
+        ["checkpoint={world}/thinker", "text=a", SPEAKS],
+        "speech={out}: checkpoint={world}/thinker/{step} is a Thinker's, which does not speak; leave it out",
+    ),
+    (
+        [*DUAL, "text=a", "voice=anna", "codec={world}/thinker"],
+        "codec={world}/thinker: no codec in this checkpoint; give one of network=codec",
+    ),
+    (
+        [*DUAL, "text=a", "voice=anna", "codec={world}/wider"],
+        "codec={world}/wider: 6 codebooks of 11, the Talker's are 5 of 11; give the codec whose codes it was trained "
+        "on",
+    ),
+    (
+        [*DUAL, "prompt=a", "voice=anna", "thinker={world}/stranger"],
+        "thinker={world}/stranger/{step}: its table of text is not the one that the Talker reads; give the Thinker "
+        "that it was trained above",
+    ),
+    ([*INTERLEAVED, "text=a", "voice=anna"], "voice=anna: cannot be read: No such file or directory"),
+    (
+        [*INTERLEAVED, "text=a", "voice={empty}"],
+        "voice={empty}: refused as audio_empty; give a few seconds of somebody who speaks",
+    ),
+    (
+        [*INTERLEAVED, "text=a", "voice={silence}"],
+        "voice={silence}: nothing is heard in it, or only noise; give a few seconds of somebody who speaks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_does_not_fit_is_refused_in_one_line(world, generate, tmp_path, words, message):
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "silence.wav").write_bytes(sound_file(np.zeros((24000, 1)), 24000, format="WAV"))
+    names = {"world": world, "out": tmp_path / "out.wav", "step": "checkpoints/step_00000001"}
+    names |= {name: tmp_path / f"{name}.wav" for name in ("empty", "silence")}
+    code, out, err = generate(*(word.format(**names) for word in words))
+    assert (code, out, err) == (2, "", f"error: {message.format(**names)}\n")
+
+
+def test_another_codec_than_that_of_the_codes_is_refused(world, generate, tmp_path):
+    words = [f"checkpoint={world / 'dual_track'}", "text=a", "voice=anna", f"codec={world / 'other'}"]
+    code, _, err = generate(*words, f"speech={tmp_path / 'out.wav'}")
+    assert code == 2 and err.startswith(f"error: codec={world / 'other'}: is ") and "(data.codec); give that one" in err

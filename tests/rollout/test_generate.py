@@ -280,3 +280,55 @@ def stop_after(rank, world_size, parallel, tokens):
 def test_a_signal_to_any_rank_cuts_generation_short_on_all(distributed, name):
     world_size, parallel = LAYOUTS[name]
     assert distributed(world_size, stop_after, parallel, 17) == [[12, 5]] * world_size
+
+
+def keep_states(rank, world_size, parallel, blocks):
+    """States kept of prompts with media, and those of a Thinker that ends behind the block, on the same row."""
+    from omni_train import platform
+    from omni_train.data.rows.packing import pack
+    from omni_train.models.row import LocalRow
+    from omni_train.models.thinker import build_chunks
+    from omni_train.rollout.generate import TextStream
+    from omni_train.rollout.sampling import Sampling, uniforms
+
+    recipe = small_recipe(parallel, **encoders(vision_deepstack_visual_indexes=[0, 1]))
+    platform.parallel.initialize(recipe.parallel, 19)
+    model = build_chunks(recipe)[0].eval()
+    prompts = list(media_prompts(seed=31).values())
+    stream = TextStream(
+        model,
+        prompts,
+        max_new_tokens=3,
+        stop_tokens=[STOP],
+        sampling=Sampling(),
+        uniform=[uniforms(0, index, 3) for index in range(len(prompts))],
+        states_after=blocks,
+    )
+    tokens = list(stream)
+    recipe.model.thinker.pattern = recipe.model.thinker.pattern[: 2 * blocks]
+    (cut,) = build_chunks(recipe, head=False)
+    cut.load_state_dict({name: model.state_dict()[name] for name in cut.state_dict()})
+    total = sum(map(len, prompts))
+    row = pack(prompts, row_tokens=total + -total % parallel.tensor, alignment=1, padding_token=0)
+    window = encoders()["audio"].eval_window_frames
+    with torch.no_grad():
+        hidden = cut.eval()(LocalRow.from_batch(row, media=True, audio_window_frames=window))
+        if parallel.tensor > 1:
+            from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+            hidden = gather_from_sequence_parallel_region(hidden)
+    expected = hidden[:total, 0].split(list(map(len, prompts)))
+    platform.parallel.destroy()
+    return tokens, [one.tokens for one in stream.completions], stream.states, expected
+
+
+@pytest.mark.parametrize(("blocks", "tensor"), [(1, 1), (2, 2), (3, 1)])
+def test_states_that_are_kept_are_those_of_the_first_blocks_alone(distributed, blocks, tensor):
+    """Without the features that DeepStack adds to the block that is read, with those of the blocks before it."""
+    for tokens, completions, states, expected in distributed(
+        tensor, keep_states, ParallelConfig(tensor=tensor), blocks
+    ):
+        assert [[new[index] for new in tokens if index in new] for index in range(6)] == completions
+        assert len(states) == len(expected) == 6
+        for mine, theirs in zip(states, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

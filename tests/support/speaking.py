@@ -26,7 +26,7 @@ def recipe_of(folder: Path, style: str = "interleaved"):
     recipe.model.codec = replace(codec.CODEC, **SIZES)
     recipe.model.code2wav = replace(codec.CODE2WAV, **SIZES)
     recipe.data.tokenizer = str(folder / "tokenizer")
-    recipe.data.row_tokens = 400
+    recipe.data.row_tokens, recipe.data.media.image_min_pixels = 400, 1024
     recipe.data.codec = str(folder / "codec")
     recipe.data.speech.schedules = [SpeechScheduleConfig(ScheduleKind.turns, text=2, frames=3)]
     recipe.talker_training.thinker = str(folder / "thinker")
@@ -34,7 +34,10 @@ def recipe_of(folder: Path, style: str = "interleaved"):
 
 
 def write_runs(rank, world_size, folder: Path) -> None:
-    """Write ``tokenizer``, and runs ``thinker``, ``interleaved``, ``dual_track`` and ``codec`` into a folder."""
+    """Write ``tokenizer``, and runs ``thinker``, ``interleaved``, ``dual_track`` and ``codec`` into a folder.
+
+    A ``stranger`` is another Thinker, ``other`` another codec, ``wider`` one of more codebooks.
+    """
     import torch
 
     from omni_train import platform
@@ -53,8 +56,9 @@ def write_runs(rank, world_size, folder: Path) -> None:
         write_recipe(recipe, folder / name / "recipe.yaml")
 
     below = replace(recipe, network="thinker", data=replace(recipe.data, rows="chats"))
-    (model,) = thinker.build_chunks(below)
-    save(below, [model], "thinker")
+    for name in ("stranger", "thinker"):
+        (model,) = thinker.build_chunks(below)
+        save(below, [model], name)
     table = model.embedding.word_embeddings.weight
     for style in ("interleaved", "dual_track"):
         recipe = recipe_of(folder, style)
@@ -65,7 +69,10 @@ def write_runs(rank, world_size, folder: Path) -> None:
                 parameter.mul_(30)  # so that no two codes are nearly as likely
         save(recipe, [model], style)
     platform.parallel.destroy()
-    write_codec(folder / "codec", recipe, randomized(SpeechCodec(recipe.model.codec, recipe.model.code2wav)))
+    for name, seed, codebooks in (("codec", 5, CODEBOOKS), ("other", 6, CODEBOOKS), ("wider", 5, 6)):
+        for part in (recipe.model.codec, recipe.model.code2wav):
+            part.num_quantizers = codebooks
+        write_codec(folder / name, recipe, randomized(SpeechCodec(recipe.model.codec, recipe.model.code2wav), seed))
 
 
 def write_codec(run: Path, recipe, network) -> None:
