@@ -11,7 +11,7 @@ import pytest
 from omni_train.data.rows.stored_states import check_states, settings_of
 from omni_train.errors import UserError
 from omni_train.recipe.schema import ChatTemplate, Context, Precision, TalkerStyle
-from tests.support.spoken import spoken_recipe
+from tests.support.spoken_shards import spoken_recipe
 
 THINKER = "ab" * 32
 

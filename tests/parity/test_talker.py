@@ -7,7 +7,7 @@ import torch
 
 from omni_train.recipe.schema import ParallelConfig, Positions
 from tests.support.conversations import Conversation, qwen3_omni
-from tests.support.spoken import import_and_speak, speak, speech_row
+from tests.support.spoken_answers import import_and_speak, speak, speech_row
 
 ROW_TOKENS, SPEECH_ROW_TOKENS = 320, 416
 LAYOUTS = {

@@ -1,242 +1,108 @@
-"""Answers that a whole Qwen3-Omni of transformers speaks with forced codes, and the rows that are the same for us.
-
-Axis letters: n positions of the Talker, V codec vocabulary, Q codebooks, M frames, K codewords, H width.
-"""
+"""Spoken samples of a small Talker: frames of 5 ms whose codes number them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from unittest.mock import patch
+import io
 
 import numpy as np
-import torch
 
-from omni_train.data.rows.batch import IGNORE, SpeechRow
-from omni_train.data.rows.sequences import TokenSequence
-from omni_train.data.rows.speech import SpeechSequence, dual_track_ids
-from omni_train.data.rows.speech_context import Context
-from omni_train.data.rows.speech_packing import pack_speech
-from omni_train.data.rows.speech_plans import CONTEXT, Planner, joined
-from omni_train.interop.talker_config import talker_from_hugging_face
-from omni_train.recipe.schema import DataConfig, MediaConfig, Positions, SourceConfig, TalkerTrainingConfig
-from tests.support.conversations import (
-    AUDIO,
-    IM_END,
-    IM_START,
-    IMAGE,
-    LINE_END,
-    ROLES,
-    TTS_BOS,
-    TTS_EOS,
-    TTS_PAD,
-    VIDEO,
-    Conversation,
+from omni_train.data.rows.base import Reading
+from omni_train.data.rows.speech import SpeechSequence, speech_sequence
+from omni_train.data.samples.parsing import sample_of
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.recipe.schema import (
+    AudioEncoderConfig,
+    Code2WavConfig,
+    DataConfig,
+    MediaConfig,
+    ModelConfig,
+    SpeechConfig,
+    TalkerConfig,
+    TalkerStyle,
 )
-from tests.support.talker import small_talker
+from tests.support.media import sound_file, tone
 
-SPEAKER = "anna"
-
-
-@dataclass
-class Spoken:
-    """An answer, and all that is computed while it is spoken."""
-
-    text: list[int]  # its tokens
-    codes: np.ndarray  # (Q, M)
-    embeddings: torch.Tensor  # (n, H) that enter the Talker
-    positions: torch.Tensor  # (3, n)
-    logits: torch.Tensor  # (n, V) of codebook 0
-    residual_logits: torch.Tensor  # (M, Q − 1, K)
+FRAME = 120  # samples
+BOS, EOS, TEXT, PAD, NOTHINK, THINK_BOS, THINK_EOS, ANNA, BEN = range(60, 69)
+STATE = 6  # width of the Thinker
 
 
-class Words:
-    """Tokenizer of the small Qwen3-Omni, as far as plans need it."""
+def model_of(style: TalkerStyle = TalkerStyle.interleaved) -> ModelConfig:
+    talker = TalkerConfig(
+        style=style,
+        thinker_hidden_size=STATE,
+        accept_hidden_layer=1,
+        hidden_size=8,
+        repeats=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_code_groups=3,
+        codebook_size=60,
+        codec_vocab_size=70,
+        codec_bos_id=BOS,
+        codec_eos_id=EOS,
+        codec_text_id=TEXT,
+        codec_pad_id=PAD,
+        codec_nothink_id=NOTHINK,
+        codec_think_bos_id=THINK_BOS,
+        codec_think_eos_id=THINK_EOS,
+        speaker_ids={"anna": ANNA, "ben": BEN},
+    )
+    audio = AudioEncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    code2wav = Code2WavConfig(num_quantizers=3, codebook_size=60, upsampling_ratios=[2, 4], upsample_rates=[5, 3])
+    return ModelConfig(name="speaks", vocab_size=320, talker=talker, audio=audio, code2wav=code2wav)
 
-    im_start, im_end = IM_START, IM_END
 
-    def encode(self, text: str) -> list[int]:
-        return {"assistant\n": [ROLES["assistant"], LINE_END]}[text]
-
-    def token_id(self, name: str) -> int:
-        return {"<tts_pad>": TTS_PAD, "<tts_text_bos>": TTS_BOS, "<tts_text_eod>": TTS_EOS}[name]
-
-
-def forcing(script: list[int]):
-    """Processor of logits that makes a generation follow a script."""
-    import transformers
-
-    coming = iter(script)
-
-    class Forcing(transformers.LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            forced = torch.full_like(scores, -torch.inf)
-            forced[:, next(coming)] = 0
-            return forced
-
-    return transformers.LogitsProcessorList([Forcing()])
-
-
-@torch.no_grad()
-def speak(model, conversation: Conversation, tokens: int, frames: int, seed: int) -> Spoken:
-    """An answer of random tokens in random codes, by transformers' own `generate`; one more token ends it unread."""
-    talker, predictor = model.talker, model.talker.code_predictor
-    # Its get_rope_index asks for this, where there is sound beside images or video, and no released folder has it.
-    talker.config.audio_config = model.config.thinker_config.audio_config
-    config = talker.config
-    generator = torch.Generator().manual_seed(seed)
-    shape = (config.num_code_groups, frames)
-    codes = torch.randint(config.code_predictor_config.vocab_size, shape, generator=generator).numpy()
-    text = torch.randint(ROLES["system"], (tokens,), generator=generator).tolist()
-    inputs: list[torch.Tensor] = []
-    positions: list[torch.Tensor] = []
-    logits: list[torch.Tensor] = []
-    residual: list[torch.Tensor] = []
-    residual_scripts = iter(codes[1:].T.tolist())
-
-    def keep_input(_module, _arguments, keywords):
-        inputs.append(keywords["inputs_embeds"][0])
-        positions.append(keywords["position_ids"][-3:, 0].float())
-
-    hooks = [
-        talker.model.register_forward_pre_hook(keep_input, with_kwargs=True),
-        talker.codec_head.register_forward_hook(lambda _module, _arguments, out: logits.append(out[0])),
-        *(
-            head.register_forward_hook(lambda _module, _arguments, out: residual.append(out[0, -1]))
-            for head in predictor.lm_head
-        ),
-    ]
-    generate = predictor.generate
-
-    def forced(**keywords):
-        return generate(**keywords, logits_processor=forcing(next(residual_scripts)))
-
-    with patch.object(predictor, "generate", forced):
-        model.generate(
-            **conversation.inputs(),
-            speaker=SPEAKER,
-            use_audio_in_video=conversation.sound_in_video,
-            talker_use_audio_in_video=conversation.sound_in_video,  # or its rotary ids take such a video for sound
-            thinker_max_new_tokens=tokens + 1,
-            thinker_logits_processor=forcing([*text, IM_END]),
-            talker_max_new_tokens=frames + 1,
-            talker_do_sample=False,
-            talker_logits_processor=forcing([*codes[0].tolist(), config.codec_eos_token_id]),
-        )
-    for hook in hooks:
-        hook.remove()
-    return Spoken(
-        text=text,
-        codes=codes,
-        embeddings=torch.cat(inputs),
-        positions=torch.cat(positions, dim=1),
-        logits=torch.cat(logits),
-        residual_logits=torch.stack(residual).unflatten(0, (frames, -1)),
+def data_of(tokenizer_folder, **speech) -> DataConfig:
+    return DataConfig(
+        name="spoken",
+        path="unused",
+        tokenizer=str(tokenizer_folder),
+        rows="speech",
+        row_tokens=192,
+        alignment=16,
+        media=MediaConfig(audio_timestamp_seconds=[]),
+        speech=SpeechConfig(**dict(row_tokens=192) | speech),
+        streams=2,
+        workers=0,
+        shuffle_buffer=5,
+        packing_buffer=6,
+        max_skip_fraction=0.5,
     )
 
 
-def sequence_of(conversation: Conversation, spoken: Spoken, planner: Planner) -> SpeechSequence:
-    """The same answer as a sequence of ours: the user's turns whole, and the answer's plan of `dual_track`."""
-    tokens, ids = conversation.tokens_and_ids()
-    media = (tokens == AUDIO) | (tokens == IMAGE) | (tokens == VIDEO)
-    plans, runs, read = [], [], []
-    turns = [*conversation.turns, ("", conversation.length, len(conversation.runs))]
-    for (role, token, run), (_, next_token, next_run) in pairwise(turns):
-        if role != "user":
-            continue
-        span = torch.arange(token, next_token)
-        plan = planner.text(tokens[span].numpy())
-        reading = media[span].numpy()
-        plan.text_ids[reading], plan.kinds[reading] = -1, CONTEXT
-        plan.sources[reading] = sum(map(len, read)) + np.arange(reading.sum())
-        plans.append(plan)
-        runs += conversation.runs[run:next_run]
-        read.append(span[media[span]].numpy())
-    speaker = planner.talker.speaker_ids[SPEAKER]
-    plan = joined([*plans, planner.dual_track(spoken.text, spoken.codes, speaker)])
-    data = DataConfig(name="", path="", tokenizer="", sources=[SourceConfig(path="")], row_tokens=8)
-    data.media = MediaConfig(positions=Positions.qwen3_omni)
-    thinker = TokenSequence(
-        tokens.int().numpy(),
-        np.full(len(tokens), IGNORE, np.int32),
-        positions=ids.numpy(),
-        mel=[clip.numpy() for clip in conversation.clips],
-        audio_slots=np.flatnonzero(tokens == AUDIO),
-        patches=[patch.numpy() for patch in conversation.patches],
-        grids=conversation.grids,
-        vision_slots=np.flatnonzero((tokens == IMAGE) | (tokens == VIDEO)),
-    )
-    return SpeechSequence(
-        plan,
-        dual_track_ids(Context(plans, runs), len(plan), data),
-        np.zeros(len(plan), np.float32),
-        thinker,
-        np.concatenate(read),
-    )
+def codes(frames: int, first: int = 0) -> np.ndarray:
+    """Codes (3, frames): frame m has first + m, and 20 and 40 more, modulo 20 each."""
+    return (np.array([0, 20, 40])[:, None] + (first + np.arange(frames)) % 20).astype(np.uint16)
 
 
-def speech_row(
-    model, conversations: list[Conversation], answers: list[Spoken], row_tokens: int, speech_row_tokens: int
-) -> SpeechRow:
-    """A row of answers."""
-    talker = talker_from_hugging_face(model.config.to_dict(), "").talker
-    planner = Planner(talker, Words())
-    pairs = zip(conversations, answers, strict=True)
-    return pack_speech(
-        [sequence_of(conversation, spoken, planner) for conversation, spoken in pairs],
-        row_tokens=row_tokens,
-        speech_row_tokens=speech_row_tokens,
-        alignment=8,
-        padding_token=0,
-        float_positions=True,
-    )
+def array_file(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
-def import_and_speak(rank, world_size, hf, folder, parallel, row: SpeechRow):
-    """Import; what enters the Talker (first stage), logits of codebook 0 and of the residual codes, and the Thinker's
-    states at all tokens of its row."""
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+def wave_file(frames: float) -> bytes:
+    return sound_file(tone(frames * FRAME / 24000, 24000), 24000, "WAV")
 
-    from omni_train import platform
-    from omni_train.checkpoint.sharded import load_model, read_model_config
-    from omni_train.checkpoint.store import resolve
-    from omni_train.interop.convert import import_checkpoint
-    from omni_train.recipe.networks import held
-    from omni_train.training.engines.megatron import MegatronEngine
 
-    paths = {"checkpoint": folder / "thinker", "talker": folder / "talker"}
-    import_checkpoint("qwen3_omni_moe", Path(hf), parallel=parallel, **paths)
-    recipe = small_talker(parallel, row_tokens=len(row.tokens))
-    thinker, talker = (read_model_config(resolve(paths[name])) for name in ("checkpoint", "talker"))
-    recipe.model.talker, recipe.model.vocab_size = talker.talker, talker.vocab_size
-    recipe.model.audio, recipe.model.vision = thinker.audio, thinker.vision
-    recipe.data.speech.row_tokens, recipe.data.media.positions = len(row.text_ids), Positions.qwen3_omni
-    recipe.talker_training = TalkerTrainingConfig(thinker=str(paths["checkpoint"]))
-    platform.parallel.initialize(parallel, 1)
-    engine = MegatronEngine(recipe)
-    load_model(engine.chunks, resolve(paths["talker"]), held(recipe))
-    stage, embeddings = engine.network(), []
+def heard(seconds: float, *texts: str) -> dict:
+    """Message of a user: texts, then a sound of so many seconds, which is ``HEARD``'s file of that name."""
+    parts = [{"type": "text", "text": text} for text in texts]
+    return {"role": "user", "content": [*parts, {"type": "audio", "audio": f"heard{seconds:g}.flac"}]}
 
-    def whole(hidden):
-        return gather_from_sequence_parallel_region(hidden, group=stage.tp_group)[:, 0]
 
-    if stage.pre_process:
-        embed = stage.embed
-        stage.embed = lambda local: embeddings.append(embed(local)) or embeddings[-1]
-
-    def read(stage, hidden, local):
-        hidden_UH = whole(hidden)
-        predicting = (row.label_codes[:, 0] != IGNORE).nonzero().squeeze(1)
-        first = stage.codec_embedding(row.speech_labels[predicting])
-        hidden_MGP = stage.code_predictor.hidden(hidden_UH[predicting], first, row.label_codes[predicting])
-        residual = torch.einsum("mgp,gkp->mgk", hidden_MGP, stage.code_predictor.heads)
-        return {"logits": stage.codec_head(hidden_UH), "residual": residual}
-
-    (prepared,) = engine.prepared([row])
-    (found,) = engine.forward([stage], [prepared], read)
-    found["embeddings"] = whole(embeddings[0]) if embeddings else None
-    row.prepared, row.context = {}, (~row.padding).nonzero().squeeze(1)
-    (found["states"],) = engine.frozen["thinker"].states(engine, [row])
-    platform.parallel.destroy()
+def files(frames: int, *, sounds: tuple[float, ...] = (), reference: int = 0, first: int = 0) -> dict[str, bytes]:
+    """Files of a sample whose speech has so many frames."""
+    found = {"0.wav": wave_file(frames), "codes.npy": array_file(codes(frames, first))}
+    found |= {f"heard{seconds:g}.flac": sound_file(tone(seconds)) for seconds in sounds}
+    if reference:
+        found["voice.codes.npy"] = array_file(codes(reference, first=11))
     return found
+
+
+def sequence_of(
+    fields: dict, parts: dict[str, bytes], tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, **drawn
+) -> SpeechSequence:
+    """Sequence of a sample whose speech is ``0.wav``; with ``seed`` and ``key`` its draws are drawn."""
+    return speech_sequence(sample_of({"speech": "0.wav"} | fields), parts, Reading(tokenizer, data, model, **drawn))
