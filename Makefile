@@ -4,21 +4,28 @@ PYTHON := $(shell for p in python3.12 python3; do $$p -c 'import sys; sys.exit(s
 	2>/dev/null && echo $$p && break; done)
 SMOKE = pipeline name=smoke
 
-.PHONY: help setup gpu smoke test docs lint bench faults gpu-wheels gpu-check clean
+.PHONY: help setup gpu rehearsal smoke test docs lint bench faults gpu-wheels gpu-check clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-setup: .venv/.installed ## make .venv with everything pinned in constraints.txt
+setup: .venv/.installed .venv/.developed ## make .venv with everything pinned in constraints.txt
+
+INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "omni_train needs Python 3.12 or newer: no python3.12 or python3 of that age is on PATH" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; torch is large, so the first time takes minutes"
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rehearsal,speech,dev]'
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps resemblyzer # see pyproject.toml
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[pesq]' || \
+	@$(INSTALL) -e '.[rehearsal]'
+	@touch $@
+
+# What runs do not need: the checks of a change, and measures of speech.
+.venv/.developed: .venv/.installed
+	@$(INSTALL) -e '.[rehearsal,speech,dev]'
+	@$(INSTALL) --no-deps resemblyzer # see pyproject.toml
+	@$(INSTALL) -e '.[pesq]' || \
 		echo "pesq was not installed, for want of a C compiler: PESQ of the codec's speech will not be measured" >&2
 	@touch $@
 
@@ -27,10 +34,10 @@ gpu: setup ## add the GPU kernels to .venv; compiling takes minutes, and needs t
 	.venv/bin/python -m pip install -q --disable-pip-version-check hatchling wheel
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[gpu]'
 
-rehearsal: | setup
-	.venv/bin/omni-train data rehearsal out=rehearsal
+rehearsal: .venv/.installed # adds what is missing, and is quick where nothing is
+	@.venv/bin/omni-train data rehearsal out=rehearsal
 
-smoke: setup rehearsal ## train a tiny Thinker through every stage, on every GPU or else on two CPU processes, and report
+smoke: rehearsal ## train a tiny Thinker through every stage, on every GPU or else on two CPU processes, and report
 	@rm -rf runs/smoke
 	@gpus=$$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())'); rows=$$((4 * gpus)); \
 	if [ $$gpus -gt 0 ]; then launchers/local.sh $$gpus $(SMOKE) parallel.tensor=1 parallel.context=1 \
