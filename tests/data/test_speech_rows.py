@@ -49,7 +49,9 @@ from tests.support.spoken import (
 
 DUAL, INTERLEAVED = model_of(TalkerStyle.dual_track), model_of()
 SEED = 67
-TENSORS = [spec.name for spec in dataclasses.fields(SpeechRow) if spec.name not in ("skipped", "samples", "prepared")]
+TENSORS = [
+    spec.name for spec in dataclasses.fields(SpeechRow) if spec.name not in ("skipped", "samples", "strata", "prepared")
+]
 ASKED = {"messages": [heard(0.5), {"role": "assistant", "content": "123"}]}
 
 
@@ -58,7 +60,7 @@ def assert_same(rows: list[SpeechRow], others: list[SpeechRow]) -> None:
     for row, other in zip(rows, others, strict=True):
         for name in TENSORS:
             assert torch.equal(getattr(row, name), getattr(other, name)), name
-        assert (row.samples, row.skipped) == (other.samples, other.skipped)
+        assert (row.samples, row.skipped, row.strata) == (other.samples, other.skipped, other.strata)
 
 
 SAID = {"text": "123"}
