@@ -6,8 +6,6 @@ builds no model. Neither ever holds a model twice.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,7 +68,7 @@ def import_checkpoint(
             source = _source(kind, hf)
             sources.append((source, source.recipe(parallel or ParallelConfig()), folder))
     held = holding(*folders.values(), remedy=_ELSEWHERE, when_held=lambda: _refuse_checkpoints(folders))
-    with _process_group(), held:
+    with platform.joined(), held:
         for source, recipe, folder in sources:
             importing.write_checkpoint(source, recipe, folder)
         if format in speech_convert.FORMATS:
@@ -109,7 +107,7 @@ def export_checkpoint(
     """
     _check_format(format, talker=talker, code2wav=code2wav)
     _refuse_tensors(hf)
-    with _process_group(), holding(hf, remedy=_ELSEWHERE, when_held=lambda: _refuse_tensors(hf)):
+    with platform.joined(), holding(hf, remedy=_ELSEWHERE, when_held=lambda: _refuse_tensors(hf)):
         if format in speech_convert.FORMATS:
             speech_convert.export_speech(format, hf, checkpoint)
             return
@@ -154,14 +152,3 @@ def _refuse_checkpoints(folders: dict[str, Path]) -> None:
 def _refuse_tensors(hf: Path) -> None:
     if any(hf.glob("*.safetensors")):
         raise UserError(f"hf={hf}: there are safetensors files already; {_ELSEWHERE}")
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    joined = torch.distributed.is_initialized()
-    platform.init_distributed()
-    try:
-        yield
-    finally:
-        if not joined:
-            torch.distributed.destroy_process_group()
