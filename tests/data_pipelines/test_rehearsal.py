@@ -23,7 +23,7 @@ from omni_train.data.samples.parsing import parse_sample
 from omni_train.data.samples.sample import Chat, Document
 from omni_train.data.samples.tokenizer import CONTROL_TOKENS, Tokenizer
 from omni_train.data_pipelines import rehearsal
-from omni_train.data_pipelines.rehearsal import listening, phrases, seeing, speaking, watching
+from omni_train.data_pipelines.rehearsal import listening, phrases, seeing, speaking, tokenizer, watching
 from omni_train.data_pipelines.rehearsal.kinds import KINDS, SPOKEN
 from omni_train.data_pipelines.rehearsal.pictures import COLORS
 from omni_train.data_pipelines.rehearsal.speech import RATE
@@ -94,7 +94,7 @@ def test_every_sample_is_of_the_schema_under_a_key_of_its_own(built):
         for key, (fields, media) in (train | held_out).items():
             assert key.isascii()
             sample = parse_sample(json.dumps(fields).encode())
-            assert isinstance(sample, Chat if kind in KINDS or "answer" in sample.meta else Document)
+            assert isinstance(sample, Document if kind == "text" or (kind in SPOKEN and "text" in fields) else Chat)
             assert {"language", "task", "source"} <= set(sample.meta), key
             if kind in KINDS:
                 assert [medium.file for medium in sample.media] == list(media)
@@ -113,6 +113,11 @@ def test_the_tokenizer_has_exactly_the_ids_asked_for_and_writes_all_languages(bu
     for language in phrases.LANGUAGES.values():
         texts = (*language.digits, language.write_down, language.say, language.repeat, language.see)
         assert all(ours.decode(ours.encode(text)) == text for text in texts)
+
+
+def test_the_tokenizer_learns_from_what_was_there_before_there_was_speech(built, tmp_path):
+    tokenizer.train(rehearsal._texts(built, ("text", "chat", *KINDS)), tmp_path / "tokenizer", 4096)
+    assert filecmp.cmp(built / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer" / "tokenizer.json", shallow=False)
 
 
 def test_the_chat_template_writes_chatml_and_the_slots_of_media(built):
