@@ -17,7 +17,7 @@ a recipe that names data (`data.path`, those of `data.sources`, …) where that 
 
     codec: [data=rehearsal_crops]
     codes: [command=data codes, data=rehearsal/speech, codec=codec]
-    code2wav: [data=rehearsal_crops, "data.sources=[{path: codes}]", data.codec=codec]
+    code2wav: [data=rehearsal_crops, data.path=rehearsal, "data.sources=[{path: codes}]", data.codec=codec]
 """
 
 from __future__ import annotations
