@@ -13,7 +13,7 @@ import torch
 from omni_train.recipe.schema import ParallelConfig, Positions, TalkerTrainingConfig
 from tests.parity.test_talker import conversations
 from tests.support.conversations import IM_END, ROLES, qwen3_omni
-from tests.support.spoken import SPEAKER, Spoken, Words, sequence_of
+from tests.support.spoken_answers import SPEAKER, Spoken, Words, sequence_of
 from tests.support.talker import small_talker
 
 FRAMES = 60

@@ -29,6 +29,7 @@ RELEASED = [
     "data.media.audio_timestamp_seconds=[]",
 ]
 # A recipe that only works beside another.
+TALKER = ["network=talker", f"data.codec={'a' * 64}", "talker_training.thinker=runs/thinker"]
 PARTNERS = {
     **{f"parallel/{path.stem}": ["model=plus_397b_a17b"] for path in TREE if "_ep" in path.stem},
     "stage/s3_long_context": ["model=flash_35b_a3b"],
@@ -38,6 +39,10 @@ PARTNERS = {
     "stage/code2wav": [f"data.codec={'a' * 64}"],
     "data/rehearsal_transcripts": ["network=recognizer", "engine=deepspeed"],
     "model/qwen3_omni_30b_a3b": RELEASED,
+    **{f"stage/{name}": TALKER for name in ("talker_general", "talker_long_context")},
+    **{f"data/{name}": TALKER for name in ("rehearsal_spoken", "rehearsal_spoken_long")},
+    **{f"data/{name}": TALKER for name in ("spoken_shards", "spoken_long_shards")},
+    "data/spoken_dual_track_shards": [*TALKER, "model=qwen3_omni_30b_a3b"],
 }
 MODELS = [path.stem for path in TREE if path.parent == Path("model")]
 
@@ -57,6 +62,16 @@ def test_every_published_size_fits_every_large_stage(stage, model):
     assert recipe.precision is Precision.bf16
     assert recipe.data.row_tokens == {"s2_general": 32768, "s3_long_context": 262144}[stage]
     assert recipe.trainable == ["*"]
+
+
+@pytest.mark.parametrize("stage", ["talker_general", "talker_long_context"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name.startswith(("flash", "plus", "qwen3_omni"))])
+def test_every_talker_fits_its_stages(stage, model):
+    dual = ["data=spoken_dual_track_shards"] if model.startswith("qwen3_omni") else []
+    recipe = load_recipe([f"stage={stage}", f"model={model}", *dual, *TALKER])
+    validate(recipe, world_size=None)
+    rows = {"talker_general": 16384, "talker_long_context": 16384 if dual else 65536}
+    assert recipe.data.speech.row_tokens == rows[stage]
 
 
 def test_qwen3_omni_is_as_long_as_it_was_released():

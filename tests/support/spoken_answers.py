@@ -57,7 +57,7 @@ class Words:
     im_start, im_end = IM_START, IM_END
 
     def encode(self, text: str) -> list[int]:
-        return {"assistant\n": [ROLES["assistant"], LINE_END]}[text]
+        return [ROLES.get(word) or {"": LINE_END}[word] for word in text.split("\n")] if text != "\n" else [LINE_END]
 
     def token_id(self, name: str) -> int:
         return {"<tts_pad>": TTS_PAD, "<tts_text_bos>": TTS_BOS, "<tts_text_eod>": TTS_EOS}[name]
