@@ -202,7 +202,7 @@ def test_a_mistyped_key_in_a_recipe_is_refused(tmp_path):
     text = (recipes_dir() / "model" / "tiny.yaml").read_text()
     (tmp_path / "model" / "mistyped.yaml").write_text(text + "num_expert: 4\n")
     with pytest.raises(
-        UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.thinker.num_experts"
+        UserError, match=r"model.num_expert is not a key of the recipe; did you mean model.talker.num_experts"
     ):
         load_recipe(["model=mistyped"], config_dir=tmp_path)
 
