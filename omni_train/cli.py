@@ -158,7 +158,7 @@ def _generate(arguments: list[str]) -> int:
     from omni_train.options import call
 
     def generate():
-        from omni_train.generation import generate
+        from omni_train.generation.command import generate
 
         return generate
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 
 from omni_train.data.samples.files import read_regular
-from omni_train.data.samples.kinds import medium_kinds
+from omni_train.data.samples.media import kind_of
 from omni_train.data.samples.parsing import read_json, sample_of
 from omni_train.data.samples.sample import Chat, Medium, SampleError, Turn
 from omni_train.errors import UserError
@@ -30,30 +29,25 @@ def read_messages(file: Path, data: DataConfig) -> tuple[tuple[Turn, ...], dict[
         raise UserError(f"messages={file}: names speech to learn from; leave speech and voice out")
     if sample.turns[-1].role == "assistant":
         raise UserError(f"messages={file}: ends in an answer; end it in what is to be answered")
-    return sample.turns, _files(sample.media, file.parent, data)
+    most = data.max_sample_bytes
+    return sample.turns, {one.file: _read(f"media={one.file}", file.parent / one.file, most) for one in sample.media}
 
 
 def read_prompt(prompt: str, files: Sequence[str], data: DataConfig) -> tuple[tuple[Turn, ...], dict[str, bytes]]:
-    """Turn of a user who shows some media, each of the kind that its name says, and then asks.
+    """Turn of a user who shows sounds, images and silent videos, and then asks.
 
     Raises:
-        UserError: a file cannot be read, or has the name of no medium.
+        UserError: a file cannot be read, or is none of these.
     """
-    media = tuple(Medium(_kind(file), file) for file in files)
-    return (Turn("user", (*media, prompt)),), _files(media, Path(), data)
+    parts = {file: _read(f"media={file}", Path(file), data.max_sample_bytes) for file in files}
+    return (Turn("user", (*(Medium(_kind(file, parts[file]), file) for file in files), prompt)),), parts
 
 
-def _kind(file: str) -> str:
-    kind = (mimetypes.guess_type(file)[0] or "").partition("/")[0]
-    if kind not in medium_kinds():
-        raise UserError(
-            f"media={file}: its name is of no {', '.join(medium_kinds())}; rename it, or say what it is in messages="
-        )
-    return kind
-
-
-def _files(media: Sequence[Medium], folder: Path, data: DataConfig) -> dict[str, bytes]:
-    return {one.file: _read(f"media={one.file}", folder / one.file, data.max_sample_bytes) for one in media}
+def _kind(file: str, data: bytes) -> str:
+    try:
+        return kind_of(data)
+    except SampleError:
+        raise UserError(f"media={file}: is no sound, image or video that can be read") from None
 
 
 def _read(what: str, path: Path, most: int) -> bytes:

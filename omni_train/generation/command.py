@@ -12,7 +12,7 @@ from omni_train import platform
 from omni_train.checkpoint.store import resolve
 from omni_train.data.samples.lengths import codec_frame_samples, codec_sampling_rate
 from omni_train.data.samples.tokenizer import Tokenizer
-from omni_train.errors import UserError, cannot_write
+from omni_train.errors import UserError
 from omni_train.frozen.thinker import open_whole_thinker
 from omni_train.generation.answering import Answer, given, speaker_of, written
 from omni_train.generation.asked import read_messages, read_prompt
@@ -141,8 +141,6 @@ def _speak(spoken: SpokenAnswer, answer: Answer, tokenizer: Tokenizer, file: Pat
                 if event.waveform is not None:
                     sound.write(event.waveform)
                     display.spoken(spoken.samples / rate)
-    except OSError as error:
-        raise cannot_write(file, error) from error
     except soundfile.LibsndfileError as error:
         raise UserError(f"speech={file}: cannot be written: {error.error_string}") from error
     _say_if_cut(answer)

@@ -105,9 +105,10 @@ def open_sound(codec: str | None, recipe: Recipe) -> tuple[Code2Wav, OpenCodec |
             f"codec={path}: {sizes.num_quantizers} codebooks of {sizes.codebook_size}, the Talker's are "
             f"{talker.num_code_groups} of {talker.codebook_size}; give the codec whose codes it was trained on"
         )
-    if encoder is not None and (known := _hash_of(trained)) not in (None, encoder.content_hash):
+    known = _hash_of(trained) if encoder is not None and codec is not None else None
+    if encoder is not None and known not in (None, encoder.content_hash):
         raise UserError(
-            f"codec={path}: is {encoder.content_hash[:12]}…, the Talker was trained on codes of {known[:12]}… "
+            f"codec={path}: is {encoder.content_hash[:12]}…, the Talker was trained on codes of {str(known)[:12]}… "
             "(data.codec); give that one"
         )
     if encoder is not None:

@@ -34,7 +34,8 @@ def read_voice(recipe: Recipe, voice: str | None, description: str | None, codec
         if description is not None:
             raise UserError(f"description={description}: the Talker speaks in voices with names; give voice={names}")
         if voice not in talker.speaker_ids:
-            raise UserError(f"voice={voice}: the Talker has no such voice; choose one of {names}")
+            said = "voice= is missing" if voice is None else f"voice={voice}: the Talker has no such voice"
+            raise UserError(f"{said}; choose one of {names}")
         return {"speaker": talker.speaker_ids[voice]}
     if description is not None and speech.voice_description == 0:
         raise UserError(f"description={description}: the Talker has read none (data.speech.voice_description=0)")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +99,7 @@ REFUSED = [
     ([*DUAL], "nothing is asked: give one of messages=, prompt= and text="),
     ([*DUAL, "text=a", "prompt=b"], "prompt and text: give one of messages=, prompt= and text="),
     ([*DUAL, "text= "], "text= is empty; say something"),
-    ([*DUAL, "text=a"], "voice=None: the Talker has no such voice; choose one of anna, ben"),
+    ([*DUAL, "text=a"], "voice= is missing; choose one of anna, ben"),
     ([*DUAL, "text=a", "voice=carl"], "voice=carl: the Talker has no such voice; choose one of anna, ben"),
     (
         [*DUAL, "text=a", "description=low"],
@@ -110,9 +114,9 @@ REFUSED = [
     ([*DUAL, "messages=a.json", "media=a.wav"], "media=a.wav: means something with prompt="),
     (
         [*DUAL, "prompt=a", "media=a.txt", "voice=anna"],
-        "media=a.txt: its name is of no audio, image, video; rename it, or say what it is in messages=",
+        "media=a.txt: cannot be read: No such file or directory",
     ),
-    ([*DUAL, "prompt=a", "media=a.wav", "voice=anna"], "media=a.wav: cannot be read: No such file or directory"),
+    ([*DUAL, "prompt=a", "media={text}", "voice=anna"], "media={text}: is no sound, image or video that can be read"),
     (
         [*DUAL, "text=a", "voice=anna", "greedy=true", "temperature=0"],
         "greedy=true: takes the likeliest, whatever the temperature; leave one of them out",
@@ -159,7 +163,8 @@ def test_what_does_not_fit_is_refused_in_one_line(world, generate, tmp_path, wor
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "silence.wav").write_bytes(sound_file(np.zeros((24000, 1)), 24000, format="WAV"))
     names = {"world": world, "out": tmp_path / "out.wav", "step": "checkpoints/step_00000001"}
-    names |= {name: tmp_path / f"{name}.wav" for name in ("empty", "silence")}
+    (tmp_path / "text.wav").write_text("It only says so.")
+    names |= {name: tmp_path / f"{name}.wav" for name in ("empty", "silence", "text")}
     code, out, err = generate(*(word.format(**names) for word in words))
     assert (code, out, err) == (2, "", f"error: {message.format(**names)}\n")
 
@@ -168,3 +173,16 @@ def test_another_codec_than_that_of_the_codes_is_refused(world, generate, tmp_pa
     words = [f"checkpoint={world / 'dual_track'}", "text=a", "voice=anna", f"codec={world / 'other'}"]
     code, _, err = generate(*words, f"speech={tmp_path / 'out.wav'}")
     assert code == 2 and err.startswith(f"error: codec={world / 'other'}: is ") and "(data.codec); give that one" in err
+
+
+def test_one_process_needs_no_launcher(world, tmp_path):
+    words = [f"checkpoint={world / 'dual_track'}", "text=kalan", "voice=anna", f"speech={tmp_path / 'out.wav'}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "omni_train", "generate", *words, "max_seconds=0.05", "greedy=true"],
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "kalan\n"), done.stderr
+    assert (tmp_path / "out.wav").stat().st_size > 1000

@@ -23,6 +23,7 @@ readers whatever the bytes are, and nothing stays open. Reasons, with the medium
 
 from omni_train.data.samples.media.audio import audio_seconds, decoded_seconds, read_audio
 from omni_train.data.samples.media.image import read_image
+from omni_train.data.samples.media.recognition import kind_of
 from omni_train.data.samples.media.video import Video, read_video
 
-__all__ = ["Video", "audio_seconds", "decoded_seconds", "read_audio", "read_image", "read_video"]
+__all__ = ["Video", "audio_seconds", "decoded_seconds", "kind_of", "read_audio", "read_image", "read_video"]
