@@ -70,7 +70,7 @@ class Size:
 
 SIZES = (
     Size(hidden=128, layers=2, codebook=256, samples=8, frames=(8, 64), repeats=3),
-    Size(hidden=512, layers=8, codebook=2048, samples=4, frames=(8, 48), repeats=1),
+    Size(hidden=512, layers=8, codebook=2048, samples=4, frames=(8, 48), repeats=3),
 )
 
 
