@@ -17,7 +17,7 @@ from omni_train.data_pipelines.states.contexts import Read
 from omni_train.errors import UserError
 from omni_train.recipe.schema import Precision, SourceConfig
 from omni_train.training.states import _claimed
-from tests.support.spoken import spoken_recipe
+from tests.support.spoken_shards import spoken_recipe
 
 
 @pytest.fixture(scope="module")
