@@ -49,9 +49,8 @@ from tests.support.spoken import (
 
 DUAL, INTERLEAVED = model_of(TalkerStyle.dual_track), model_of()
 SEED = 67
-TENSORS = [
-    spec.name for spec in dataclasses.fields(SpeechRow) if spec.name not in ("skipped", "samples", "strata", "prepared")
-]
+OTHERS = ("skipped", "samples", "strata", "left_out", "prepared")
+TENSORS = [spec.name for spec in dataclasses.fields(SpeechRow) if spec.name not in OTHERS]
 ASKED = {"messages": [heard(0.5), {"role": "assistant", "content": "123"}]}
 
 

@@ -79,7 +79,8 @@ def test_an_answer_to_messages_with_media_is_written_and_spoken(world, generate,
 
 
 def test_another_utterance_is_a_voice(world, generate, media):
-    (media / "voice.wav").write_bytes(sound_file(voice(24000, 3).numpy()[:, None], 24000, format="WAV"))
+    wave = np.concatenate([loud * voice(12000, seed).numpy() for seed, loud in ((3, 1.0), (8, 0.05), (11, 0.4))])
+    (media / "voice.wav").write_bytes(sound_file(wave[:, None], 24000, format="WAV"))
     words = [world, generate, media, "interleaved", f"text={TEXT}", "greedy=true"]
     _, without = spoken_twice(*words)
     _, heard = spoken_twice(*words, f"voice={media / 'voice.wav'}")
@@ -98,7 +99,7 @@ DUAL, INTERLEAVED = ("checkpoint={world}/dual_track", SPEAKS), ("checkpoint={wor
 REFUSED = [
     ([*DUAL], "nothing is asked: give one of messages=, prompt= and text="),
     ([*DUAL, "text=a", "prompt=b"], "prompt and text: give one of messages=, prompt= and text="),
-    ([*DUAL, "text= "], "text= is empty; say something"),
+    ([*DUAL, "text= ", "voice=anna"], "text= is empty; say something"),
     ([*DUAL, "text=a"], "voice= is missing; choose one of anna, ben"),
     ([*DUAL, "text=a", "voice=carl"], "voice=carl: the Talker has no such voice; choose one of anna, ben"),
     (

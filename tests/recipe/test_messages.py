@@ -23,7 +23,10 @@ REFUSED = [
         "data.sources.wieght is not a key of the recipe; did you mean data.sources.weight?",
     ),
     ("lr=1", "lr is not a key of the recipe; did you mean optimizer.lr?"),
-    ("num_experts=4", "num_experts is not a key of the recipe; did you mean model.thinker.num_experts?"),
+    (
+        "num_experts=4",
+        "num_experts is not a key of the recipe; did you mean model.thinker.num_experts or model.talker.num_experts?",
+    ),
     (
         "thinker.num_experts=4",
         "thinker.num_experts is not a key of the recipe; did you mean model.thinker.num_experts?",
@@ -31,7 +34,8 @@ REFUSED = [
     ("model.num_experts=4", "model.num_experts is not a key of the recipe; it is model.thinker.num_experts now"),
     (
         "head_dim=64",
-        "head_dim is not a key of the recipe; did you mean model.thinker.head_dim or model.codec.head_dim?",
+        "head_dim is not a key of the recipe; did you mean model.thinker.head_dim or model.talker.head_dim or "
+        "model.talker.code_predictor.head_dim or model.codec.head_dim?",
     ),
     ("schedule.steps=abc", "schedule.steps: Value 'abc' of type 'str' could not be converted to Integer"),
     ("schedule.tokens=abc", "schedule.tokens: Value 'abc' of type 'str' could not be converted to Integer"),
