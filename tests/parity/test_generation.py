@@ -104,7 +104,7 @@ def answers(rank, world_size, hf, folder, parallel, chats):
                 Words(),
                 [Prompt(before.plan, before.rotary_ids, stream.states[0][before.positions], list(text), ended=False)],
                 sampling=replace(GREEDY, repetition_penalty=penalty),
-                limits=SpeechLimits(max_frames=FRAMES, repeats=FRAMES),
+                limits=SpeechLimits(max_frames=FRAMES, spare=FRAMES, repeats=FRAMES),
             )
 
         text = batched((new[0] for new in stream), 1)
