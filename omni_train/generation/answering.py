@@ -22,6 +22,9 @@ from omni_train.rollout.generate import TextStream
 from omni_train.rollout.sampling import Sampling, uniforms
 from omni_train.rollout.speech import Prompt, Speaker, SpeechLimits, SpeechSampling
 
+FRAMES_PER_TOKEN = 4.0
+"""Frames for each token of the text, where a schedule needs a ratio: three tokens a second at 12.5 frames."""
+
 
 @dataclass
 class Answer:
@@ -111,7 +114,7 @@ def speaker_of(
     voice: Mapping[str, Any],
     sampling: SpeechSampling,
     limits: SpeechLimits,
-    frames_per_token: float,
+    frames_per_token: float | None = None,
 ) -> Callable[[Sequence[int]], Speaker]:
     """Function that begins to speak an answer of which these tokens have come.
 
@@ -123,11 +126,18 @@ def speaker_of(
         voice: who speaks, as ``stream_before`` takes it.
         sampling: how codes are drawn.
         limits: when speech is ended.
-        frames_per_token: ratio for schedules that need one.
+        frames_per_token: ratio for a schedule that needs one; None for FRAMES_PER_TOKEN.
+
+    Raises:
+        UserError: a ratio for a Talker that needs none.
     """
     planner, data, context = planner_of(tokenizer, recipe.data, recipe.model), recipe.data, answer.context
     schedule = None if planner.talker.style is TalkerStyle.dual_track else schedule_of(recipe)
-    by_ratio = schedule is not None and schedule.kind in SCHEDULES_BY_RATIO
+    ratio = None
+    if schedule is not None and schedule.kind in SCHEDULES_BY_RATIO:
+        ratio = frames_per_token or FRAMES_PER_TOKEN
+    elif frames_per_token is not None:
+        raise UserError(f"frames_per_token={frames_per_token}: the Talker needs no ratio; leave it out")
 
     def begin(tokens: Sequence[int]) -> Speaker:
         plan, ids = stream_before(planner, context, data, first=tokens[0], **voice)
@@ -141,7 +151,7 @@ def speaker_of(
             [Prompt(plan, ids, states, list(tokens), ended=False)],
             schedule=schedule,
             switch_label=data.speech.switch_label,
-            frames_per_token=frames_per_token if by_ratio else None,
+            frames_per_token=ratio,
             sampling=sampling,
             limits=limits,
         )

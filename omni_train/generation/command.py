@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def generate(
     seed: int = 0,
     max_new_tokens: int = 1024,
     max_seconds: float = 300.0,
-    frames_per_token: float = 4.0,
+    frames_per_token: float | None = None,
     piece_frames: int = 1,
 ) -> None:
     """Write an answer and speak it while it is written, or speak a text, in one process.
@@ -73,20 +74,19 @@ def generate(
         seed: decides what is drawn.
         max_new_tokens: longest text, in tokens.
         max_seconds: longest speech.
-        frames_per_token: ratio of frames to tokens, for a Talker whose schedules all need one.
+        frames_per_token: ratio of frames to tokens, for a Talker whose schedules all need one; 4.
         piece_frames: frames from which a piece of sound is made at a time.
 
     Raises:
         UserError: something given is wrong, or does not fit something else.
     """
-    _check_words(
-        {"messages": messages, "prompt": prompt, "text": text},
-        {"media": media, "thinker": thinker, "voice": voice, "description": description, "codec": codec},
-        speech,
-    )
+    writes = {"thinker": thinker, "temperature": temperature}
+    speaks = {"voice": voice, "description": description, "codec": codec, "frames_per_token": frames_per_token}
+    speaks |= {"speech_temperature": speech_temperature, "repetition_penalty": repetition_penalty}
+    _check_words({"messages": messages, "prompt": prompt, "text": text}, media, writes, speaks, speech)
     if platform.world_size() > 1:
         raise UserError(f"{platform.world_size()} processes: generate works in one; start it without a launcher")
-    if max_new_tokens < 1 or max_seconds <= 0 or frames_per_token <= 0 or piece_frames < 1:
+    if max_new_tokens < 1 or max_seconds <= 0 or (frames_per_token or 1) <= 0 or piece_frames < 1:
         raise UserError("max_new_tokens and piece_frames must be at least 1, max_seconds and frames_per_token above 0")
     of_text, of_speech = _sampling(greedy, temperature, speech_temperature, repetition_penalty, seed)
     checkpoint = resolve(checkpoint)
@@ -159,12 +159,20 @@ def _split(media: str | None) -> list[str]:
     return media.split(",") if media else []
 
 
-def _check_words(asked: dict[str, object], others: dict[str, object], speech: Path | None) -> None:
+def _check_words(
+    asked: Mapping[str, object],
+    media: str | None,
+    writes: Mapping[str, object],
+    speaks: Mapping[str, object],
+    speech: Path | None,
+) -> None:
     """Refuse arguments that are too many, too few, or without a meaning beside the others.
 
     Args:
         asked: what is answered or spoken, by argument.
-        others: arguments that mean something beside some of these, or with `speech`, alone.
+        media: that a prompt shows.
+        writes: arguments for a text that is written.
+        speaks: arguments for speech.
         speech: file to write.
 
     Raises:
@@ -173,14 +181,17 @@ def _check_words(asked: dict[str, object], others: dict[str, object], speech: Pa
     said = [name for name, value in asked.items() if value is not None]
     if len(said) != 1:
         raise UserError(f"{' and '.join(said) or 'nothing is asked'}: give one of messages=, prompt= and text=")
-    meaningless = dict.fromkeys(("text", "voice", "description", "codec"), "speech=") if speech is None else {}
-    if asked["prompt"] is None:
-        meaningless["media"] = "prompt="
-    if asked["text"] is not None:
-        meaningless["thinker"] = "messages= or prompt=; nobody has to write a text that is there"
-    for name, needed in meaningless.items():
-        if (value := (asked | others)[name]) is not None:
-            raise UserError(f"{name}={value}: means something with {needed}")
+    meaningless: dict[str, Mapping[str, object]] = {}
+    if speech is None:
+        meaningless["speech="] = {"text": asked["text"], **speaks}
+    if said != ["prompt"]:
+        meaningless["prompt="] = {"media": media}
+    if said == ["text"]:
+        meaningless["messages= or prompt=; a text that is there is not written"] = writes
+    for needed, group in meaningless.items():
+        for name, value in group.items():
+            if value is not None:
+                raise UserError(f"{name}={value}: means something with {needed}")
     if speech is not None and (speech.suffix != ".wav" or not speech.parent.is_dir()):
         raise UserError(f"speech={speech}: must be a file .wav in a folder that is there")
 

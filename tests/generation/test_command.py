@@ -108,7 +108,7 @@ REFUSED = [
     ),
     (
         [*DUAL, "text=a", "thinker=x"],
-        "thinker=x: means something with messages= or prompt=; nobody has to write a text that is there",
+        "thinker=x: means something with messages= or prompt=; a text that is there is not written",
     ),
     ([DUAL[0], "text=a"], "text=a: means something with speech="),
     ([DUAL[0], "prompt=a", "voice=anna"], "voice=anna: means something with speech="),
@@ -119,10 +119,14 @@ REFUSED = [
     ),
     ([*DUAL, "prompt=a", "media={text}", "voice=anna"], "media={text}: is no sound, image or video that can be read"),
     (
-        [*DUAL, "text=a", "voice=anna", "greedy=true", "temperature=0"],
+        [*DUAL, "text=a", "voice=anna", "greedy=true", "speech_temperature=0"],
         "greedy=true: takes the likeliest, whatever the temperature; leave one of them out",
     ),
     ([*DUAL, "text=a", "voice=anna", "repetition_penalty=0"], "repetition_penalty=0.0: must be above 0"),
+    (
+        [*DUAL, "text=a", "voice=anna", "frames_per_token=3"],
+        "frames_per_token=3.0: the Talker needs no ratio; leave it out",
+    ),
     ([DUAL[0], "speech={out}.mp3", "text=a"], "speech={out}.mp3: must be a file .wav in a folder that is there"),
     (
         ["checkpoint={world}/codec", "text=a", SPEAKS],
