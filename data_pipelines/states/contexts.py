@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 import socket
@@ -111,7 +112,8 @@ class Reader:
                 if found is None:
                     return
                 yield found
-                worker.end.send(b".")
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has sent all of its share
+                    worker.end.send(b".")
         finally:
             end(workers)
 

@@ -163,7 +163,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_files(world, written):
     assert not {"silent.states.npy", "damaged.states.npy"} & states_in(written).keys()
 
 
-def test_workers_and_bounds_of_a_batch_change_no_byte(distributed, world, written, tmp_path):
+def test_workers_change_no_byte(distributed, world, written, tmp_path):
     recipe = recipe_of(world)
     recipe.data.workers = 2
     distributed(1, write, recipe, tmp_path)

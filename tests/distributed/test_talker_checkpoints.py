@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from omni_train.recipe.schema import ParallelConfig, States, TextEmbedding
-from tests.distributed.test_checkpoints import plain_tensors, read_plain
+from tests.distributed.test_checkpoints import read_plain
 from tests.distributed.test_layouts import assert_same
 from tests.distributed.test_talker_layouts import LAYOUTS
 from tests.support.talker import small_talker, speech_batches
@@ -33,7 +33,7 @@ def train(rank, world_size, parallel, folder, load, save, first, last):
         for number, row in enumerate(rows):
             generator = torch.Generator().manual_seed(2 * step + number)
             row.states = torch.randn(len(row.context), 48, generator=generator)
-        history.append(engine.train_step(rows[mine * share : (mine + 1) * share], 1e-3, step).metrics)
+        history.append(engine.train_step(rows[mine * share : (mine + 1) * share], 1e-4, step).metrics)
     engine.save(store, last, {"tokens": 17.0}, None)
     store.close()
     latest = store.latest()
@@ -91,14 +91,14 @@ def test_every_layout_goes_on_from_another(distributed, saved, uninterrupted, fo
         assert_same(uninterrupted[1][2:], history)
 
 
-@pytest.mark.parametrize("name", ["PP2", "TP2-PP2", "CP2-EP2-ETP2"])
+@pytest.mark.parametrize("name", ["TP2-PP2", "PP2-VPP2", "CP2-EP2-ETP2"])
 def test_a_layout_goes_on_from_its_own_to_the_last_bit(distributed, saved, uninterrupted, folder, name):
     world_size, parallel = LAYOUTS[name]
     first, middle = saved(name)
     (_, again), *_ = distributed(world_size, train, parallel, folder, middle, f"{name}-again", 2, 2)
-    before, after = plain_tensors(middle), plain_tensors(again)
+    before, after = (distributed(1, read_plain, checkpoint)[0] for checkpoint in (middle, again))
     assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
     (rest, _), *_ = distributed(world_size, train, parallel, folder, middle, f"{name}-rest", 2, 4)
     (whole, _), *_ = distributed(world_size, train, parallel, folder, uninterrupted[0], f"{name}-whole", 0, 4)
     assert first + rest == whole
