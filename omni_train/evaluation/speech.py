@@ -131,10 +131,10 @@ class SpokenTexts:
             spoken = {suffix: self._speak(model, schedule, ratio) for suffix, schedule in by_schedule.items()}
         finally:
             model.train(training)
+        self.voices.hear(self.prompts, self._decode)
         if self._of_recordings is None and not cut_short():
             self._of_recordings = self._measure_recordings()
         sounds = {suffix: [self._decode(one.frames()) for one in found] for suffix, found in spoken.items()}
-        self.voices.hear(self.prompts, self._decode)
         tally = Tally.of_refused(self.refused)
         tally.add("spoken", len(self.prompts))
         for suffix, found in spoken.items():
@@ -209,6 +209,7 @@ class SpokenTexts:
             self._recognize(tally, name, waveforms)
         for waveform in originals:
             self.voices.add_pauses(tally, waveform, "original_")
+        self.voices.add_similarity(tally, self.prompts, originals, "original_")
         return tally, resyntheses[: self.config.print_samples]
 
     def _measure(self, found: Sequence[Speech], sounds: Sequence[np.ndarray]) -> Tally:

@@ -149,12 +149,18 @@ def stop_after(calls):
 
 
 def test_speech_of_the_recordings_codes_is_measured_as_their_resynthesis(distributed, tmp_path):
-    (((metrics, kept), (again, _)),) = distributed(1, evaluated, recipe_of(tmp_path), True)
+    recipe = recipe_of(tmp_path)
+    (((metrics, kept), (again, _)),) = distributed(1, evaluated, recipe, True)
     assert metrics == again
+    references = {number: one.reference for number, one in enumerate(prompts_of(recipe)) if one.reference is not None}
+    near = {number: np.cos(1.5 * (decode(codes)[0] - 0.1)) for number, codes in references.items()}
+    right = [value > np.mean([near[other] for other in near if (other - number) % 2]) for number, value in near.items()]
+    assert 0 < np.mean(right) < 1
     wanted = dict(spoken=5, skipped_no_codes=1, ended_eos=1, ended_limit=0, ended_stuck=0)
     wanted |= dict(length_ratio=1, length_within_25=1, tokens_before_sound=14 / 5, positions_before_sound=3)
     wanted |= dict(pauses=2, longest_pause=0.25, original_pauses=2, original_longest_pause=0.25)
     wanted |= dict(similarity=1, right_voice=1)
+    wanted |= dict(original_similarity=np.mean([*near.values()]), original_right_voice=np.mean(right))
     for side, missed in (("original", 1), ("resynthesis", 0), ("speech", 0)):
         wanted |= {f"{side}_wer": (5 * missed + 1) / 21, f"{side}_wer_en": (4 * missed + 1) / 17}
         wanted |= {f"{side}_wer_de": missed / 4, f"{side}_wer_below_1s": missed / 2}
