@@ -11,10 +11,9 @@ and as many layers, which reads a question of 128 tokens before each answer.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from benchmarks.sides import processes, take_turns
 from benchmarks.talker_reference import CODEBOOKS, WORDS, Reference, layer_sizes, padded
 from omni_train import platform
 from omni_train.data.rows.batch import IGNORE, SpeechRow
-from omni_train.data.rows.packing import aligned, best_fit
+from omni_train.data.rows.packing import aligned
 from omni_train.data.rows.sequences import TokenSequence
 from omni_train.data.rows.speech import SpeechSequence
 from omni_train.data.rows.speech_packing import pack_speech
@@ -48,7 +47,7 @@ from omni_train.recipe.schema import (
 )
 from omni_train.threads import keep_awake
 
-PADDED_BATCH, ROW_TOKENS = 2, 512
+PADDED_BATCH, ALIGNMENT = 2, 16
 HEAD, QUESTION, READ = 9, 128, 32
 """Positions before the first frame; tokens of a question; those of them whose states are read."""
 FRACTIONS = {"no frames": 1e-9, "a random eighth": 1 / 8, "all frames": 1.0}
@@ -88,33 +87,28 @@ def utterances(size: Size) -> list[Plan]:
     return plans
 
 
-def packed(plans: Sequence[Plan], alignment: int, live: bool) -> list[SpeechRow]:
-    """Samples in as few rows as best-fit packing needs, with a question before each where the Thinker runs."""
-    generator, waiting = np.random.default_rng(7), []
-    for plan in plans:
+def row_tokens(size: Size) -> int:
+    """Length of the one row that holds all samples: of many, packing leaves hardly any of a row empty."""
+    return sum(aligned(len(plan), ALIGNMENT) for plan in utterances(size))
+
+
+def packed(size: Size, live: bool) -> SpeechRow:
+    """All samples in one row, with a question before each where the Thinker runs."""
+    generator, sequences = np.random.default_rng(7), []
+    for plan in utterances(size):
         question, read = None, np.zeros(0, np.int64)
         if live:
             tokens = generator.integers(WORDS, size=QUESTION)
             question, read = TokenSequence(tokens, np.full_like(tokens, IGNORE)), np.arange(READ)
-            plan = dataclasses.replace(plan, sources=plan.sources.copy())
             plan.sources[: HEAD - 1] = np.arange(HEAD - 1)
-        draws = generator.random(len(plan), np.float32)
-        waiting.append(SpeechSequence(plan, None, draws, question, read))
-    rows = []
-    while waiting:
-        lengths = [(aligned(len(one), alignment), QUESTION) for one in waiting]
-        chosen = best_fit(lengths, (ROW_TOKENS, ROW_TOKENS))
-        rows.append(
-            pack_speech(
-                [waiting[i] for i in chosen],
-                row_tokens=ROW_TOKENS if live else 0,
-                speech_row_tokens=ROW_TOKENS,
-                alignment=alignment,
-                padding_token=0,
-            )
-        )
-        waiting = [one for i, one in enumerate(waiting) if i not in chosen]
-    return rows
+        sequences.append(SpeechSequence(plan, None, generator.random(len(plan), np.float32), question, read))
+    return pack_speech(
+        sequences,
+        row_tokens=QUESTION * len(sequences) if live else 0,
+        speech_row_tokens=row_tokens(size),
+        alignment=ALIGNMENT,
+        padding_token=0,
+    )
 
 
 def recipe(size: Size, thinker: Path | None = None) -> Recipe:
@@ -145,11 +139,11 @@ def recipe(size: Size, thinker: Path | None = None) -> Recipe:
         network="talker",
         precision=Precision.fp32,
         model=ModelConfig(name="bench", vocab_size=WORDS, thinker=below, talker=talker),
-        data=DataConfig(name="bench", path="", tokenizer="", rows="speech", row_tokens=ROW_TOKENS),
+        data=DataConfig(name="bench", path="", tokenizer="", rows="speech", row_tokens=QUESTION * size.samples),
         optimizer=OptimizerConfig(lr=LEARNING_RATE, clip_grad=0.0),
         schedule=ScheduleConfig(steps=1, global_batch=1),
     )
-    result.data.speech = SpeechConfig(row_tokens=ROW_TOKENS, states=States.live if thinker else States.none)
+    result.data.speech = SpeechConfig(row_tokens=row_tokens(size), states=States.live if thinker else States.none)
     result.talker_training.thinker = str(thinker) if thinker else None
     return result
 
@@ -189,7 +183,7 @@ def ours(size: Size, folder: Path) -> Callable[[str], float]:
                 parameter.copy_(weights.pop(name))
     assert not weights, f"not of our Talker: {list(weights)}"
     engine.optimizer.reload_model_params()
-    return _steps(engine, packed(utterances(size), run.data.alignment, live=False))
+    return _steps(engine, packed(size, live=False))
 
 
 def live(size: Size, folder: Path) -> Callable[[str], float]:
@@ -205,15 +199,15 @@ def live(size: Size, folder: Path) -> Callable[[str], float]:
     store.save(0, build_chunks(run), None, {}, None)
     store.close()
     engine = MegatronEngine(run)
-    rows = packed(utterances(size), run.data.alignment, live=True)
-    step = _steps(engine, rows)
-    return lambda kind: 0.0 * len(engine.prepared(rows)) if kind == "thinker" else step(kind)
+    row = packed(size, live=True)
+    step = _steps(engine, row)
+    return lambda kind: 0.0 * len(engine.prepared([row])) if kind == "thinker" else step(kind)
 
 
-def _steps(engine, rows: list[SpeechRow]) -> Callable[[str], float]:
+def _steps(engine, row: SpeechRow) -> Callable[[str], float]:
     def step(kind: str) -> float:
         engine.recipe.talker_training.predictor_fraction = FRACTIONS[kind]
-        return engine.train_step(rows, LEARNING_RATE).metrics["loss"]
+        return engine.train_step([row], LEARNING_RATE).metrics["loss"]
 
     return step
 

@@ -96,15 +96,14 @@ def generate(
     elif settings.network == "thinker":
         raise UserError(f"speech={speech}: checkpoint={checkpoint} is a Thinker's, which does not speak; leave it out")
     words, data, model = Tokenizer(settings.data.tokenizer), settings.data, settings.model
+    answer = given(text, words) if text is not None else None
     with platform.joined(), ExitStack() as stack:
         platform.parallel.initialize(settings.parallel, seed)
         stack.callback(platform.parallel.destroy)
         if speech is not None:  # what is small, and may be wrong, before what is large
             code2wav, encoder = open_sound(codec, settings)
             who = read_voice(settings, voice, description, encoder)
-        if text is not None:
-            answer = given(text, words)
-        else:
+        if answer is None:
             asked = read_messages(messages, data) if messages else read_prompt(str(prompt), _split(media), data)
             path = thinker_of(settings, checkpoint, thinker)
             writer = open_whole_thinker(path, settings)

@@ -15,6 +15,9 @@ from omni_train.errors import UserError
 from omni_train.frozen.codec import OpenCodec
 from omni_train.recipe.schema import Recipe, TalkerStyle, required
 
+SILENCE = 1e-3
+"""Largest sample of a reference, −60 dB, below which it is silent, whatever the codec makes of that."""
+
 
 def read_voice(recipe: Recipe, voice: str | None, description: str | None, codec: OpenCodec | None) -> dict[str, Any]:
     """Voice as ``stream_before`` takes it.
@@ -55,6 +58,8 @@ def _reference(file: Path, codec: OpenCodec, recipe: Recipe) -> np.ndarray:
     try:
         sound = read_regular(file, data.max_sample_bytes)
         waveform = read_audio(sound, data.media, end=data.speech.voice_seconds, sampling_rate=codec.sampling_rate)
+        if np.abs(waveform).max() < SILENCE:
+            raise SampleError("voice_empty")
         return reference_of(codec.encode(waveform), data, recipe.model)
     except (OSError, ValueError) as error:
         raise UserError(f"voice={file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

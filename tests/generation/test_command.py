@@ -41,17 +41,12 @@ def test_a_text_is_spoken(world, generate, tmp_path, style):
     assert f"{len(sound) / rate:.2f} s of speech in " in err and "ended by " in err and "real-time factor" in err
 
 
-def spoken_twice(world, generate, tmp_path, style, *words):
-    """Output of a command that speaks, and its sound; the same command says the same again."""
-    outcomes = []
-    for number in range(2):
-        file = tmp_path / f"{number}.wav"
-        code, out, err = generate(f"checkpoint={world / style}", *words, f"speech={file}", "max_seconds=0.3")
-        assert code == 0, err
-        outcomes.append((out, soundfile.read(file)[0]))
-    (out, sound), (again, other) = outcomes
-    assert out == again and np.array_equal(sound, other)
-    return out, sound
+def spoken(world, generate, folder, style, *words):
+    """What a command writes, and how it sounds."""
+    file = folder / "out.wav"
+    code, out, err = generate(f"checkpoint={world / style}", *words, f"speech={file}", "max_seconds=0.3")
+    assert code == 0, err
+    return out, soundfile.read(file)[0]
 
 
 @pytest.fixture
@@ -63,28 +58,62 @@ def media(tmp_path):
 
 @pytest.mark.parametrize("style", ["interleaved", "dual_track"])
 def test_an_answer_to_messages_with_media_is_written_and_spoken(world, generate, media, style):
-    """The same as the answer to a prompt with the same media; its speech hears what the user did."""
+    """The same as the answer to a prompt with the same media."""
     shown = [{"type": "audio", "audio": "a.wav"}, {"type": "image", "image": "b.png"}]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": "kalan?"}]}]
     (media / "chat.json").write_text(json.dumps({"messages": messages}))
     words = ["max_new_tokens=9", *(["voice=ben"] if style == "dual_track" else [])]
-    out, sound = spoken_twice(world, generate, media, style, f"messages={media / 'chat.json'}", *words)
+    out, sound = spoken(world, generate, media, style, f"messages={media / 'chat.json'}", *words)
     assert len(out) > 2 and len(sound)
     files = f"media={media / 'a.wav'},{media / 'b.png'}"
-    asked, same = spoken_twice(world, generate, media, style, "prompt=kalan?", files, *words)
+    asked, same = spoken(world, generate, media, style, "prompt=kalan?", files, *words)
     assert asked == out and np.array_equal(same, sound)
+
+
+def told(rank, world_size, folder, style, file):
+    """Log-probabilities of the frames of one text, spoken in answer to a sound."""
+    from omni_train import platform
+    from omni_train.checkpoint.store import resolve
+    from omni_train.data.samples.tokenizer import Tokenizer
+    from omni_train.frozen.thinker import open_whole_thinker
+    from omni_train.generation.answering import speaker_of, written
+    from omni_train.generation.asked import read_prompt
+    from omni_train.generation.opening import open_recipe, open_talker
+    from omni_train.rollout.sampling import Sampling
+    from omni_train.rollout.speech import GREEDY, SpeechLimits
+
+    checkpoint = resolve(folder / style)
+    recipe = open_recipe(checkpoint, None, None)
+    platform.parallel.initialize(recipe.parallel, 1)
+    thinker, talker = open_whole_thinker(str(folder / "thinker"), recipe), open_talker(checkpoint, recipe)
+    asked, tokenizer = read_prompt("kalan?", [str(file)], recipe.data), Tokenizer(recipe.data.tokenizer)
+    answer = written(thinker, *asked, recipe, tokenizer, sampling=Sampling(), seed=0, max_new_tokens=1)
+    list(answer.pieces)
+    who = {"speaker": 20, "description": None}
+    speaker = speaker_of(answer, talker, recipe, tokenizer, who, GREEDY, SpeechLimits())([7, 8, 9, 10])
+    speaker.feed(0, [], ended=True)
+    for _ in range(8):
+        speaker.step()
+    platform.parallel.destroy()
+    return speaker.speech[0].log_probs
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dual_track"])
+def test_the_speech_of_a_text_hears_what_was_asked(world, distributed, media, style):
+    (first,), (again,) = (distributed(1, told, world, style, media / "a.wav") for _ in range(2))
     (media / "a.wav").write_bytes(sound_file(tone(0.7, hertz=900), format="WAV"))
-    _, other = spoken_twice(world, generate, media, style, "prompt=kalan?", files, "greedy=true", *words)
-    assert not np.array_equal(other, sound)
+    (other,) = distributed(1, told, world, style, media / "a.wav")
+    assert len(first) > 2 and first == again
+    assert abs(first[0] - other[0]) > 1e-3
 
 
 def test_another_utterance_is_a_voice(world, generate, media):
     wave = np.concatenate([loud * voice(12000, seed).numpy() for seed, loud in ((3, 1.0), (8, 0.05), (11, 0.4))])
     (media / "voice.wav").write_bytes(sound_file(wave[:, None], 24000, format="WAV"))
     words = [world, generate, media, "interleaved", f"text={TEXT}", "greedy=true"]
-    _, without = spoken_twice(*words)
-    _, heard = spoken_twice(*words, f"voice={media / 'voice.wav'}")
-    _, described = spoken_twice(*words, "description=low")
+    _, without = spoken(*words)
+    _, heard = spoken(*words, f"voice={media / 'voice.wav'}")
+    _, described = spoken(*words, "description=low")
     assert len({sound.tobytes() for sound in (without, heard, described)}) == 3
 
 
@@ -160,6 +189,10 @@ REFUSED = [
         [*INTERLEAVED, "text=a", "voice={silence}"],
         "voice={silence}: nothing is heard in it, or only noise; give a few seconds of somebody who speaks",
     ),
+    (
+        [*INTERLEAVED, "text=a", "voice={dull}"],
+        "voice={dull}: nothing is heard in it, or only noise; give a few seconds of somebody who speaks",
+    ),
 ]
 
 
@@ -167,9 +200,10 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_in_one_line(world, generate, tmp_path, words, message):
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "silence.wav").write_bytes(sound_file(np.zeros((24000, 1)), 24000, format="WAV"))
+    (tmp_path / "dull.wav").write_bytes(sound_file(np.full((24000, 1), 0.002), 24000, format="WAV"))
     names = {"world": world, "out": tmp_path / "out.wav", "step": "checkpoints/step_00000001"}
     (tmp_path / "text.wav").write_text("It only says so.")
-    names |= {name: tmp_path / f"{name}.wav" for name in ("empty", "silence", "text")}
+    names |= {name: tmp_path / f"{name}.wav" for name in ("empty", "silence", "dull", "text")}
     code, out, err = generate(*(word.format(**names) for word in words))
     assert (code, out, err) == (2, "", f"error: {message.format(**names)}\n")
 

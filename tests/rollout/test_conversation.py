@@ -66,14 +66,23 @@ def spoken(rank, world_size, name, sizes, most=70):
 
     outcomes = []
     for size in sizes:
-        answer = SpokenAnswer(map(list, itertools.batched(TEXT, size)), begin, WaveStream(code2wav, size), 24000)
-        events = list(answer)
+        order: list[int] = []  # tokens of each piece of text, when it is asked for, and 0 for a piece of sound
+
+        def text(size=size, order=order):
+            for piece in itertools.batched(TEXT, size):
+                order.append(len(piece))
+                yield list(piece)
+
+        answer, events = SpokenAnswer(text(), begin, WaveStream(code2wav, size), 24000), []
+        for event in answer:
+            events.append(event)
+            order += [] if event.waveform is None else [0]
         codes = answer.speaker.speech[0].frames() if answer.speaker else np.zeros((CODEBOOKS, 0), np.int64)
         sound = [event.waveform for event in events if event.waveform is not None]
         whole = code2wav(torch.from_numpy(codes)[None])[0].detach().numpy() if codes.size else np.zeros(0)
-        order = [len(event.text) for event in events]
         times = [event.seconds for event in events]
         outcomes.append((codes, np.concatenate([*sound, np.zeros(0)]), whole, order, times, answer.ending))
+        assert [token for event in events for token in event.text] == TEXT
         assert answer.samples == len(outcomes[-1][1]) and answer.frames == codes.shape[1]
         first = [event.seconds for event in events if event.waveform is not None][:1]
         assert [answer.first_packet] == (first or [None])

@@ -72,7 +72,13 @@ def write_runs(rank, world_size, folder: Path) -> None:
     for name, seed, codebooks in (("codec", 5, CODEBOOKS), ("other", 6, CODEBOOKS), ("wider", 5, 6)):
         for part in (recipe.model.codec, recipe.model.code2wav):
             part.num_quantizers = codebooks
-        write_codec(folder / name, recipe, randomized(SpeechCodec(recipe.model.codec, recipe.model.code2wav), seed))
+        network = SpeechCodec(recipe.model.codec, recipe.model.code2wav)  # whose encoder tells sounds apart
+        for part in (network.quantizer, network.bridge, network.decoder):
+            randomized(part, seed)
+        with torch.no_grad():
+            for part in (network.quantizer.semantic, network.quantizer.acoustic):
+                part.input.weight.mul_(10)
+        write_codec(folder / name, recipe, network)
 
 
 def write_codec(run: Path, recipe, network) -> None:
