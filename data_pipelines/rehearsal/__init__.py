@@ -22,16 +22,22 @@ from omni_train.data_pipelines.shards import index_shards
 from omni_train.errors import UserError
 
 
-def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool:
+def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0, kind: str = "") -> bool:
     """Make the data set in ``out``: ``tokenizer/`` and a folder of train and val shards of each kind of sample.
 
     The kinds are ``text`` (documents), ``chat``, those with media (``kinds.KINDS``) and those that speak
     (``kinds.SPOKEN``), of which ``samples`` says what share is made. The same versions of Python and packages give the
     same bytes. ``out`` appears only when it is complete; a set that was made before there were kinds that speak gets
-    them. False when all was there already. Raises UserError when ``out`` is something else, ``vocab_size`` (control
-    tokens included) leaves no room for bytes, or the package that speaks is missing.
+    them. With a ``kind`` with media, ``out`` holds the shards of that kind alone, and ``samples`` may be above 1; those
+    of a smaller share are among them. False when all was there already. Raises UserError when ``out`` is something
+    else, there is no such kind, ``vocab_size`` (control tokens included) leaves no room for bytes, or the package that
+    speaks is missing.
     """
     out = Path(out)
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise UserError("the rehearsal's speech needs espeakng-loader; pip install 'omni_train[rehearsal]'")
+    if kind:
+        return _build_kind(out, kind, samples)
     heard = ("text", "chat", *kinds.KINDS)  # what the tokenizer learns from
     missing = [name for name in (*heard, *kinds.SPOKEN) if not (out / name / ".nv-meta" / "dataset.yaml").is_file()]
     there = (out / "tokenizer" / "tokenizer.json").is_file() and not set(heard) & set(missing)
@@ -46,8 +52,6 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool
         )
     if not 0 < samples <= 1:
         raise UserError(f"samples={samples} must be above 0 and at most 1, the share of the media that is made")
-    if importlib.util.find_spec("espeakng_loader") is None:
-        raise UserError("the rehearsal's speech needs espeakng-loader; pip install 'omni_train[rehearsal]'")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
     try:
@@ -64,6 +68,35 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0) -> bool
     told = ", ".join(f"{folder} {_samples(out / folder):,}" for folder in missing)
     print(f"{out}: {told}" + ("" if there else f"; {vocab_size:,} tokens"))
     return True
+
+
+def _build_kind(out: Path, kind: str, samples: float) -> bool:
+    """Make the shards of one kind in ``out``; False when they were there already."""
+    if kind not in (known := kinds.KINDS | kinds.SPOKEN):
+        raise UserError(f"kind={kind}: no such kind with media; choose one of {', '.join(known)}")
+    if samples <= 0:
+        raise UserError(f"samples={samples} must be above 0")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if (out / ".nv-meta" / "dataset.yaml").is_file() and _holds(out, kind, samples):
+            print(f"{out} already holds the rehearsal's {kind}")
+            return False
+        raise UserError(f"out={out} exists and is not {samples} of the rehearsal's {kind}; name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as building:
+        _render(Path(building), [kind], samples)
+        index_shards(Path(building, kind))
+        _move(Path(building, kind), out)
+    print(f"{out}: {kind} {_samples(out):,}")
+    return True
+
+
+def _holds(folder: Path, kind: str, samples: float) -> bool:
+    """Whether a folder of indexed shards has as many samples as a share of a kind, and they are of that kind."""
+    shards = sorted(folder.glob("train-*.tar"))
+    if not shards or _samples(folder) != sum(SHARDS.values()) * kinds.per_shard(kind, samples):
+        return False
+    with tarfile.open(shards[0]) as tar:
+        return (first := tar.next()) is not None and first.name.startswith(f"{kind}-train-")
 
 
 def _move(made: Path, out: Path) -> None:

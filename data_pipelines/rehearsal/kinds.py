@@ -28,15 +28,20 @@ SPOKEN: dict[str, tuple[Callable[[World], Sample], int]] = {
 }
 
 
+def per_shard(kind: str, share: float) -> int:
+    """Samples of each shard of a ``share`` of a kind with media."""
+    _, samples = (KINDS | SPOKEN)[kind]
+    return max(2, round(share * samples / sum(SHARDS.values())))
+
+
 def write(folder: Path, kind: str, split: str, shard: int, share: float) -> None:
     """Write ``folder/kind/split-<shard>.tar`` with a ``share`` of its samples.
 
     Always the same one in a process that has not spoken before (``speech.say``).
     """
-    make, samples = (KINDS | SPOKEN)[kind]
+    make, _ = (KINDS | SPOKEN)[kind]
     world = World(f"{kind} {shard}", split)
-    count = max(2, round(share * samples / sum(SHARDS.values())))
-    keys = (f"{kind}-{split}-{shard:02d}-{number:05d}" for number in range(count))
+    keys = (f"{kind}-{split}-{shard:02d}-{number:05d}" for number in range(per_shard(kind, share)))
     write_shard(folder / kind / f"{split}-{shard:05d}.tar", ((key, *make(world)) for key in keys))
 
 

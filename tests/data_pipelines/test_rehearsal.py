@@ -389,6 +389,29 @@ def test_what_cannot_be_made_is_refused(tmp_path, arguments):
         rehearsal.build(tmp_path / "set", **arguments)
 
 
+def test_one_kind_alone_is_that_of_the_whole_set_and_may_be_more(built, tmp_path, capsys):
+    out = tmp_path / "folder" / "spoken"
+    assert rehearsal.build(out, kind="spoken", samples=2 * SHARE)
+    for split in ("train", "val"):
+        more, fewer = read(out, split), read(built / "spoken", split)
+        assert len(more) > len(fewer) and fewer.items() <= more.items()
+    assert (out / ".nv-meta" / "dataset.yaml").is_file() and len([*out.parent.iterdir()]) == 1
+    capsys.readouterr()
+    assert not rehearsal.build(out, kind="spoken", samples=2 * SHARE)
+    assert "already holds the rehearsal's spoken" in capsys.readouterr().out
+    for other in ({"kind": "spoken", "samples": 3 * SHARE}, {"kind": "spoken_long", "samples": 2 * SHARE}):
+        with pytest.raises(UserError, match=f"exists and is not {other['samples']} of the rehearsal's {other['kind']}"):
+            rehearsal.build(out, **other)
+
+
+def test_a_kind_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^kind=text: no such kind with media; choose one of .*, spoken$"):
+        rehearsal.build(tmp_path / "set", kind="text")
+    with pytest.raises(UserError, match=r"^samples=0 must be above 0$"):
+        rehearsal.build(tmp_path / "set", kind="spoken", samples=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_the_package_that_speaks_the_answer_is_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"omni_train\[rehearsal\]"):
