@@ -87,7 +87,8 @@ def test_every_layout_goes_on_from_another(distributed, saved, uninterrupted, fo
     names = list(LAYOUTS)
     before = names[names.index(name) - 1]
     world_size, parallel = LAYOUTS[name]
-    for history, _ in distributed(world_size, train, parallel, folder, saved(before)[1], f"{before}-{name}", 2, 4):
+    place = f"{name} from {before}"
+    for history, _ in distributed(world_size, train, parallel, folder, saved(before)[1], place, 2, 4):
         assert_same(uninterrupted[1][2:], history)
 
 
