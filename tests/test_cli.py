@@ -46,7 +46,10 @@ def test_train_hands_a_validated_recipe_to_training_and_returns_its_code(trainin
         (["tran"], "error: tran is not a command; choose one of train, pipeline, generate, data, convert, launch\n"),
         (["train", "nosuch=1"], "error: nosuch is not a key of the recipe; omni-train train --help lists them\n"),
         (["train", "data.alignment=0"], "error: data.alignment=0: must be at least 1\n"),
-        (["data", "nosuch"], "error: omni-train data nosuch does not exist; choose one of rehearsal, pack, codes\n"),
+        (
+            ["data", "nosuch"],
+            "error: omni-train data nosuch does not exist; choose one of rehearsal, pack, codes, strata, states\n",
+        ),
         (["convert"], "error: omni-train convert needs one of import, export\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -123,7 +126,7 @@ def test_only_the_first_rank_of_a_machine_speaks_but_all_exit_2(training, capsys
         ["train", "nosuch=1"],
         ["train", "--cfg", "job"],
         ["pipeline", "--help"],
-        ["pipeline", "name=smoke", "--cfg", "job"],
+        ["pipeline", "name=rehearsal_codec", "--cfg", "job"],
     ],
     ids=" ".join,
 )

@@ -10,6 +10,8 @@ import importlib.util
 import itertools
 from collections.abc import Iterable
 from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,12 +126,12 @@ def _dnsmos_model() -> Any:
     import onnxruntime
     from speechmos import dnsmos as package
 
-    folder = f"{package.__file__.rpartition('/')[0]}/dnsmos_models"
-    model = package.DNSMOS(f"{folder}/sig_bak_ovr.onnx", f"{folder}/model_v8.onnx")
+    folder = Path(str(resources.files("speechmos"))) / "dnsmos_models"
+    model = package.DNSMOS(str(folder / "sig_bak_ovr.onnx"), str(folder / "model_v8.onnx"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     model.onnx_sess, model.p808_onnx_sess = (
-        onnxruntime.InferenceSession(f"{folder}/{name}.onnx", options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
         for name in ("sig_bak_ovr", "model_v8")
     )
     return model

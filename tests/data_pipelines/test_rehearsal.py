@@ -280,7 +280,8 @@ def test_a_set_of_before_there_was_speech_gets_it(built, tmp_path, capsys):
         shutil.rmtree(old / kind)
     before = {file: file.stat().st_mtime_ns for file in old.rglob("*") if file.is_file()}
     assert rehearsal.build(old, samples=SHARE)
-    assert all(name in capsys.readouterr().out for name in SPOKEN)
+    told = capsys.readouterr().out
+    assert all(name in told for name in SPOKEN)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     files = sorted(str(file.relative_to(built)) for file in built.rglob("*") if file.is_file())
     assert filecmp.cmpfiles(built, old, files, shallow=False) == (files, [], [])

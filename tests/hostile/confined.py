@@ -16,6 +16,7 @@ from omni_train.data.samples.sources import open_source
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.data.stream.streams import sequence_reader
 from omni_train.data_pipelines import codes
+from omni_train.data_pipelines.copying import samples_of
 from omni_train.data_pipelines.pack import Job, _shards, manifest
 from omni_train.recipe.schema import DataConfig, MediaConfig, SourceConfig
 from tests.data.conftest import MODEL
@@ -81,7 +82,7 @@ def coded(folder: str, max_seconds: float = 600.0) -> tuple[list[str], dict[str,
     bounds = DataConfig.max_sample_bytes, DataConfig.max_text_bytes
     codes._job = type("Job", (), {"max_seconds": max_seconds})
     codes._codec = type("Codec", (), {"sampling_rate": 24000, "encode": lambda self, wave: np.zeros((2, 1))})()
-    kept = list(codes._samples(Path(folder) / "train-00000.tar", *bounds, left_out))
+    kept = list(samples_of(Path(folder) / "train-00000.tar", *bounds, left_out))
     missing = [Counter() for _ in kept]
     for (_, parts), reasons in zip(kept, missing, strict=True):
         codes._coded(parts, reasons)

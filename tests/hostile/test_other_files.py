@@ -28,6 +28,7 @@ from omni_train.data_pipelines.shards import index_shards, write_files
 from omni_train.interop.folder import Folder
 from omni_train.recipe.schema import ChatTemplate, DataConfig, SourceConfig
 from tests.data.conftest import MODEL, tokenizer_folder  # noqa: F401  a fixture
+from tests.support.codec import MODEL as SPEAKS
 from tests.support.hostile import CALLS, torch_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def test_files_of_a_sample_that_decoders_would_unpickle(folder, tokenizer_folder
     source, refused = open_source(SourceConfig(str(folder)), "train", training=False), Counter()
     assert len(list(first_samples(source, 8, refused))) == 8 and not refused
     sources = [SourceConfig(str(folder))]
-    config = DataConfig("small", "unused", sources, str(tokenizer_folder), row_tokens=64, alignment=16)
+    config = DataConfig("small", "unused", sources, tokenizer=str(tokenizer_folder), row_tokens=64, alignment=16)
     stream = open_stream(
         [source], Tokenizer(tokenizer_folder), config, MODEL, stream=0, streams=1, seed=0, repeat=False
     )
@@ -109,7 +110,7 @@ def test_codes_that_are_a_pickle(mark):
         assert mark.exists()
         mark.unlink()
         with pytest.raises(SampleError, match="codes_unreadable"):
-            codes_of({CODES: data}, MODEL, 100)
+            codes_of({CODES: data}, SPEAKS, 100)
         assert not mark.exists()
 
 

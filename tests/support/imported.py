@@ -42,7 +42,7 @@ def import_and_run(rank, world_size, format, hf, folder, parallel, rows):
         return hidden, lambda hidden, non_loss_data: chunk.module.logits(hidden).float()
 
     with torch.no_grad():
-        logits = engine._schedule(forward, engine.chunks, rows, forward_only=True, collect_non_loss_data=True)
+        logits = engine._microbatches.run(forward, engine.chunks, rows, forward_only=True, collect_non_loss_data=True)
     engine.chunks[0].zero_grad_buffer()
     group = parallel_state.get_data_parallel_group()
     batch = GlobalBatch(global_sums(engine.objective, rows[:1], group).weight, 0, training=True)
