@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("delta_rule", "cross_entropy", "train_step", "talker", "loader", "speech", "long_context")
+NAMES = ("delta_rule", "cross_entropy", "train_step", "talker", "talker_generation", "loader", "speech", "long_context")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEADING = "## Results\n"
 

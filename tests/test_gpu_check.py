@@ -52,10 +52,10 @@ class OnlyWhatIsThere:
     def find_spec(self, name, path=None, target=None):
         spec = PathFinder.find_spec(name, path)
         place = getattr(spec, "origin", None) or ""
-        if "site-packages" in place and "setuptools" not in place and name.split(".")[0] not in ALLOWED:
-            raise ModuleNotFoundError(f"{name} is not on a bare machine", name=name)
+        bare = "site-packages" not in place or "setuptools" in place or name.split(".")[0] in ALLOWED
+        return spec if bare else None  # who only asks whether it is there is told that it is not
 
-sys.meta_path.insert(0, OnlyWhatIsThere())
+sys.meta_path = [finder for finder in sys.meta_path if finder is not PathFinder] + [OnlyWhatIsThere()]
 from omni_train import platform
 platform.init_distributed()
 import benchmarks.gpu_check.kernels, benchmarks.gpu_check.slice, benchmarks.gpu_check.steps
