@@ -99,15 +99,20 @@ def steps_table(steps: list[dict], rows: int = 12) -> Table:
 
 
 def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of stages: length and losses of each, those by modality as last logged."""
+    """Header and rows of the table of stages: length and losses of each, those by modality or codebook as last logged,
+    and the frames that a Talker's stage learned in a second.
+    """
     last = {name: _last_values(steps) for name, steps in stages.items()}
-    modalities = [name for name in MODALITIES if any(f"loss_{name}" in values for values in last.values())]
-    header = ["stage", "steps", "tokens", "first loss", "last loss", "held-out loss", *modalities]
+    parts = {name: f"loss_{name}" for name in MODALITIES} | {"codebook 0": "loss_code0", "residual": "loss_residual"}
+    columns = {name: (key, "{:.3f}") for name, key in parts.items()}
+    columns["frames/s"] = "speech_frames_per_second", "{:,.0f}"
+    columns = {name: shown for name, shown in columns.items() if any(shown[0] in values for values in last.values())}
+    header = ["stage", "steps", "tokens", "first loss", "last loss", "held-out loss", *columns]
     rows = []
-    losses = ["loss", "eval_loss", *(f"loss_{modality}" for modality in modalities)]
+    shown = [("loss", "{:.3f}"), ("eval_loss", "{:.3f}"), *columns.values()]
     for name, steps in stages.items():
         cells = [f"{steps[-1]['step']:,}", _shown(last[name], "tokens", "{:,.0f}"), _shown(steps[0], "loss", "{:.3f}")]
-        rows.append([name, *cells, *(_shown(last[name], key, "{:.3f}") for key in losses)])
+        rows.append([name, *cells, *(_shown(last[name], *column) for column in shown)])
     return header, rows
 
 

@@ -238,6 +238,8 @@ class Trainer:
             "skipped_steps": self.progress["skipped_steps"],
             "skipped_samples": sum(self.progress["skipped_samples"].values()),
         }
+        if frames := result.tokens_by_modality.get("speech"):
+            metrics["speech_frames_per_second"] = frames / seconds
         for reason, number in result.left_out.items():
             self.progress["left_out_samples"][reason] = self.progress["left_out_samples"].get(reason, 0) + number
             metrics[f"left_out_{reason}"] = self.progress["left_out_samples"][reason]

@@ -95,6 +95,16 @@ def test_a_pipeline_is_a_table_of_its_stages_with_the_losses_last_logged(pipelin
     assert len(body) == 3
 
 
+def test_a_talkers_stage_has_its_codebooks_and_its_frames(pipeline, capsys):
+    with (pipeline / "third" / "metrics.jsonl").open("a") as file:
+        talker = {"loss": 9.5, "loss_code0": 5.25, "loss_residual": 4.125, "speech_frames_per_second": 1234.4}
+        file.write(json.dumps({"step": 4, "tokens": 80.0} | talker) + "\n")
+    assert main([str(pipeline)]) == 0
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert lines[2] == ["third", "4", "80", "9.500", "9.500", "–", "–", "–", "5.250", "4.125", "1,234"]
+    assert lines[0][-3:] == ["–", "–", "–"]
+
+
 def test_parts_of_a_figure_that_is_there_as_a_whole_are_in_the_report_alone(pipeline, capsys):
     metrics = {"eval_wer": 0.5, "eval_wer_en": 0.75, "eval_wer_window_100": 0.625, "eval_wer_en_window_100": 0.875}
     metrics |= {"eval_codebook_used_03": 0.0625, "eval_codebook_used_least": 0.03125, "eval_stoi_failed": 0.125}

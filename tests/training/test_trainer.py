@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -56,3 +57,18 @@ def test_a_run_without_strata_logs_none(distributed, tmp_path):
     assert outcome.whole
     (one,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert not [key for key in one if key.startswith(("stratum", "left_out"))]
+    assert "speech_frames_per_second" not in one
+
+
+@contextlib.contextmanager
+def speaking(trainer, rank):
+    """Steps on a Talker's rows, as their numbers say."""
+    step = trainer.engine.train_step
+    trainer.engine.train_step = lambda *given: replace(step(*given), tokens_by_modality={"text": 3.0, "speech": 30.0})
+    yield
+
+
+def test_frames_of_speech_have_a_speed(distributed, tmp_path):
+    distributed(1, run, str(tmp_path / "run"), "megatron", speaking, {"schedule__steps": 1})
+    (one,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert one["speech_frames_per_second"] == 30 / one["step_seconds"]
