@@ -103,7 +103,7 @@ def stages_cells(stages: Stages) -> tuple[list[str], list[list[str]]]:
     and the frames that a Talker's stage learned in a second.
     """
     last = {name: _last_values(steps) for name, steps in stages.items()}
-    parts = {name: f"loss_{name}" for name in MODALITIES} | {"codebook 0": "loss_code0", "residual": "loss_residual"}
+    parts = {name: f"loss_{name}" for name in MODALITIES} | {"code 0": "loss_code0", "residual": "loss_residual"}
     columns = {name: (key, "{:.3f}") for name, key in parts.items()}
     columns["frames/s"] = "speech_frames_per_second", "{:,.0f}"
     columns = {name: shown for name, shown in columns.items() if any(shown[0] in values for values in last.values())}
