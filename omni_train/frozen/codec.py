@@ -48,7 +48,7 @@ def open_codec(path: str) -> OpenCodec:
     Raises:
         UserError: there is no checkpoint, or it is damaged, or it holds another network.
     """
-    model, tensors = _read(path)
+    model, tensors = read_codec(path)
     if not any(name.startswith("encoder.") for name in tensors):
         raise UserError(f"codec={path}: a Code2Wav without an encoder; give a checkpoint of network=codec")
     return OpenCodec(_codec(model, tensors))
@@ -62,26 +62,40 @@ def open_code2wav(path: str) -> tuple[Code2Wav, OpenCodec | None]:
     Raises:
         UserError: there is no checkpoint, or it is damaged, or it decodes nothing.
     """
-    model, tensors = _read(path)
+    model, tensors = read_codec(path)
     if model.code2wav is None or not any(name.startswith("decoder.") for name in tensors):
         raise UserError(
             f"codec={path}: encodes speech and decodes none; give a checkpoint of network=codec or code2wav"
         )
+    return code2wav_of(model, tensors)
+
+
+def code2wav_of(model: ModelConfig, tensors: dict[str, torch.Tensor]) -> tuple[Code2Wav, OpenCodec | None]:
+    """The Code2Wav that a checkpoint's model and tensors hold; see :func:`open_code2wav`."""
     if any(name.startswith("encoder.") for name in tensors):
         codec = _codec(model, tensors)
         return codec.to_code2wav(), OpenCodec(codec)
-    code2wav = Code2Wav(model.code2wav).float()
+    code2wav = Code2Wav(required(model.code2wav)).float()
     code2wav.load_state_dict(tensors)
     return code2wav.eval(), None
 
 
-def _read(path: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Model and tensors of a checkpoint of network=codec or code2wav."""
+def read_codec(path: str, key: str = "codec") -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Model and tensors of a checkpoint of network=codec or code2wav, or of a run's latest, averaged where it has
+    averages.
+
+    Args:
+        path: checkpoint, or run.
+        key: what names it.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or it holds another network.
+    """
     checkpoint = resolve(path)
     require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
     model = read_model_config(checkpoint)
     if not is_plain(checkpoint) or (model.codec is None and model.code2wav is None):
-        raise UserError(f"codec={path}: no codec in this checkpoint; give one of network=codec")
+        raise UserError(f"{key}={path}: no codec in this checkpoint; give one of network=codec")
     return model, read_network(checkpoint, "generator")
 
 

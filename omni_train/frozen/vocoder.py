@@ -6,16 +6,12 @@ import numpy as np
 import torch
 
 from omni_train import platform
-from omni_train.checkpoint.integrity import require_intact
-from omni_train.checkpoint.plain import is_plain, read_network
-from omni_train.checkpoint.sharded import read_model_config
-from omni_train.checkpoint.store import resolve
 from omni_train.data.samples.lengths import codec_sampling_rate
 from omni_train.errors import UserError
-from omni_train.frozen.codec import OpenCodec, codec_hash, open_codec
+from omni_train.frozen.codec import OpenCodec, code2wav_of, codec_hash, read_codec
 from omni_train.models.code2wav import Code2Wav
 from omni_train.nn.waveform import StreamingState
-from omni_train.recipe.schema import Recipe, Verify, required
+from omni_train.recipe.schema import Recipe, required
 
 PIECE = 300
 """Frames that are decoded at a time: memory does not grow with the length of the speech."""
@@ -52,11 +48,9 @@ def open_vocoder(path: str, recipe: Recipe) -> Vocoder:
     Raises:
         UserError: there is no checkpoint, or it is damaged, holds another network, or does not fit the codes.
     """
-    checkpoint = resolve(path)
-    require_intact(checkpoint, Verify.all, only=("model.pt", "generator*.safetensors"), together=False)
-    model, named = read_model_config(checkpoint), f"evaluation.codec={path}"
-    sizes = model.code2wav
-    if not is_plain(checkpoint) or sizes is None:
+    model, tensors = read_codec(path, "evaluation.codec")
+    sizes, named = model.code2wav, f"evaluation.codec={path}"
+    if sizes is None:
         raise UserError(f"{named}: no decoder of speech in this checkpoint; give one of network=codec or code2wav")
     talker = required(recipe.model.talker)
     theirs, ours = (sizes.num_quantizers, sizes.codebook_size), (talker.num_code_groups, talker.codebook_size)
@@ -70,14 +64,9 @@ def open_vocoder(path: str, recipe: Recipe) -> Vocoder:
             f"{named}: makes {rate} samples a second, the recipe's model says {codec_sampling_rate(recipe.model)}; "
             "give the codec that made the codes"
         )
-    tensors = read_network(checkpoint, "generator")
-    if any(name.startswith("encoder.") for name in tensors):
-        opened = open_codec(path)
+    network, opened = code2wav_of(model, tensors)
+    if opened is not None:
         _check_hash(named, opened, recipe)
-        network = opened.codec.to_code2wav()
-    else:
-        network = Code2Wav(sizes).float()
-        network.load_state_dict(tensors)
     return Vocoder(network.eval().requires_grad_(False).to(platform.device()))
 
 
