@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from omni_train.data.samples.files import open_regular
 from omni_train.data.samples.members import Member, members, read_files
 from omni_train.data.samples.sample import SampleError
+from omni_train.data.samples.tokenizer import copy_tokenizer
+from omni_train.data_pipelines.shards import index_shards
 from omni_train.errors import UserError
 
 Parts = dict[str, bytes]
@@ -32,6 +34,32 @@ def shards_of(data: Path, out: Path | None = None, workers: int = 0) -> list[str
     if out is not None and out.resolve() == data.resolve():
         raise UserError(f"out={out}: is data itself, whose shards stay as they are; name another folder")
     return shards
+
+
+def check_limits(max_seconds: float, max_sample_bytes: int, max_text_bytes: int) -> None:
+    """Refuse limits under which no sample could be read.
+
+    Raises:
+        UserError: there is one.
+    """
+    if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
+        raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
+
+
+def index_copies(data: Path, out: Path) -> None:
+    """Index the shards of ``out``, and put the tokenizer of ``data`` beside them where it has one."""
+    index_shards(out)
+    if (data / "tokenizer").is_dir():
+        copy_tokenizer(data / "tokenizer", out / "tokenizer")
+
+
+def summed(records: Iterable[Mapping[str, Any]], *names: str) -> dict[str, Counter[str]]:
+    """Sums of the counts of these names over the records of shards."""
+    told = {name: Counter[str]() for name in names}
+    for record in records:
+        for name, counts in told.items():
+            counts.update(record.get(name, {}))
+    return told
 
 
 def samples_of(

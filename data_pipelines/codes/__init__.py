@@ -18,10 +18,9 @@ from omni_train.data.rows.codes import CODES, MAX_SECONDS, REASONS, RECORD, VOIC
 from omni_train.data.rows.crops import read_speech, read_voice
 from omni_train.data.samples.parsing import sample_in
 from omni_train.data.samples.sample import SampleError, describe, one_sample, voice_of
-from omni_train.data.samples.tokenizer import copy_tokenizer
-from omni_train.data_pipelines.copying import samples_of, shards_of
+from omni_train.data_pipelines.copying import check_limits, index_copies, samples_of, shards_of, summed
 from omni_train.data_pipelines.making import Making, write_json
-from omni_train.data_pipelines.shards import index_shards, write_files
+from omni_train.data_pipelines.shards import write_files
 from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, MediaConfig
 
@@ -89,8 +88,7 @@ def extract(
     Raises:
         UserError: no shards, or ``out`` holds something else.
     """
-    if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
-        raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
+    check_limits(max_seconds, max_sample_bytes, max_text_bytes)
     out = out or data.with_name(f"{data.name}_codes")
     shards = shards_of(data, out, workers)
     making = Making(out, "coded")
@@ -167,16 +165,10 @@ def _coded(parts: dict[str, bytes], missing: Counter[str]) -> dict[str, bytes]:
 
 def _finish(job: Job, shards: list[str]) -> None:
     out, records = job.making.out, job.making.records(shards)
-    index_shards(out)
-    if (job.data / "tokenizer").is_dir():
-        copy_tokenizer(job.data / "tokenizer", out / "tokenizer")
+    index_copies(job.data, out)
     whose = {shard: record["codec"] for shard, record in records.items()}
     write_json(out / RECORD, {"codec": job.content_hash, "shards": whose})  # last: until then it has no codes
-    told = {what: Counter() for what in ("missing", "left_out")}
-    for record in records.values():
-        for what, counts in told.items():
-            counts.update(record.get(what, {}))
-    missing, left_out = map(describe, told.values())
+    missing, left_out = map(describe, summed(records.values(), "missing", "left_out").values())
     print(
         f"{out}: codes of {job.content_hash[:12]}… in {len(shards):,} shards; without codes: {missing or 'none'}"
         + (f"; left out: {left_out}" if left_out else "")

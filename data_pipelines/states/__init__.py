@@ -23,9 +23,10 @@ from omni_train.data.rows.packing import aligned, packer
 from omni_train.data.rows.speech import STATES
 from omni_train.data.rows.stored_states import RECORD
 from omni_train.data.samples.sample import describe
-from omni_train.data.samples.tokenizer import Tokenizer, copy_tokenizer
+from omni_train.data.samples.tokenizer import Tokenizer
+from omni_train.data_pipelines.copying import index_copies, summed
 from omni_train.data_pipelines.making import Making, write_json
-from omni_train.data_pipelines.shards import add_file, index_shards
+from omni_train.data_pipelines.shards import add_file
 from omni_train.data_pipelines.states.contexts import Read, Reader
 from omni_train.recipe.schema import Precision, Recipe
 
@@ -65,18 +66,13 @@ class Folder:
     def finish(self) -> None:
         """Index the shards, copy what belongs to them, and say whose states they have: it is complete."""
         out, records = self.making.out, self.making.records(self.shards)
-        index_shards(out)
-        if (self.data / "tokenizer").is_dir():
-            copy_tokenizer(self.data / "tokenizer", out / "tokenizer")
+        index_copies(self.data, out)
         if (codes := self.data / "codec.json").is_file():
             (out / codes.name).write_bytes(codes.read_bytes())
         whose = {shard: record["thinker"] for shard, record in records.items()}
         record = {"thinker": self.thinker, "checkpoint": self.checkpoint, "settings": self.settings, "shards": whose}
         write_json(out / RECORD, record)
-        told = {what: Counter[str]() for what in ("written", "missing", "left_out")}
-        for record in records.values():
-            for what, counts in told.items():
-                counts.update(record[what])
+        told = summed(records.values(), "written", "missing", "left_out")
         print(
             f"{out}: states of {self.thinker[:12]}… beside {told['written']['samples']:,} samples in "
             f"{len(self.shards):,} shards; without states: {describe(told['missing']) or 'none'}"

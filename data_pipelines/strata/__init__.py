@@ -21,12 +21,10 @@ from omni_train.data.samples.media.audio import sampling_rate_of
 from omni_train.data.samples.parsing import read_json, sample_of
 from omni_train.data.samples.sample import SampleError, describe, one_sample
 from omni_train.data.samples.strata import QUALITY
-from omni_train.data.samples.tokenizer import copy_tokenizer
-from omni_train.data_pipelines.copying import samples_of, shards_of
+from omni_train.data_pipelines.copying import check_limits, index_copies, samples_of, shards_of, summed
 from omni_train.data_pipelines.making import Making
-from omni_train.data_pipelines.shards import index_shards, write_files
+from omni_train.data_pipelines.shards import write_files
 from omni_train.data_pipelines.strata.page import write_page
-from omni_train.errors import UserError
 from omni_train.recipe.schema import DataConfig, MediaConfig
 
 HIGHEST_RATE = 48000
@@ -105,8 +103,7 @@ def score(
     Raises:
         UserError: no shards, or ``out`` holds something else.
     """
-    if max_seconds <= 0 or min(max_sample_bytes, max_text_bytes) < 1:
-        raise UserError("max_seconds must be above 0, max_sample_bytes and max_text_bytes at least 1")
+    check_limits(max_seconds, max_sample_bytes, max_text_bytes)
     out = out or data.with_name(f"{data.name}_strata")
     shards = shards_of(data, out, workers)
     making = Making(out, "scored")
@@ -176,16 +173,12 @@ def _scored(parts: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, float
 def _finish(job: Job, shards: list[str]) -> None:
     out, records = job.making.out, job.making.records(shards)
     samples, scores = 0, dict[str, list[float]]()
-    told = {what: Counter[str]() for what in ("unscored", "unmeasured", "left_out")}
+    told = summed(records.values(), "unscored", "unmeasured", "left_out")
     for record in records.values():
         samples += record["samples"]
         for name, values in record["scores"].items():
             scores.setdefault(name, []).extend(values)
-        for what, counts in told.items():
-            counts.update(record[what])
-    index_shards(out)
-    if (job.data / "tokenizer").is_dir():
-        copy_tokenizer(job.data / "tokenizer", out / "tokenizer")
+    index_copies(job.data, out)
     write_page(out, samples, scores, told)
     for file in sorted(job.data.glob("*.json")):  # last: codec.json says that the codes are there
         (out / file.name).write_bytes(read_regular(file, LARGEST_RECORD))
