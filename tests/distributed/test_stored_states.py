@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -179,7 +180,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(world, written, tmp_p
         "states_of(*pickle.load(open(sys.argv[1], 'rb')))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "job")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on it, and a worker of the pool has one thread
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 100
     while not list(out.rglob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -187,7 +189,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(world, written, tmp_p
     process.wait()
     made = {file: file.stat().st_mtime_ns for file in out.rglob(".stored/*.tar.json")}
     assert not list(out.rglob("states.json"))
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     assert contents(out) == contents(written)
     assert all(file.stat().st_mtime_ns == when for file, when in made.items())
 
