@@ -20,8 +20,16 @@ from omni_train.data.samples.lengths import audio_tokens_per_second
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
 from omni_train.models.recognizer import SpeechRecognizer
-from omni_train.recipe.schema import DataConfig, EvaluationConfig, ParallelConfig, Precision, Recipe, Recompute
-from omni_train.rollout.transcribe import transcribe
+from omni_train.recipe.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ParallelConfig,
+    Precision,
+    Recipe,
+    RecognizerHead,
+    Recompute,
+)
+from omni_train.rollout.transcribe import transcribe, transcribe_by_ctc
 
 WHOLE_CLIPS = 0
 LONGEST_TRANSCRIPT = 2048  # tokens: ten minutes of quick speech
@@ -38,7 +46,7 @@ class FrozenRecognizer:
         recipe: recipe of the codec; its tokenizer must be the one that the recognizer was trained with.
 
     Raises:
-        UserError: the checkpoint holds another network.
+        UserError: the checkpoint holds another network, or no CTC head where ``evaluation.recognizer_head`` is ctc.
     """
 
     def __init__(self, checkpoint: Path, recipe: Recipe) -> None:
@@ -46,6 +54,12 @@ class FrozenRecognizer:
             raise UserError(
                 f"{checkpoint}: no recognizer; evaluation.recognizer is a checkpoint of network=recognizer, "
                 "codec_training.teacher is one too or a folder of a WavLM model"
+            )
+        self.by_ctc = recipe.evaluation.recognizer_head is RecognizerHead.ctc
+        if self.by_ctc and not model.recognizer.ctc:
+            raise UserError(
+                f"{checkpoint}: no CTC head; set evaluation.recognizer_head=decoder, or name a recognizer that was "
+                "trained with model.recognizer.ctc=true"
             )
         settings = replace(recipe, model=model, precision=Precision.fp32, recompute=Recompute.none)
         self.model = SpeechRecognizer(settings)
@@ -77,9 +91,13 @@ class FrozenRecognizer:
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
         """Transcripts of waveforms (n,) at 16 kHz, the audio encoder attending to the whole of each."""
+        mels = [self._mel(waveform) for waveform in waveforms]
+        if self.by_ctc:
+            heard = transcribe_by_ctc(self.model, mels, window_frames=WHOLE_CLIPS)
+            return [self.tokenizer.decode(tokens).strip() for tokens in heard]
         written = transcribe(
             self.model,
-            [self._mel(waveform) for waveform in waveforms],
+            mels,
             window_frames=WHOLE_CLIPS,
             start_token=self.tokenizer.im_start,
             stop_token=self.tokenizer.im_end,

@@ -81,6 +81,17 @@ class CTCHead(torch.nn.Linear):
             zero_infinity=True,
         )
 
+    @torch.no_grad()
+    def best_path(self, hidden_AH: Tensor, audio_lengths: list[int]) -> list[list[int]]:
+        """Token ids of each clip by best path decoding: the likeliest class of each audio token, repetitions and blanks
+        taken out (Graves et al. 2006, section 3.2).
+
+        Args: as `forward`.
+        """
+        best = [F.linear(part, self.weight, self.bias).argmax(1) for part in hidden_AH.split(self.chunk_tokens)]
+        of_clips = torch.cat(best).cpu().split(audio_lengths)
+        return [[one for one in clip.unique_consecutive().tolist() if one != self.blank] for clip in of_clips]
+
 
 class _ClassLogits(torch.autograd.Function):
     """Logits of each clip's own classes, (A, K) fp32, and the log-sum-exp of all others, (A,) fp32.

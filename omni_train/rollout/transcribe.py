@@ -1,11 +1,11 @@
-"""Transcription with the recognizer: greedy, or by beam search.
+"""Transcription with the recognizer: greedy or by beam search with its decoder, or by its CTC head.
 
 Axis letters: N clips, K hypotheses of each, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ import torch
 from omni_train import platform
 from omni_train.models.recognizer import SpeechRecognizer
 from omni_train.platform.signals import cut_short
+from omni_train.recipe.schema import required
 
 CLIPS = 32  # decoded at a time
 
@@ -56,21 +57,57 @@ def transcribe(
     """
     if beam < 1 or max_new_tokens < 1:
         raise ValueError(f"beam={beam} and max_new_tokens={max_new_tokens}: both must be at least 1")
+
+    def search(clips: list[np.ndarray]) -> list[Hypothesis]:
+        return _Search(model, clips, window_frames, beam, start_token).run(stop_token, max_new_tokens)
+
+    return [one or Hypothesis() for one in _in_batches(model, mels, search)]
+
+
+@torch.no_grad()
+def transcribe_by_ctc(model: SpeechRecognizer, mels: Sequence[np.ndarray], *, window_frames: int) -> list[list[int]]:
+    """Token ids of each clip by its CTC head's best path, without a language tag or an end.
+
+    Each word is heard by itself: nothing is added that a language model would expect. Empty where a signal that stops
+    the run cut it short.
+
+    Args:
+        model: with a CTC head. Left in the mode it was in.
+        mels: as :func:`transcribe`.
+        window_frames: as :func:`transcribe`.
+    """
+    head = required(model.ctc_head)
+
+    def hear(clips: list[np.ndarray]) -> list[list[int]]:
+        return head.best_path(*model.encode_audio(*_packed(clips), window_frames))
+
+    return [one or [] for one in _in_batches(model, mels, hear)]
+
+
+def _in_batches[T](
+    model: SpeechRecognizer, mels: Sequence[np.ndarray], write: Callable[[list[np.ndarray]], list[T]]
+) -> list[T | None]:
+    """What `write` makes of each clip; None from where a signal cut it short."""
     training = model.training
     model.eval()
     # Clips of like lengths share a batch, which is padded to the longest.
     order = sorted(range(len(mels)), key=lambda index: len(mels[index]))
-    found: dict[int, Hypothesis] = {}
+    found: dict[int, T] = {}
     try:
         for first in range(0, len(order), CLIPS):
             if cut_short():
                 break
             group = order[first : first + CLIPS]
-            search = _Search(model, [mels[index] for index in group], window_frames, beam, start_token)
-            found |= zip(group, search.run(stop_token, max_new_tokens), strict=True)
+            found |= zip(group, write([mels[index] for index in group]), strict=True)
     finally:
         model.train(training)
-    return [found.get(index, Hypothesis()) for index in range(len(mels))]
+    return [found.get(index) for index in range(len(mels))]
+
+
+def _packed(mels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips one after the other (F, M), on this process's device, and their boundaries."""
+    boundaries = torch.tensor([0, *accumulate(map(len, mels))], dtype=torch.int32)
+    return torch.from_numpy(np.concatenate(mels)).to(platform.device()), boundaries
 
 
 class _Search:
@@ -80,10 +117,8 @@ class _Search:
         self, model: SpeechRecognizer, mels: list[np.ndarray], window_frames: int, beam: int, start_token: int
     ) -> None:
         device = platform.device()
-        boundaries = torch.tensor([0, *accumulate(map(len, mels))], dtype=torch.int32)
-        mel_FM = torch.from_numpy(np.concatenate(mels)).to(device)
         self.model, self.clips, self.beam = model, len(mels), beam
-        self.state = model.prefill(mel_FM, boundaries, window_frames, beam)
+        self.state = model.prefill(*_packed(mels), window_frames, beam)
         self.scores_NK = torch.full((self.clips, beam), -torch.inf, device=device)
         self.scores_NK[:, 0] = 0.0  # all begin alike: one is enough
         self.last = torch.full((self.clips * beam,), start_token, device=device)

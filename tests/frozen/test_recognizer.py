@@ -10,21 +10,22 @@ import pytest
 import torch
 
 from omni_train.data_pipelines.rehearsal.tokenizer import train
+from omni_train.recipe.schema import RecognizerHead
 from tests.support.media import tone
 from tests.support.pool import RankFailed
 from tests.support.recognizer import recognizer_recipe, write_recognizer
 
 
-def listen(rank, world_size, folder, no_recognizer=False):
+def listen(rank, world_size, folder, no_recognizer=False, head=RecognizerHead.decoder, ctc=False):
     """Features and transcripts of three clips by a listener, and the features that its recognizer gives."""
     from omni_train import platform
     from omni_train.checkpoint.sharded import described
     from omni_train.data.samples.features.mel import log_mel
     from omni_train.frozen.recognizer import FrozenRecognizer
 
-    recipe = recognizer_recipe(vocab_size=384)
+    recipe = recognizer_recipe(vocab_size=384, ctc=ctc)
     recipe.data = dataclasses.replace(recipe.data, tokenizer=str(Path(folder) / "tokenizer"))
-    recipe.evaluation.max_new_tokens = 5
+    recipe.evaluation.max_new_tokens, recipe.evaluation.recognizer_head = 5, head
     checkpoint = Path(folder, f"step_0000000{int(no_recognizer)}")
     written = write_recognizer(recipe, checkpoint)
     if no_recognizer:
@@ -37,6 +38,10 @@ def listen(rank, world_size, folder, no_recognizer=False):
     with torch.no_grad():
         alone, _ = listener.model.encode_audio(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)
     texts = listener.transcribe(clips)
+    if ctc:  # written anew by a head that hears one word in everything
+        with torch.no_grad():
+            listener.model.ctc_head.bias[listener.tokenizer.encode("red")[0]] = 1e4
+        texts = listener.transcribe(clips)
     platform.parallel.destroy()
     return features, alone, texts, listener.rate, listener.size
 
@@ -60,3 +65,13 @@ def test_a_listener_hears_what_its_recognizer_hears(distributed, folder):
 def test_what_is_no_recognizer_is_refused_in_one_line(distributed, folder):
     with pytest.raises(RankFailed, match=r"UserError: \S+: no recognizer; evaluation.recognizer is a checkpoint"):
         distributed(1, listen, folder, True)
+
+
+def test_the_ctc_head_writes_where_it_is_asked_to(distributed, folder):
+    ((_, _, texts, _, _),) = distributed(1, listen, folder, False, RecognizerHead.ctc, True)
+    assert texts == ["red"] * 3
+
+
+def test_a_recognizer_without_the_head_that_is_to_write_is_refused(distributed, folder):
+    with pytest.raises(RankFailed, match=r"UserError: \S+: no CTC head; set evaluation.recognizer_head=decoder"):
+        distributed(1, listen, folder, False, RecognizerHead.ctc)

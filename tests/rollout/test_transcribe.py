@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -72,3 +74,38 @@ def test_nothing_to_write_is_refused():
     for beam, most in ((0, 5), (1, 0)):
         with pytest.raises(ValueError, match="both must be at least 1"):
             transcribe(None, [], window_frames=0, start_token=1, stop_token=2, max_new_tokens=most, beam=beam)
+
+
+def heard_by_ctc(rank, world_size, recipe):
+    """Best paths of clips together, and by hand of each alone; what a short batch gives."""
+    from omni_train import platform
+    from omni_train.rollout import transcribe as module
+
+    model = build(recipe)
+    mels = [one.mel[0] for one in utterances(recipe, CLIPS)]
+    with torch.no_grad():
+        # Blanks, repetitions, and words that a blank keeps apart, all of them likely.
+        model.ctc_head.weight[:-4] = 0
+        model.ctc_head.bias[:-4] = -torch.inf
+        model.ctc_head.weight[-4:] *= 30
+        model.train()
+        found = module.transcribe_by_ctc(model, mels, window_frames=48)
+        assert model.training
+        model.eval()
+        by_hand = []
+        for mel in mels:
+            hidden, _ = model.encode_audio(torch.from_numpy(mel), torch.tensor([0, len(mel)]), 48)
+            path = model.ctc_head.bias + hidden @ model.ctc_head.weight.T
+            by_hand.append(path.argmax(1).tolist())
+    platform.parallel.destroy()
+    return found, by_hand, model.ctc_head.blank
+
+
+def test_the_ctc_head_writes_its_best_path_without_blanks_and_repetitions(distributed):
+    found, paths, blank = distributed(1, heard_by_ctc, recognizer_recipe(ctc=True))[0]
+    collapsed = [[one for one, _ in itertools.groupby(path) if one != blank] for path in paths]
+    assert found == collapsed and any(blank in path for path in paths)
+    assert any(len(words) > 1 for words in found)
+    assert any(
+        len([one for one in path if one != blank]) > len(words) for path, words in zip(paths, found, strict=True)
+    )

@@ -61,6 +61,7 @@ from omni_train.recipe.schema.training import (
     OptimizerName,
     ParamGroupConfig,
     RecognitionConfig,
+    RecognizerHead,
     ScheduleConfig,
     ZeroConfig,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "Recipe",
     "RecognitionConfig",
     "RecognizerConfig",
+    "RecognizerHead",
     "Recompute",
     "SafetyConfig",
     "ScheduleConfig",

@@ -88,6 +88,13 @@ class ScheduleConfig:
     )
 
 
+class RecognizerHead(StrEnum):
+    """What of a recognizer writes what it hears."""
+
+    decoder = "decoder"  # the attention decoder, which also knows what is usually said
+    ctc = "ctc"  # the CTC head, which hears each word by itself
+
+
 @dataclass
 class EvaluationConfig:
     """Greedy answers to held-out samples while the run goes on, scored by what was asked (``meta.task``)."""
@@ -114,6 +121,11 @@ class EvaluationConfig:
         checkpoint=True,
         help="of codec and Talker: a recognizer's checkpoint that writes down what they say and the originals, for "
         "word error rates; null: the codec's teacher, where that is one",
+    )
+    recognizer_head: RecognizerHead = key(
+        RecognizerHead.decoder,
+        help="what of that recognizer writes: decoder, which knows what is usually said too; ctc, which hears each "
+        "word by itself",
     )
     codec: str | None = key(
         None,
