@@ -137,7 +137,7 @@ class CodecTraining(WaveTraining):
         frame = frame_samples(required(codec.code2wav))
         super().__init__(codec, discriminators, config, codec.config.sampling_rate, frame)
         self.codec, self.seed, self.teacher = codec, seed, teacher
-        self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout)
+        self.harder = Regularization(config.quantized_fraction, config.quantizer_dropout, config.semantic_alone)
 
     def synthesize(
         self, generator: Callable, row: WaveRow, real_BS: torch.Tensor, lengths_B: torch.Tensor, training: bool

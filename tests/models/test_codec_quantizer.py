@@ -44,6 +44,19 @@ def test_a_sequence_is_quantised_by_its_first_codebooks_or_not_at_all(quantizer)
     assert 0.4 < shares[7] < 0.6
 
 
+def test_a_sequence_of_the_semantic_codebook_alone_is_quantised_and_asks_nothing_of_the_others(quantizer):
+    x = latents(300, 3)
+    out = quantizer(x, generator(2), Regularization(quantize_rate=0.2, dropout_rate=0.6, semantic_rate=0.4))
+    alone = (out.commitment > 0).sum(1) == 1
+    assert 0.3 < alone.float().mean() < 0.5
+    torch.testing.assert_close(out.latents[alone], quantizer.decode(out.codes[alone, :1]), rtol=1e-4, atol=1e-5)
+    counts = quantizer.acoustic.codebooks._counts.sum(1)
+    assert counts[0] == 3 * (~alone).sum() and quantizer.semantic.codebooks._counts.sum() == 900
+    out.latents[alone].sum().backward()
+    assert quantizer.semantic.output.weight.grad.abs().max() > 0
+    assert quantizer.acoustic.output.weight.grad.abs().max() == 0
+
+
 def test_what_is_drawn_depends_on_the_generator_alone(quantizer):
     x, harder = latents(20, 3), Regularization(0.5, 0.5)
     once, again, other = (quantizer(x, generator(seed), harder).latents for seed in (3, 3, 4))

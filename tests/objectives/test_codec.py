@@ -205,6 +205,17 @@ def test_what_is_drawn_follows_the_row_and_nothing_else():
     assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
 
 
+def test_crops_of_the_semantic_codebook_alone_are_made_of_its_codes():
+    task = with_codebooks(codec_training(dataclasses.replace(TRAINING, semantic_alone=1.0)))
+    codec, row = task.networks["generator"], wave_row()
+    with torch.no_grad():
+        made, _ = task.synthesize(codec, row, row.waveform, row.lengths, True)
+        alone = codec.quantizer.decode(codec.quantizer.encode(codec.encoder(row.waveform))[:, :1])
+        torch.testing.assert_close(made, codec.decoder(codec.bridge(alone)))
+        held_out, _ = task.synthesize(codec, row, row.waveform, row.lengths, False)
+    assert not torch.allclose(made, held_out)
+
+
 def test_what_is_said_after_the_end_of_the_speech_does_not_count():
     torch.manual_seed(7)
     task = Code2WavTraining(Code2Wav(CODE2WAV), Discriminators(TRAINING.discriminators), TRAINING, 24000)

@@ -33,6 +33,9 @@ class Regularization:
     dropout_rate: float = 1.0
     """Probability that a quantised sequence uses only its first n codebooks, n drawn from one acoustic codebook to all
     of them."""
+    semantic_rate: float = 0.0
+    """Probability that a sequence reaches the decoder through the semantic codebook alone, quantised (not in Moshi: it
+    makes what is said intelligible without the acoustic codebooks, which a Talker predicts less well)."""
 
 
 class QuantizerOutput(NamedTuple):
@@ -160,6 +163,9 @@ class SplitQuantizer(torch.nn.Module):
         count_B = torch.randint(first, self.num_quantizers + 1, (B,), generator=generator)
         count_B = torch.where(dropped_B, count_B, self.num_quantizers)
         priority_BT = torch.rand(B, T, generator=generator)
+        semantic_B = torch.rand(B, generator=generator) < regularization.semantic_rate
+        count_B = torch.where(semantic_B, self.num_semantic, count_B)
+        quantized_B = quantized_B | semantic_B
         return _Draws(*(x.to(latents.device) for x in (count_B, quantized_B, priority_BT)))
 
 
@@ -209,10 +215,11 @@ class ResidualQuantizer(torch.nn.Module):
             self.codebooks.accumulate(x.detach().float(), sums, codes.unflatten(1, (B, T)), draws.count)
             used_BN = torch.arange(count, device=x.device) < draws.count[:, None]
             commitment = commitment * used_BN
-            chosen = sums[draws.count - 1, torch.arange(B, device=x.device)]
+            chosen = sums[draws.count.clamp(min=1) - 1, torch.arange(B, device=x.device)]
         quantized = passed = self._project(x + (chosen.to(x.dtype) - x).detach())
         if draws is not None:
             passed = torch.where(draws.quantized[:, None, None], quantized, self._project(x))
+            passed = passed * (draws.count > 0)[:, None, None]
         return _Part(passed, quantized, commitment, codes.unflatten(1, (B, T)).transpose(0, 1))
 
     def encode(self, latents: Tensor, count: int) -> Tensor:

@@ -237,3 +237,6 @@ class CodecTrainingConfig:
     quantizer_dropout: float = key(
         0.5, ge=0, le=1, help="of the quantised crops, the fraction that keeps its first codebooks only"
     )
+    semantic_alone: float = key(
+        0.0, ge=0, le=1, help="of the crops, the fraction that codebook 0 alone, quantised, has to make intelligible"
+    )
