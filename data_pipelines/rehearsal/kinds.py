@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omni_train.data_pipelines.rehearsal import conversations, lasting, listening, seeing, speaking, text, watching
+from omni_train.data_pipelines.rehearsal.phrases import LANGUAGES
 from omni_train.data_pipelines.rehearsal.world import HELD_OUT, SHARDS, Sample, World
 from omni_train.data_pipelines.shards import write_shard, write_shards
 
@@ -34,13 +35,15 @@ def per_shard(kind: str, share: float) -> int:
     return max(2, round(share * samples / sum(SHARDS.values())))
 
 
-def write(folder: Path, kind: str, split: str, shard: int, share: float) -> None:
-    """Write ``folder/kind/split-<shard>.tar`` with a ``share`` of its samples.
+def write(
+    folder: Path, kind: str, split: str, shard: int, share: float, languages: Sequence[str] = tuple(LANGUAGES)
+) -> None:
+    """Write ``folder/kind/split-<shard>.tar`` with a ``share`` of its samples, those of SPOKEN in ``languages``.
 
     Always the same one in a process that has not spoken before (``speech.say``).
     """
     make, _ = (KINDS | SPOKEN)[kind]
-    world = World(f"{kind} {shard}", split)
+    world = World(f"{kind} {shard}", split, languages)
     keys = (f"{kind}-{split}-{shard:02d}-{number:05d}" for number in range(per_shard(kind, share)))
     write_shard(folder / kind / f"{split}-{shard:05d}.tar", ((key, *make(world)) for key in keys))
 

@@ -24,7 +24,7 @@ def spoken(world: World) -> Sample:
 
 def spoken_long(world: World) -> Sample:
     """Many sentences, one after the other in one voice for 30 to 60 seconds."""
-    code, voice, length = world.choice(list(LANGUAGES)), draw_voice(world), world.uniform(31, 55)
+    code, voice, length = world.choice(world.languages), draw_voice(world), world.uniform(31, 55)
     language, sentences, waves = LANGUAGES[code], [], []
     while sum(map(len, waves)) < length * RATE:
         sentences.append(listening.draw_utterance(world, code)[1])
@@ -38,7 +38,7 @@ def spoken_long(world: World) -> Sample:
 
 def _text(world: World) -> Sample:
     """Up to four phrases, as one sentence or several."""
-    code, voice = world.choice(list(LANGUAGES)), draw_voice(world)
+    code, voice = world.choice(world.languages), draw_voice(world)
     text = draw_text(world, code, world.choices((1, 2, 3, 4), (1, 2, 2, 1))[0])
     media: dict[str, bytes] = {}
     fields, meta = _speech(world, media, code, text, say(text, LANGUAGES[code].voice, voice), voice)
@@ -47,7 +47,7 @@ def _text(world: World) -> Sample:
 
 def _chat(world: World) -> Sample:
     """What is said is asked for in writing, or heard, or seen, in the first turn or the second."""
-    code, voice = world.choice(list(LANGUAGES)), draw_voice(world)
+    code, voice = world.choice(world.languages), draw_voice(world)
     media: dict[str, bytes] = {}
     tasks = [world.choice(list(ASKED)) for _ in range(world.choice((1, 1, 1, 2)))]
     turns = [ASKED[task](world, code, media) for task in tasks]

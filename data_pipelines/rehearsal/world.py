@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from random import Random
 from typing import Any
+
+from omni_train.data_pipelines.rehearsal.phrases import LANGUAGES
 
 Sample = tuple[dict[str, Any], dict[str, bytes]]  # the fields of key.json, and its media by their names
 SHARDS = {"train": 8, "val": 1}  # of each kind
@@ -18,9 +21,9 @@ class World(Random):
     measured on held-out samples was never rendered for training, while each single property was.
     """
 
-    def __init__(self, name: str, split: str):
+    def __init__(self, name: str, split: str, languages: Sequence[str] = tuple(LANGUAGES)):
         super().__init__(f"{name} {split}")
-        self.held_out = split != "train"
+        self.held_out, self.languages = split != "train", languages  # codes of what is spoken
 
     def admits(self, *combinations: tuple) -> bool:
         """Whether a sample of these combinations belongs to this split: held out is one with any that is."""

@@ -405,6 +405,27 @@ def test_one_kind_alone_is_that_of_the_whole_set_and_may_be_more(built, tmp_path
             rehearsal.build(out, **other)
 
 
+def test_a_kind_that_speaks_does_so_in_the_languages_that_are_named(tmp_path, capsys):
+    out = tmp_path / "spoken"
+    assert rehearsal.build(out, kind="spoken", samples=2 * SHARE, languages="zh,en")
+    for split in ("train", "val"):
+        assert {fields["meta"]["language"] for fields, _ in read(out, split).values()} == {"en", "zh"}
+    assert not rehearsal.build(out, kind="spoken", samples=2 * SHARE, languages="en,zh")
+    for other in ("", "en", "en,fr", "en,fr,zh"):
+        with pytest.raises(UserError, match="exists and is not"):
+            rehearsal.build(out, kind="spoken", samples=2 * SHARE, languages=other)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"languages": "en"}, {"kind": "images", "languages": "en"}, {"kind": "spoken", "languages": "xx"}]
+)
+def test_languages_that_are_not_spoken_are_refused(tmp_path, arguments):
+    with pytest.raises(
+        UserError, match=r"^languages=(en|xx): some of en,de,fr,es,it,zh, of kind=spoken_long or kind=s"
+    ):
+        rehearsal.build(tmp_path / "set", **arguments)
+
+
 def test_a_kind_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^kind=text: no such kind with media; choose one of .*, spoken$"):
         rehearsal.build(tmp_path / "set", kind="text")
