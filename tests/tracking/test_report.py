@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from omni_train.tracking import curves
 from omni_train.tracking.report import main
 
 
@@ -145,3 +146,18 @@ def test_speech_is_a_table_by_schedule(tmp_path, capsys):
         ["turns_4_4", "0.125", "–", "4.000"],
         ["lead_8", "0.062", "–", "8.500"],
     ]
+
+
+def test_a_stage_that_logs_no_loss_by_modality_has_its_loss_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "_plot", lambda axes, steps, key, **style: drawn.append((axes.get_title(), key)))
+    stages = {
+        "s2": [{"step": 1, "loss": 2.0, "loss_audio": 2.5, "loss_text": 1.5}],
+        "codec": [{"step": 1, "loss": 4.0, "loss_mel": 0.2}],
+    }
+    curves.draw_losses(stages, tmp_path / "losses.png")
+    assert {key for stage, key in drawn if stage == "s2"} == {
+        *("loss_audio", "loss_text", "eval_loss_audio", "eval_loss_text")
+    }
+    assert {key for stage, key in drawn if stage == "codec"} == {"loss", "eval_loss"}
+    assert (tmp_path / "losses.png").stat().st_size > 1000
