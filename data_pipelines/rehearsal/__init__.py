@@ -62,7 +62,7 @@ def build(out: Path | str, vocab_size: int = 4096, samples: float = 1.0, kind: s
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out if there else out.parent))
     try:
-        _render(building, missing, samples)
+        _render(building, missing, samples, spoken)
         for folder in missing:
             index_shards(building / folder)
         if not there:
@@ -104,12 +104,12 @@ def _holds(folder: Path, kind: str, samples: float, languages: Sequence[str]) ->
     if not shards or _samples(folder) != sum(SHARDS.values()) * (count := kinds.per_shard(kind, samples)):
         return False
     with tarfile.open(shards[0]) as tar:
-        names = [member.name for member in tar if member.name.endswith(".json")]
-        if not names[0].startswith(f"{kind}-train-"):
+        if (first := tar.next()) is None or not first.name.startswith(f"{kind}-train-"):
             return False
-        spoken = {json.load(tar.extractfile(name))["meta"].get("language") for name in names}
-    if kind not in kinds.SPOKEN:
-        return True
+        if kind not in kinds.SPOKEN:
+            return True
+        fields = (json.load(tar.extractfile(member)) for member in tar.getmembers() if member.name.endswith(".json"))
+        spoken = {sample["meta"]["language"] for sample in fields}
     every = count >= 8 * len(languages)  # so many samples leave no language out
     return spoken == set(languages) if every else spoken <= set(languages)
 
@@ -123,7 +123,7 @@ def _move(made: Path, out: Path) -> None:
         raise UserError(f"out={out}: another command wrote there meanwhile; start again to see what it is") from None
 
 
-def _render(folder: Path, names: Sequence[str], samples: float, languages: Sequence[str] = tuple(LANGUAGES)) -> None:
+def _render(folder: Path, names: Sequence[str], samples: float, languages: Sequence[str]) -> None:
     """Write all shards of the kinds of these names, each with media by a process of its own, which makes espeak-ng's
     speech the same each time."""
     context = multiprocessing.get_context("forkserver")

@@ -29,7 +29,7 @@ from omni_train.recipe.schema import (
     RecognizerHead,
     Recompute,
 )
-from omni_train.rollout.transcribe import transcribe, transcribe_by_ctc
+from omni_train.rollout.transcribe import pack_clips, transcribe, transcribe_by_ctc
 
 WHOLE_CLIPS = 0
 LONGEST_TRANSCRIPT = 2048  # tokens: ten minutes of quick speech
@@ -83,10 +83,8 @@ class FrozenRecognizer:
     @torch.no_grad()
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
         """Audio encoder's outputs (B, T, D) of waveforms (n,) at 16 kHz, zeros behind the end of a waveform."""
-        mels = [self._mel(waveform.cpu().numpy()) for waveform in waveforms]
-        boundaries = torch.tensor([0, *np.cumsum([len(mel) for mel in mels])], dtype=torch.int32)
-        mel_FM = torch.from_numpy(np.concatenate(mels)).to(platform.device())
-        hidden_AH, lengths = self.model.encode_audio(mel_FM, boundaries, WHOLE_CLIPS)
+        packed = pack_clips([self._mel(waveform.cpu().numpy()) for waveform in waveforms])
+        hidden_AH, lengths = self.model.encode_audio(*packed, WHOLE_CLIPS)
         return torch.nn.utils.rnn.pad_sequence(hidden_AH.split(lengths), batch_first=True)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:

@@ -35,7 +35,7 @@ def draw_losses(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         logged = {key for step in steps for key in step}
-        for key in logged & set(by_modality) or {"loss"}:
+        for key in [name for name in by_modality if name in logged] or ["loss"]:
             drawn.add(key)
             _plot(axes, steps, key, color=colors[key], linewidth=1)
             _plot(axes, steps, f"eval_{key}", color=colors[key], marker="o", linewidth=0)
