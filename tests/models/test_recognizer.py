@@ -61,8 +61,10 @@ def test_a_clip_among_others_gives_the_logits_loss_and_gradients_that_it_gives_a
     logits, losses, gradients = distributed(1, alone_and_together, recognizer_recipe(ctc=True), window)[0]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        largest = float(gradient.abs().max())  # what is small beside it is a difference of large numbers
+        assert largest > 0, name
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=5e-5 * largest, msg=name)
 
 
 def test_recomputation_changes_no_gradient(distributed):
