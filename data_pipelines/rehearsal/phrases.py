@@ -56,6 +56,14 @@ class Language:
         """Digits as they are read out."""
         return self.separator.join(self.digits[digit] for digit in digits)
 
+    def units(self) -> list[str]:
+        """What can stand beside anything: digits, colors, shapes, directions and commands.
+
+        A color has one form here, as two may sound alike, and no ear could tell which was meant.
+        """
+        shapes = (f"{article.strip()} {noun}".strip().replace("' ", "'") for article, noun, _ in self.shapes)
+        return [*self.digits, *(forms[0] for forms in self.colors), *shapes, *self.directions, *self.commands]
+
     def sentences(self, phrases: list[str]) -> str:
         """Phrases as sentences, one after the other."""
         return self.stop.join([*phrases, ""]).strip()

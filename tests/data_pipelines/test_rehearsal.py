@@ -211,6 +211,20 @@ def test_what_is_held_out_is_not_in_training():
     worlds = World("draws", "train"), World("draws", "val")
     train, held_out = ({speaking.draw_text(world, "en", 2) for _ in range(3000)} for world in worlds)
     assert held_out and not held_out & train
+    train, held_out = ({speaking.draw_words(world, "en") for _ in range(3000)} for world in worlds)
+    assert held_out and not held_out & train
+
+
+@pytest.mark.parametrize("code", phrases.LANGUAGES)
+def test_words_in_any_order_follow_each_other_whatever_they_are(code):
+    language, world = phrases.LANGUAGES[code], World("draws", "train")
+    units = language.units()
+    assert len(set(units)) == len(units) == 10 + 6 + 5 + 4 + 5
+    drawn = [speaking.draw_words(world, code) for _ in range(4000)]
+    pairs = {(one, other) for one in units for other in units}
+    heard = {pair for pair in pairs if any(language.separator.join(pair) in text for text in drawn)}
+    assert len(heard) > 0.97 * len(pairs)
+    assert not [unit for unit in units if unit.startswith(" ") or "  " in unit]
 
 
 def test_what_is_spoken_lasts_as_long_as_its_meta_says_in_the_voice_that_it_says(built):
