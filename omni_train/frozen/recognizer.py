@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from omni_train import platform
 from omni_train.checkpoint.integrity import require_intact
@@ -15,7 +16,7 @@ from omni_train.checkpoint.sharded import read_model_config
 from omni_train.checkpoint.store import resolve
 from omni_train.data.rows.codes import content_hash
 from omni_train.data.rows.transcripts import split_tag
-from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.features.mel import log_mel, log_mel_with_gradient
 from omni_train.data.samples.lengths import audio_tokens_per_second
 from omni_train.data.samples.tokenizer import Tokenizer
 from omni_train.errors import UserError
@@ -29,7 +30,7 @@ from omni_train.recipe.schema import (
     RecognizerHead,
     Recompute,
 )
-from omni_train.rollout.transcribe import pack_clips, transcribe, transcribe_by_ctc
+from omni_train.rollout.transcribe import boundaries, transcribe, transcribe_by_ctc
 
 WHOLE_CLIPS = 0
 LONGEST_TRANSCRIPT = 2048  # tokens: ten minutes of quick speech
@@ -80,11 +81,13 @@ class FrozenRecognizer:
         """Modules that hold the recognizer's weights."""
         return [self.model]
 
-    @torch.no_grad()
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
         """Audio encoder's outputs (B, T, D) of waveforms (n,) at 16 kHz, zeros behind the end of a waveform."""
-        packed = pack_clips([self._mel(waveform.cpu().numpy()) for waveform in waveforms])
-        hidden_AH, lengths = self.model.encode_audio(*packed, WHOLE_CLIPS)
+        mels = [
+            log_mel_with_gradient(F.pad(waveform, (0, _missing(len(waveform)))), self.audio.num_mel_bins)
+            for waveform in waveforms
+        ]
+        hidden_AH, lengths = self.model.encode_audio(torch.cat(mels), boundaries(mels), WHOLE_CLIPS)
         return torch.nn.utils.rnn.pad_sequence(hidden_AH.split(lengths), batch_first=True)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
@@ -105,8 +108,12 @@ class FrozenRecognizer:
         return [split_tag(tokens, self.tokenizer)[1] for tokens in words]
 
     def _mel(self, waveform: np.ndarray) -> np.ndarray:
-        missing = max(0, round(SHORTEST * 16000) - len(waveform))
-        return log_mel(np.pad(waveform, (0, missing)), self.audio.num_mel_bins)
+        return log_mel(np.pad(waveform, (0, _missing(len(waveform)))), self.audio.num_mel_bins)
+
+
+def _missing(samples: int) -> int:
+    """Samples of silence that a clip is padded with."""
+    return max(0, round(SHORTEST * 16000) - samples)
 
 
 def open_recognizer(checkpoint: str, recipe: Recipe) -> FrozenRecognizer:

@@ -59,7 +59,6 @@ class WavLM:
         """Modules that hold WavLM's weights."""
         return [self.model]
 
-    @torch.no_grad()
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
         if self.normalize:
             waveforms = [F.layer_norm(waveform, waveform.shape, eps=1e-7) for waveform in waveforms]

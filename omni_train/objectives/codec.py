@@ -116,7 +116,9 @@ class WaveTraining(NetworksObjective):
 class CodecTraining(WaveTraining):
     """Objective of the codec, waveform to codes and back, with codebook 0 distilled from a teacher as in Mimi.
 
-    Mimi: Défossez et al. 2024, "Moshi", section 3.3.
+    Mimi: Défossez et al. 2024, "Moshi", section 3.3. With ``perceptual_weight`` the decoder learns to make sounds in
+    which the teacher hears what it hears in the recording, a deep feature loss (Germain et al. 2018, "Speech Denoising
+    with Deep Feature Losses"): in a spectrum every bin counts alike, and few of them tell one word from another.
 
     Args:
         codec: built with the teacher's ``size``.
@@ -150,22 +152,41 @@ class CodecTraining(WaveTraining):
         if self.teacher is not None:
             distance_B = self._semantic(self.teacher, output.semantic, row, lengths_B)
             parts["semantic"] = (self.config.semantic_weight, distance_B)
+            if self.config.perceptual_weight:
+                heard_B = self._perceptual(self.teacher, output.waveform, row, real_BS, lengths_B)
+                parts["perceptual"] = (self.config.perceptual_weight, heard_B)
         return output.waveform, parts
 
     def prepare(self, engine: Forward, rows: list[WaveRow]) -> list[WaveRow]:
         """Rows with the teacher's features (B, T, D) of their speech."""
         if self.teacher is None:
             return rows
-        with engine.on_device(*self.teacher.modules):
-            return [
-                replace(row, prepared=row.prepared | {"teacher": self._features(self.teacher, row)}) for row in rows
-            ]
-
-    def _features(self, teacher: Teacher, row: WaveRow) -> torch.Tensor:
         device = next(self.networks["generator"].parameters()).device
-        waveforms = resampled(row.waveform.to(device), self.sampling_rate, TEACHER_SAMPLING_RATE)
-        lengths = (row.lengths * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
+        with engine.on_device(*self.teacher.modules), torch.no_grad():
+            heard = [self._features(self.teacher, row.waveform.to(device), row.lengths) for row in rows]
+        return [
+            replace(row, prepared=row.prepared | {"teacher": of_row}) for row, of_row in zip(rows, heard, strict=True)
+        ]
+
+    def _features(self, teacher: Teacher, waveform_BS: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        waveforms = resampled(waveform_BS, self.sampling_rate, TEACHER_SAMPLING_RATE)
+        lengths = (lengths_B * TEACHER_SAMPLING_RATE // self.sampling_rate).clamp_min(1).tolist()
         return teacher([waveform[:length] for waveform, length in zip(waveforms, lengths, strict=True)])
+
+    def _perceptual(
+        self,
+        teacher: Teacher,
+        generated_BS: torch.Tensor,
+        row: WaveRow,
+        real_BS: torch.Tensor,
+        lengths_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """Distance (B,) of the teacher's features of the generated waveform from those of the real one."""
+        # The decoder does not reach the end of the crop: there the teacher hears the recording in both.
+        whole_BS = torch.cat([generated_BS.float(), real_BS[:, generated_BS.shape[1] :]], dim=1)
+        features_BTD = self._features(teacher, whole_BS, lengths_B)
+        starts_T = torch.arange(features_BTD.shape[1], device=lengths_B.device) * self.sampling_rate / teacher.rate
+        return cosine_distance(features_BTD, row.prepared["teacher"], starts_T < lengths_B[:, None])
 
     def _semantic(
         self, teacher: Teacher, student_BKD: torch.Tensor, row: WaveRow, lengths_B: torch.Tensor

@@ -1,4 +1,5 @@
-"""Distillation of a speech model into codebook 0: cosine distance to its features at the frames of the codes (Mimi).
+"""What a speech model teaches the codec: codebook 0 its features at the frames of the codes (Mimi), and the decoder to
+make sounds in which it hears what it hears in the recording.
 
 Axis letters: B crops, T frames of the teacher, K frames of codes, D width of the teacher's features.
 """
@@ -15,7 +16,7 @@ TEACHER_SAMPLING_RATE = 16000
 
 
 class Teacher(Protocol):
-    """Model whose features of speech codebook 0 learns.
+    """Frozen model whose features of speech codebook 0 learns.
 
     Attributes:
         rate: features a second.
@@ -31,7 +32,8 @@ class Teacher(Protocol):
         ...
 
     def __call__(self, waveforms: list[torch.Tensor]) -> torch.Tensor:
-        """Features (B, T, D) of waveforms (n,) at 16 kHz, without gradient; undefined behind the end of a waveform."""
+        """Features (B, T, D) of waveforms (n,) at 16 kHz, which the waveforms have a gradient of; undefined behind the
+        end of a waveform."""
         ...
 
 
@@ -63,6 +65,6 @@ def to_frames(features_BTD: torch.Tensor, rate: float, frames: int, frame_rate: 
 
 
 def cosine_distance(student_BKD: torch.Tensor, teacher_BKD: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
-    """Cosine distance of student and teacher features, mean (B,) over the frames where ``mask_BK`` is True."""
+    """Cosine distance of two features, mean (B,) over the frames where ``mask_BK`` is True."""
     distance_BK = 1 - F.cosine_similarity(student_BKD.float(), teacher_BKD.float(), dim=2)
     return (distance_BK * mask_BK).sum(1) / mask_BK.sum(1)

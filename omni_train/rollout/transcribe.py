@@ -5,7 +5,7 @@ Axis letters: N clips, K hypotheses of each, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -106,8 +106,12 @@ def _in_batches[T](
 
 def pack_clips(mels: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips one after the other (F, M), on this process's device, and their boundaries."""
-    boundaries = torch.tensor([0, *accumulate(map(len, mels))], dtype=torch.int32)
-    return torch.from_numpy(np.concatenate(mels)).to(platform.device()), boundaries
+    return torch.from_numpy(np.concatenate(mels)).to(platform.device()), boundaries(mels)
+
+
+def boundaries(clips: Sequence[Sized]) -> torch.Tensor:
+    """Where clips begin and end that lie one after the other, (clips + 1,) int32."""
+    return torch.tensor([0, *accumulate(map(len, clips))], dtype=torch.int32)
 
 
 class _Search:

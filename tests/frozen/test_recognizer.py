@@ -34,6 +34,10 @@ def listen(rank, world_size, folder, no_recognizer=False, head=RecognizerHead.de
     assert all(torch.equal(tensor, written[key]) for key, tensor in listener.model.named_parameters())
     clips = [tone(seconds, hertz=300 * seconds).astype(np.float32).reshape(-1) for seconds in (0.9, 0.05, 0.4)]
     features = listener(list(map(torch.from_numpy, clips)))
+    sound = torch.from_numpy(clips[2]).requires_grad_()
+    listener([torch.from_numpy(clips[0]), sound])[1].sum().backward()
+    assert sound.grad.isfinite().all() and sound.grad.any()
+    assert all(parameter.grad is None for parameter in listener.model.parameters())
     mel = torch.from_numpy(log_mel(clips[0], recipe.model.audio.num_mel_bins))
     with torch.no_grad():
         alone, _ = listener.model.encode_audio(mel, torch.tensor([0, len(mel)], dtype=torch.int32), 0)

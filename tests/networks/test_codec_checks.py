@@ -99,6 +99,14 @@ REFUSED = [
         "codec_training.discriminators.stft_windows=[]: there is no discriminator; give windows or periods, or set "
         "adversarial_weight and feature_weight to 0",
     ),
+    (
+        f"{CODEC} codec_training.perceptual_weight=2",
+        "codec_training.perceptual_weight=2.0: needs codec_training.teacher to listen; name one, or set 0",
+    ),
+    (
+        f"{CODEC} codec_training.perceptual_weight=2 codec_training.teacher=wavlm frozen.offload=true",
+        "frozen.offload=True: the teacher listens in the forward and backward pass; set false",
+    ),
     (f"{CODEC} codec_training.quantized_fraction=1.5", "codec_training.quantized_fraction=1.5: must be at most 1"),
     (f"{CODEC} codec_training.adversarial_start=-1", "codec_training.adversarial_start=-1: must be at least 0"),
     (f"{CODEC} evaluation.utterance_seconds=0", "evaluation.utterance_seconds=0.0: must be above 0"),

@@ -253,6 +253,35 @@ def test_the_teacher_teaches_the_first_codebook_alone():
     )
 
 
+def test_the_teacher_hears_the_recording_in_what_is_made_of_it():
+    """Against the same distance written down once more, crop by crop, and differentiated in one piece."""
+    config = dataclasses.replace(
+        TRAINING, mel_weight=0.0, commitment_weight=0.0, semantic_weight=0.0, perceptual_weight=0.7, adversarial_start=9
+    )
+    task, listener = with_codebooks(codec_training(config, Listener())), Listener()
+    row = wave_row(frames=80)
+    outcome = gone_over(task, task.networks, row, 3.0, 1, True)
+    outcome.losses["generator"].backward()
+    found = {name: grad.clone() for name, grad in gradients(task.networks["generator"]).items() if grad.any()}
+    assert {name.split(".")[0] for name in found} == {"encoder", "quantizer", "bridge", "decoder"}
+
+    task.networks["generator"].zero_grad()
+    fake = task.networks["generator"](row.waveform, torch.Generator().manual_seed(0)).waveform
+    expected = 0.0
+    for made, real, length in zip(fake, row.waveform, row.lengths.tolist(), strict=True):
+        whole = torch.cat([made, real[len(made) :]])
+        one, other = (
+            listener([resampled(sound[None], 24000, 16000)[0, : length * 2 // 3]])[0] for sound in (whole, real)
+        )
+        expected = expected + (1 - torch.nn.functional.cosine_similarity(one, other, dim=1)).mean()
+    metric, _ = outcome.metrics["loss_perceptual"]
+    torch.testing.assert_close(metric, expected.detach(), rtol=1e-4, atol=0)
+    (0.7 * expected / 3.0).backward()
+    expected_gradients = gradients(task.networks["generator"])
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected_gradients[name], rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("teacher", [None, Listener()])
 def test_the_losses_fall(teacher):
     task = codec_training(dataclasses.replace(TRAINING, adversarial_start=10**6), teacher)

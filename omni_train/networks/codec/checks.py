@@ -103,6 +103,13 @@ def _losses(recipe: Recipe) -> None:
     discriminators = training.discriminators
     if len(training.mel_windows) != len(training.mel_bins):
         refuse(recipe, "codec_training.mel_bins", "must be mel bins, a number for each of mel_windows")
+    if training.perceptual_weight > 0:
+        if training.teacher is None:
+            refuse(
+                recipe, "codec_training.perceptual_weight", "needs codec_training.teacher to listen; name one, or set 0"
+            )
+        if recipe.frozen.offload:
+            refuse(recipe, "frozen.offload", "the teacher listens in the forward and backward pass; set false")
     if discriminators.periods and not discriminators.period_channels:
         refuse(recipe, "codec_training.discriminators.period_channels", "must be channels of a layer at least")
     adversarial = training.adversarial_weight > 0 or training.feature_weight > 0

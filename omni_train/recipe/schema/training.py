@@ -225,6 +225,11 @@ class CodecTrainingConfig:
         help="what codebook 0 learns to mean: null, a folder of a WavLM model, or a checkpoint of our recognizer",
     )
     semantic_weight: float = key(1.0, ge=0, help="weight of the cosine distance between teacher and codebook 0")
+    perceptual_weight: float = key(
+        0.0,
+        ge=0,
+        help="weight of the cosine distance between the teacher's features of the resynthesis and of the recording",
+    )
     quantized_fraction: float = key(
         0.5, ge=0, le=1, help="of the crops; the others reach the decoder without the quantiser (Mimi)"
     )

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from transformers import WhisperFeatureExtractor
 
 from omni_train.data.samples.features import mel
-from omni_train.data.samples.features.mel import log_mel
+from omni_train.data.samples.features.mel import log_mel, log_mel_with_gradient
 
 
 def reference(waveform: np.ndarray, bins: int) -> np.ndarray:
@@ -25,6 +26,23 @@ def test_log_mel_equals_whispers(samples, bins):
     found = log_mel(waveform, bins)
     assert found.shape == (samples // 160, bins) and found.dtype == np.float32
     np.testing.assert_allclose(found, reference(waveform, bins), atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [201, 319, 16001])
+def test_log_mel_with_gradient_is_the_same(samples):
+    generator = torch.Generator().manual_seed(samples)
+    waveform = torch.randn(samples, generator=generator, dtype=torch.float32) * torch.linspace(0.1, 0.3, samples)
+    waveform.requires_grad_()
+    found = log_mel_with_gradient(waveform, 80)
+    np.testing.assert_allclose(found.detach().numpy(), log_mel(waveform.detach().numpy(), 80), atol=1e-4)
+    direction, weights = (torch.randn(shape, generator=generator) for shape in (waveform.shape, found.shape))
+    (found * weights).sum().backward()
+    ahead, behind = (
+        (log_mel_with_gradient((waveform + step * direction).detach().double(), 80).double() * weights).sum()
+        for step in (1e-4, -1e-4)
+    )
+    slope = float(ahead - behind) / 2e-4
+    assert float((waveform.grad * direction).sum()) == pytest.approx(slope, rel=0.02)
 
 
 @pytest.mark.parametrize("samples", [160 * 14 - 1, 160 * 14, 160 * 14 + 1, 160 * 15 + 39])

@@ -42,6 +42,16 @@ def log_mel(waveform: np.ndarray, bins: int = 128) -> np.ndarray:
     return log_mel_FM.numpy()
 
 
+def log_mel_with_gradient(waveform: torch.Tensor, bins: int = 128) -> torch.Tensor:
+    """The same as :func:`log_mel`, (F, M) of a waveform (n,) on any device, with a gradient; n is at least 201."""
+    window = torch.hann_window(WINDOW, device=waveform.device)
+    spectrum_KF = torch.stft(waveform.float(), WINDOW, HOP, window=window, return_complex=True)
+    power_KF = spectrum_KF.real.square() + spectrum_KF.imag.square()
+    power_FM = power_KF[:, : len(waveform) // HOP].T @ mel_filters(bins, WINDOW, SAMPLE_RATE).to(waveform.device)
+    log_mel_FM = power_FM.clamp(min=1e-10).log10()
+    return (log_mel_FM.clamp(min=float(log_mel_FM.detach().max()) - 8) + 4) / 4
+
+
 def _mirrored(waveform: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Samples of the mirrored waveform at any indices; ``numpy.pad`` would take as long as a second's spectrum."""
     period = max(2 * (len(waveform) - 1), 1)
