@@ -79,7 +79,7 @@ def transcribe_by_ctc(model: SpeechRecognizer, mels: Sequence[np.ndarray], *, wi
     head = required(model.ctc_head)
 
     def hear(clips: list[np.ndarray]) -> list[list[int]]:
-        return head.best_path(*model.encode_audio(*pack_clips(clips), window_frames))
+        return head.best_path(*model.encode_audio(*_packed(clips), window_frames))
 
     return [one or [] for one in _in_batches(model, mels, hear)]
 
@@ -104,7 +104,7 @@ def _in_batches[T](
     return [found.get(index) for index in range(len(mels))]
 
 
-def pack_clips(mels: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _packed(mels: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips one after the other (F, M), on this process's device, and their boundaries."""
     return torch.from_numpy(np.concatenate(mels)).to(platform.device()), boundaries(mels)
 
@@ -122,7 +122,7 @@ class _Search:
     ) -> None:
         device = platform.device()
         self.model, self.clips, self.beam = model, len(mels), beam
-        self.state = model.prefill(*pack_clips(mels), window_frames, beam)
+        self.state = model.prefill(*_packed(mels), window_frames, beam)
         self.scores_NK = torch.full((self.clips, beam), -torch.inf, device=device)
         self.scores_NK[:, 0] = 0.0  # all begin alike: one is enough
         self.last = torch.full((self.clips * beam,), start_token, device=device)

@@ -49,7 +49,7 @@ def log_mel_with_gradient(waveform: torch.Tensor, bins: int = 128) -> torch.Tens
     power_KF = spectrum_KF.real.square() + spectrum_KF.imag.square()
     power_FM = power_KF[:, : len(waveform) // HOP].T @ mel_filters(bins, WINDOW, SAMPLE_RATE).to(waveform.device)
     log_mel_FM = power_FM.clamp(min=1e-10).log10()
-    return (log_mel_FM.clamp(min=float(log_mel_FM.detach().max()) - 8) + 4) / 4
+    return (log_mel_FM.clamp(min=log_mel_FM.detach().max() - 8) + 4) / 4
 
 
 def _mirrored(waveform: np.ndarray, indices: np.ndarray) -> np.ndarray:
